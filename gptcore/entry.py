@@ -1,0 +1,111 @@
+"""How every `python -m gptcore.…` process begins and ends: exit codes, its parent's death, SIGTERM, the last line.
+
+Output for people goes to stderr, for programs to stdout: the last line there is one JSON object, also after a failure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from gptcore.config import UserError
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USER = 2  # the user's mistake
+EXIT_STOPPED = 75  # stopped on request, checkpoint kept
+EXIT_NON_FINITE = 76  # loss or gradient was not a number
+EXIT_MEMORY = 77  # out of device memory at the smallest micro-batch
+
+PARENT_VARIABLE = "GPTLOOM_PARENT_PID"
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT was obeyed: a checkpoint is on disk."""
+
+
+class NonFinite(Exception):
+    """The loss or a gradient became inf or nan; raised before the optimizer step."""
+
+
+class DeviceMemoryError(Exception):
+    """The device's memory does not hold even one sequence."""
+
+
+class StopFlag:
+    """True once SIGTERM or SIGINT arrived; a second signal exits at once."""
+
+    def __init__(self) -> None:
+        self._raised = False
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._raised:
+            os._exit(EXIT_STOPPED)
+        self._raised = True
+
+    def __bool__(self) -> bool:
+        return self._raised
+
+
+def follow_parent() -> None:
+    """Die with the process that started us (named in GPTLOOM_PARENT_PID), also when it is killed without warning.
+
+    Linux only: prctl(PR_SET_PDEATHSIG). The parent may be gone before the call, hence the second look.
+    """
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(EXIT_STOPPED)
+
+
+def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
+    """Run `main(argv)`; print its result as the last line on stdout; turn exceptions into exit codes and one sentence."""
+    follow_parent()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        result = main(sys.argv[1:])
+    except Exception as error:
+        code = exit_code(error)
+        if code == EXIT_BUG:
+            traceback.print_exc()
+        message = describe_error(error)
+        print(f"error: {message}", file=sys.stderr)
+        print(json.dumps({"error": message}), flush=True)
+        return code
+    print(json.dumps(result), flush=True)
+    return EXIT_OK
+
+
+def exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return EXIT_USER
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        return EXIT_STOPPED
+    if isinstance(error, NonFinite):
+        return EXIT_NON_FINITE
+    if isinstance(error, (DeviceMemoryError, MemoryError)):
+        return EXIT_MEMORY
+    return EXIT_BUG
+
+
+def describe_error(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; free some, or point GPTLOOM_HOME at another disk"
+    if isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,94 @@
+"""The append-only record of a run: JSON lines, the truth of which MLflow is a view.
+
+A line is `{"seq", "attempt", "time_ms", "kind", …}`; the kinds and their further fields:
+
+    open      run, parent (or null), title        close     status FINISHED | FAILED | KILLED, reason
+    params    values {key: str | number | bool}   tags      values {key: str}
+    metrics   step, tokens_seen, values {key: number}
+    dataset   name, digest, source, context, profile {…}
+    artifact  path (absolute, or relative to the journal's folder), folder (in MLflow)
+
+Whoever measures appends; `tasks/tracking.py` forwards. Replaying a journal changes nothing that is already there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Journal:
+    """Writer of `directory/metrics.jsonl`. Opening it again continues it, as the next attempt."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / FILE_NAME
+        records: list[dict[str, Any]] = []
+        if self.path.exists():
+            records, whole = read_journal(self.path)
+            os.truncate(self.path, whole)  # a kill can leave half a line; it was never read by anyone
+        self._seq = records[-1]["seq"] + 1 if records else 0
+        self.attempt = records[-1]["attempt"] + 1 if records else 0
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def open(self, run: str, parent: str | None = None, title: str = "") -> None:
+        """`run` is the run's name everywhere; `parent` the name of the run it is nested in."""
+        self._append("open", run=run, parent=parent, title=title or run)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._append("params", values=dict(values))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._append("tags", values=dict(values))
+
+    def metrics(self, values: Mapping[str, float], *, tokens_seen: int, step: int = 0) -> None:
+        """Numbers at one point of the run; MLflow's x-axis is `tokens_seen`. All must be finite."""
+        for key, value in values.items():
+            assert math.isfinite(value), f"metric {key}={value}: a measurement that failed is an error, never a number"
+        self._append("metrics", step=step, tokens_seen=tokens_seen, values={k: float(v) for k, v in values.items()})
+
+    def dataset(self, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any]) -> None:
+        self._append("dataset", name=name, digest=digest, source=source, context=context, profile=dict(profile))
+
+    def artifact(self, path: Path | str, folder: str = "") -> None:
+        self._append("artifact", path=str(path), folder=folder)
+
+    def close(self, status: str = "FINISHED", reason: str = "") -> None:
+        assert status in ("FINISHED", "FAILED", "KILLED"), status
+        self._append("close", status=status, reason=reason)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        record = {"seq": self._seq, "attempt": self.attempt, "time_ms": time.time_ns() // 1_000_000, "kind": kind, **fields}
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        os.write(self._fd, line.encode())  # one write per line: a reader sees whole lines in order
+        self._seq += 1
+
+
+def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from byte `offset` on, and the offset to continue from. A missing file has no lines yet."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = data.rfind(b"\n") + 1
+    return [json.loads(line) for line in data[:whole].splitlines()], offset + whole
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    """Every metric of a journal at its newest value."""
+    values: dict[str, float] = {}
+    for record in read_journal(path)[0]:
+        if record["kind"] == "metrics":
+            values.update(record["values"])
+    return values

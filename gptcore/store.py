@@ -1,0 +1,113 @@
+"""Files that are whole or absent: content ids and directories committed in two phases.
+
+Everything gptloom keeps on disk (corpora, vocabularies, shards, checkpoints) is a directory written under a temporary
+name, flushed, given a manifest of sizes and hashes, renamed, and marked last. A reader that finds no marker finds
+nothing, so a kill at any moment leaves either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import UserError
+
+MARKER = "COMMITTED"
+MANIFEST = "manifest.json"
+
+
+def home_dir() -> Path:
+    """Where all state lives: $GPTLOOM_HOME, by default ./.gptloom; absolute."""
+    return Path(os.environ.get("GPTLOOM_HOME") or ".gptloom").expanduser().resolve()
+
+
+def content_id(value: Any) -> str:
+    """16 hex digits that stand for a JSON value: equal values, equal ids, on any machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in pieces, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_committed(directory: Path) -> bool:
+    return (directory / MARKER).is_file()
+
+
+@contextmanager
+def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Write a directory in two phases: `with commit_dir(final, manifest) as tmp: … write into tmp …`.
+
+    The manifest may be filled inside the block; the sizes and sha256 of all files are added to it as `files`. An exception
+    inside the block removes the temporary directory. If another process committed the same id meanwhile, its copy
+    stays and ours is dropped: the contents are equal by definition of the id.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    tmp = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    tmp.mkdir()
+    try:
+        yield tmp
+        manifest["files"] = {
+            str(path.relative_to(tmp)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in sorted(tmp.rglob("*"))
+            if path.is_file()
+        }
+        write_json(tmp / MANIFEST, manifest)
+        for path in tmp.rglob("*"):
+            _fsync(path)
+        _fsync(tmp)
+        if directory.exists() and not is_committed(directory):
+            shutil.rmtree(directory)
+        try:
+            tmp.rename(directory)
+        except OSError:
+            if not is_committed(directory):
+                raise
+        else:
+            _fsync(directory.parent)
+            (directory / MARKER).touch()
+            _fsync(directory / MARKER)
+            _fsync(directory)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
+    """The manifest of a committed directory, sizes checked; with `verify` the hashes too.
+
+    Raises UserError naming the file that is missing or changed.
+    """
+    if not is_committed(directory):
+        raise UserError(f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it")
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    for name, facts in manifest["files"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise UserError(f"{path}: missing or of another size than its manifest says; delete {directory} and run again to remake it")
+        if verify and hash_file(path) != facts["sha256"]:
+            raise UserError(f"{path}: content differs from its manifest (sha256); delete {directory} and run again to remake it")
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON through a temporary name, so that a reader never sees half of it."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    tmp.replace(path)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
