@@ -5,6 +5,7 @@ Output for people goes to stderr, for programs to stdout: the last line there is
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import errno
 import json
@@ -13,10 +14,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError
+from gptcore.journal import Journal
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -109,3 +113,28 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError)):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def process_parser(description: str | None, positional: str, help_text: str) -> argparse.ArgumentParser:
+    """The arguments that all device processes share: what to do first, then where."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(positional, type=Path, help=help_text)
+    parser.add_argument("--shards", type=Path, help="directory of a shard set")
+    parser.add_argument("--out", type=Path, help="directory for journal and results")
+    parser.add_argument("--run", help="name of this run (default: the name of --out)")
+    parser.add_argument("--parent", help="name of the run that this one is nested in")
+    return parser
+
+
+@contextmanager
+def recording(directory: Path, run: str | None = None, parent: str | None = None) -> Iterator[Journal]:
+    """A journal in `directory` that is closed whatever happens: FINISHED, KILLED when stopped, else FAILED with the reason."""
+    journal = Journal(directory)
+    run = run or directory.resolve().name
+    journal.open(run, parent, title=run.rsplit("/", 1)[-1])
+    try:
+        yield journal
+    except BaseException as error:
+        journal.close("KILLED" if isinstance(error, (Stopped, KeyboardInterrupt)) else "FAILED", describe_error(error))
+        raise
+    journal.close()

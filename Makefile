@@ -1,0 +1,30 @@
+# The everyday commands. Every target first makes .venv (once); PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+# A PYTHONPATH from outside would hide packages from pip and the tests.
+unexport PYTHONPATH
+
+run: .venv/.installed
+	.venv/bin/gptloom run experiments/shakespeare.yaml
+
+test: lint
+	.venv/bin/pytest -m "not integration" && .venv/bin/pytest -m integration
+
+up: .venv/.installed
+	.venv/bin/gptloom up
+
+down: .venv/.installed
+	.venv/bin/gptloom down
+
+lint: .venv/.installed
+	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("gptloom needs Python 3.11 to 3.13, found " + v + "; choose another one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: run test up down lint clean

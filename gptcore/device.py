@@ -1,0 +1,138 @@
+"""The device a process computes on: which one, in which arithmetic, from which seed, and for whom it is reserved.
+
+    python -m gptcore.device        # what this machine has
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptcore.config import UserError
+from gptcore.entry import run_process
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 peak in TFLOP/s and memory bandwidth in TB/s by a part of the device's name (vendors' data sheets). No guess
+# for a name that is not here: MFU is then left out.
+PEAKS = {
+    "H200": (989.0, 4.8),
+    "H100 80GB HBM3": (989.0, 3.35),
+    "H100 PCIe": (756.0, 2.0),
+    "A100-SXM": (312.0, 2.0),
+    "A100": (312.0, 1.9),
+    "L40S": (362.0, 0.864),
+    "L4": (121.0, 0.3),
+    "RTX 4090": (165.0, 1.0),
+    "RTX 3090": (71.0, 0.936),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device with the arithmetic chosen for it."""
+
+    torch: torch.device
+    precision: str  # fp32, tf32 or bf16: what `auto` became
+    name: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch.type == "cuda"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 peak in FLOP/s; None for a device whose data sheet is not in PEAKS."""
+        return next((tflops * 1e12 for part, (tflops, _) in PEAKS.items() if part in self.name), None)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.torch.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch)
+
+    def peak_mib(self) -> float:
+        """Most memory allocated since the last call, in MiB: on a GPU the allocator's, on a CPU the process's resident set ever."""
+        if self.is_cuda:
+            peak = torch.cuda.max_memory_allocated(self.torch)
+            torch.cuda.reset_peak_memory_stats(self.torch)
+            return peak / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def choose_device(device: str = "auto", precision: str = "auto") -> Device:
+    """Resolve `train.device` and `train.precision`.
+
+    Raises UserError for a device that is not there or an arithmetic that it lacks.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise UserError("train.device=cuda: this machine has no usable CUDA GPU; use train.device=auto or cpu")
+    chosen = torch.device("cuda" if device in ("auto", "cuda") and has_cuda else "cpu")
+    if chosen.type == "cuda":
+        name, has_bf16, has_tf32 = torch.cuda.get_device_name(chosen), torch.cuda.is_bf16_supported(), torch.cuda.get_device_capability(chosen) >= (8, 0)
+    else:
+        name, has_bf16, has_tf32 = _cpu_name(), torch.ops.mkldnn._is_mkldnn_bf16_supported(), False
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" and has_bf16 else "fp32"
+    if (precision == "bf16" and not has_bf16) or (precision == "tf32" and not has_tf32):
+        raise UserError(f"train.precision={precision}: {name} has no {precision}; use train.precision=auto or fp32")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return Device(chosen, precision, name)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators (CPU and GPU); sample order has its own counter-based one."""
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def reserve_device(device: Device) -> Iterator[None]:
+    """Hold the one training slot of a GPU, machine-wide, whoever started it; a CPU is shared freely.
+
+    Waits for its turn; the kernel frees the lock when the process ends, however it ends.
+    """
+    if not device.is_cuda:
+        yield
+        return
+    uuid = str(torch.cuda.get_device_properties(device.torch).uuid)
+    path = Path(tempfile.gettempdir()) / f"gptloom-{uuid}.lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for %s: another training holds it", device.name)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model} ({torch.get_num_threads()} threads)"
+
+
+def main(argv: list[str]) -> dict[str, object]:
+    device = choose_device()
+    return {"device": device.torch.type, "name": device.name, "precision": device.precision, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_process(main))

@@ -1,0 +1,164 @@
+"""Room 8: the fixed yardstick. The whole validation split, each token once, in order; bits per byte is the headline.
+
+    python -m gptcore.evaluate CHECKPOINT --shards DIR --out DIR
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptcore.batches import val_batches
+from gptcore.checkpoint import load_model
+from gptcore.config import UserError, load_config
+from gptcore.device import Device, choose_device, seed_everything
+from gptcore.entry import process_parser, recording, run_process
+from gptcore.models import LanguageModel
+from gptcore.shards import ShardSet
+from gptcore.store import write_json
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over target tokens, kept by record (document or section) so that an interval can resample them."""
+
+    nats: float  # all targets
+    tokens: int
+    record_nats: np.ndarray  # (records,) of text targets: `<|endoftext|>` excluded
+    record_bytes: np.ndarray  # (records,) UTF-8 bytes of those targets
+    position_nats: np.ndarray  # (block_size,) mean nats of a target by its position in the window
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per target token."""
+        return self.nats / self.tokens
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the target text."""
+        return float(self.record_nats.sum() / (math.log(2) * self.record_bytes.sum()))
+
+    def metrics(self) -> dict[str, float]:
+        return {"val/loss": self.loss, "val/ppl": self.ppl, "val/bpb": self.bpb}
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: LanguageModel, shards: ShardSet, device: Device, batch_size: int, max_tokens: int = 0
+) -> Evaluation:
+    """Evaluate on the validation split: its first `max_tokens` tokens, or all of it when 0.
+
+    Windows of `block_size` tokens do not overlap, so the first token of a window is predicted from one token of context,
+    as in training. Raises UserError when the split holds no two tokens.
+    """
+    T = model.block_size
+    was_training = model.training
+    model.eval()
+    tokens, index = shards.tokens("val"), shards.index("val")
+    starts = index[:, 0]
+    record_nats, record_bytes = np.zeros(len(index)), np.zeros(len(index))
+    position_nats, position_count = np.zeros(T), np.zeros(T)
+    nats, seen = 0.0, 0
+    for x, y in val_batches(tokens, T, batch_size):
+        with device.autocast():
+            loss = model(
+                torch.from_numpy(x).to(device.torch), torch.from_numpy(y).to(device.torch), reduction="none"
+            )[1]  # (B, T)
+        assert loss is not None
+        is_target = y >= 0
+        losses = loss.float().cpu().numpy().astype(np.float64)
+        flat, targets = losses[is_target], y[is_target]
+        records = np.searchsorted(starts, np.arange(seen + 1, seen + 1 + targets.size), side="right") - 1
+        is_text = targets != shards.eot_id
+        np.add.at(record_nats, records[is_text], flat[is_text])
+        np.add.at(record_bytes, records[is_text], shards.token_bytes[targets[is_text]])
+        position_nats += np.where(is_target, losses, 0.0).sum(0)
+        position_count += is_target.sum(0)
+        nats += float(flat.sum())
+        seen += targets.size
+        if max_tokens and seen >= max_tokens:
+            break
+    model.train(was_training)
+    if not seen:
+        raise UserError(f"{shards.directory}: the validation split holds no two tokens; give more text or a larger data.val_fraction")
+    if not max_tokens:
+        # Every text token was a target, so the bytes are those of the text itself, unknown characters included.
+        record_bytes = index[:, 2].astype(np.float64)
+    return Evaluation(nats, seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1))
+
+
+def bootstrap_bpb(
+    evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float, str]:
+    """95 % percentile interval of bits per byte, and what was resampled.
+
+    Whole documents are drawn (sections of one text are alike), or sections where fewer than 10 documents have any.
+    documents: (records,) number of each record's document.
+    """
+    unit = "documents" if len(np.unique(documents)) >= 10 else "sections"
+    cluster = np.unique(documents, return_inverse=True)[1] if unit == "documents" else np.arange(len(documents))
+    nats = np.bincount(cluster, evaluation.record_nats)
+    sizes = np.bincount(cluster, evaluation.record_bytes)
+    draws = np.random.default_rng(seed).integers(0, len(nats), (resamples, len(nats)))
+    bpb = nats[draws].sum(1) / (math.log(2) * sizes[draws].sum(1))
+    low, high = np.quantile(bpb, [0.025, 0.975])
+    return float(low), float(high), unit
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = process_parser(__doc__, "checkpoint", "a step_NNNNNN directory")
+    parser.add_argument("--config", type=Path, help="experiment file (default: the checkpoint's own)")
+    args = parser.parse_args(argv)
+    if args.shards is None or args.out is None:
+        raise UserError("evaluate needs --shards DIR and --out DIR; `gptloom run` prints both kinds of directory")
+    start = time.perf_counter()
+    shards = ShardSet.open(args.shards)
+    config = load_config(args.config or args.checkpoint / "config.yaml")
+    device = choose_device(config.train.device, config.train.precision)
+    seed_everything(config.evaluate.seed)
+    model, checkpoint = load_model(args.checkpoint, device.torch)
+    if checkpoint.state["vocab_fingerprint"] != shards.fingerprint:
+        raise UserError(f"checkpoint {args.checkpoint} was trained with another vocabulary than --shards {args.shards}; give the shard set of its run")
+    with recording(args.out, args.run, args.parent) as journal:
+        evaluation = evaluate_loss(model, shards, device, config.evaluate.batch_size)
+        result: dict[str, Any] = {
+            "val_loss": evaluation.loss,
+            "val_ppl": evaluation.ppl,
+            "val_bpb": evaluation.bpb,
+            "tokens": evaluation.tokens,
+            "bytes": int(evaluation.record_bytes.sum()),
+            "loss_by_position": [round(float(x), 5) for x in evaluation.position_nats],
+            "parameters": model.count_parameters(),
+            "checkpoint": str(args.checkpoint.resolve()),
+        }
+        metrics = evaluation.metrics()
+        if config.evaluate.bootstrap:
+            low, high, unit = bootstrap_bpb(
+                evaluation, shards.index("val")[:, 1], config.evaluate.bootstrap, config.evaluate.seed
+            )
+            result |= {"val_bpb_low": low, "val_bpb_high": high, "interval_unit": unit}
+            metrics |= {"val/bpb_low": low, "val/bpb_high": high}
+        result["seconds"] = time.perf_counter() - start
+        journal.params({"checkpoint_step": checkpoint.state["step"], "tokens": evaluation.tokens, "bytes": result["bytes"]})
+        journal.metrics(
+            metrics | {"evaluate/seconds": result["seconds"]},
+            tokens_seen=checkpoint.state["tokens_seen"],
+            step=checkpoint.state["step"],
+        )
+        write_json(args.out / "evaluation.json", result)
+        journal.artifact("evaluation.json")
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_process(main))

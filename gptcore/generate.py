@@ -1,0 +1,111 @@
+"""Room 10: the next id, again and again. Sampling with temperature and top-k over a cache, streamed or whole.
+
+    python -m gptcore.generate CHECKPOINT [--prompt TEXT] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptcore.checkpoint import load_model
+from gptcore.config import load_config
+from gptcore.device import choose_device
+from gptcore.entry import process_parser, recording, run_process
+from gptcore.models import LanguageModel
+from gptcore.store import write_json
+from gptcore.vocab import Vocab
+
+
+def pick_next(logits: Tensor, temperature: float, top_k: int | None, rng: torch.Generator) -> Tensor:
+    """Draw one id a row. logits: (B, V); returns (B, 1). Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=rng)
+
+
+@torch.inference_mode()
+def stream_ids(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    rng: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next id of each row, (B, 1), `max_new_tokens` times. idx: (B, T) with T >= 1.
+
+    A model with positions forgets the older half of its context whenever its `block_size` is full: the cache is then
+    refilled from the newer half. `vocab_size` keeps padding rows of the head from being drawn.
+    """
+    cache, used, pending = model.new_cache(idx.size(0)), 0, idx
+    context = idx
+    for _ in range(max_new_tokens):
+        if model.has_positions and used + pending.size(1) > model.block_size:
+            keep = max(1, model.block_size // 2)
+            cache, used, pending = model.new_cache(idx.size(0)), 0, context[:, -keep:]
+        logits = model(pending, cache=cache)[0][:, -1, :vocab_size]  # (B, V)
+        used += pending.size(1)
+        pending = pick_next(logits, temperature, top_k, rng)
+        context = torch.cat((context, pending), dim=1)[:, -model.block_size :]
+        yield pending
+
+
+def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, rng: torch.Generator, **sampling: Any) -> Tensor:
+    """`stream_ids` gathered: (B, max_new_tokens)."""
+    return torch.cat(list(stream_ids(model, idx, max_new_tokens, rng, **sampling)), dim=1)
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = process_parser(__doc__, "checkpoint", "a step_NNNNNN directory")
+    parser.add_argument("--config", type=Path, help="experiment file with an `evaluate` section (default: the checkpoint's own)")
+    parser.add_argument("--prompt", help="start of the text (default: evaluate.prompt)")
+    args = parser.parse_args(argv)
+    config = load_config(args.config or args.checkpoint / "config.yaml")
+    settings = config.evaluate
+    device = choose_device(config.train.device, "fp32")
+    model, checkpoint = load_model(args.checkpoint, device.torch)
+    vocab = Vocab.load(args.checkpoint / "tokenizer.json")
+    rng = torch.Generator(device.torch).manual_seed(settings.seed)
+    prompt = settings.prompt if args.prompt is None else args.prompt
+    ids = np.concatenate(([vocab.eot_id], vocab.encode(prompt))).astype(np.int64)
+    n_samples = max(1, settings.samples)
+    idx = torch.from_numpy(ids).to(device.torch).repeat(n_samples, 1)[:, -model.block_size :]
+    start = time.perf_counter()
+    out = generate(
+        model,
+        idx,
+        settings.sample_tokens,
+        rng,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        vocab_size=vocab.size,
+    )
+    seconds = time.perf_counter() - start
+    result = {
+        "samples": [prompt + vocab.decode(row) for row in out.cpu().numpy()],
+        "tok_per_sec": out.numel() / seconds,
+        "seconds": seconds,
+    }
+    if args.out is not None:
+        with recording(args.out, args.run, args.parent) as journal:
+            write_json(args.out / "samples.json", result)
+            journal.params({"checkpoint_step": checkpoint.state["step"], **settings.model_dump(include={"temperature", "top_k", "seed"})})
+            journal.metrics({"generate/tok_per_sec": result["tok_per_sec"]}, tokens_seen=checkpoint.state["tokens_seen"])
+            journal.artifact("samples.json")
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_process(main))

@@ -1,0 +1,132 @@
+"""A study's result → a table and its conclusion, for any study: the columns come from the rows themselves.
+
+A number `x` beside `x_low` and `x_high` is shown with its range, as in `5,120 (5,040–5,300)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from gptcore.report import page
+from gptcore.report.record import MISSING, RunRecord, StepRecord, study_rows
+
+TITLES = {
+    "timing": "Inside a training step",
+    "quantization": "int8 weights",
+    "accumulation": "Gradient accumulation",
+}
+LABELS = {
+    "ms": "ms",
+    "share": "share",
+    "size_mib": "size (MiB)",
+    "val_bpb": "bits per byte",
+    "bpb_delta": "Δ bits per byte",
+    "tok_per_sec": "tok/s",
+    "grad_accum_steps": "micro-steps",
+    "micro_batch_size": "sequences in each",
+    "grad_difference": "gradient difference",
+    "peak_mib": "peak memory (MiB)",
+}
+STYLES = {"val_bpb": ".4f", "bpb_delta": "+.4f", "share": ".1%", "tok_per_sec": ",.0f", "peak_mib": ",.1f", "size_mib": ",.2f"}
+
+
+def study_block(step: StepRecord) -> Markup:
+    """Title, table and conclusion of a study; its reason where it failed."""
+    title = TITLES.get(step.name, step.name.replace("_", " "))
+    if step.status == "failed":
+        return page.subsection(title, page.callout("This study failed.", step.reason))
+    rows = _named_ranges(step)
+    blocks = [page.paragraph(str(step.result["conclusion"]))] if step.result.get("conclusion") else []
+    if rows:
+        frame = study_frame(rows)
+        words = [_label(key) for row in rows for key, value in row.items() if isinstance(value, str)]
+        bars = {"share": [row.get("share", math.nan) for row in rows]} if "share" in frame.columns else None
+        blocks.append(page.html_table(frame, _caption(step), text_columns=words, bars=bars))
+    return page.subsection(title, *blocks)
+
+
+def study_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows of numbers → a table of texts, ranges joined to their numbers, `n` last."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    shown = [key for key in keys if not (key.endswith(("_low", "_high")) and key.rsplit("_", 1)[0] in keys)]
+    shown = [key for key in shown if key != "n"] + (["n"] if "n" in shown else [])
+    return pd.DataFrame([{_label(key): _cell(row, key) for key in shown} for row in rows])
+
+
+def time_parts(run: RunRecord) -> pd.DataFrame:
+    """Seconds of every pipeline step, with training divided by the timing study (columns step, part, seconds).
+
+    The study's shares hold for the time spent in steps, which is tokens ÷ (tok/s) summed over the reports; what remains of the
+    training process is start-up, validation and saving.
+    """
+    parts: list[tuple[str, str, float]] = []
+    for name, seconds in run.seconds.items():
+        sections = _section_shares(run.done("timing")) if name == "train" else {}
+        stepping = min(_stepping_seconds(run.steps["train"]), seconds) if sections else 0.0
+        if not stepping:
+            parts.append((name, "", seconds))
+            continue
+        parts += [(name, section, share * stepping) for section, share in sections.items()]
+        parts.append((name, "start-up, validation, saving", seconds - sum(sections.values()) * stepping))
+    return pd.DataFrame(parts, columns=["step", "part", "seconds"])
+
+
+def _section_shares(timing: StepRecord | None) -> dict[str, float]:
+    """Each section's share of a step, at most 1 together."""
+    if timing is None:
+        return {}
+    times = {str(row.get("section")): row["ms"] for row in study_rows(timing) if isinstance(row.get("ms"), (int, float)) and row["ms"] > 0}
+    whole = max(timing.number("wall_ms") or 0.0, sum(times.values()))
+    return {name: ms / whole for name, ms in times.items()}
+
+
+def _stepping_seconds(train: StepRecord) -> float:
+    speed = train.series("perf/tok_per_sec")
+    if speed.empty:
+        return 0.0
+    tokens = pd.Series(speed.index, index=speed.index, dtype=float).diff().fillna(float(speed.index[0]))
+    return float((tokens / speed).sum())
+
+
+def _named_ranges(step: StepRecord) -> list[dict[str, Any]]:
+    """The timing study says low and high of its one measured number, ms; elsewhere the names say what they belong to."""
+    names = {"low": "ms_low", "high": "ms_high"} if step.name == "timing" else {}
+    return [{names.get(key, key): value for key, value in row.items()} for row in study_rows(step)]
+
+
+def _caption(step: StepRecord) -> str:
+    ranged = any(key.endswith("low") for row in study_rows(step) for key in row)
+    wall = step.number("wall_ms")
+    facts = [f"a whole step takes {wall:,.1f} ms" if wall is not None else "", "median (fastest–slowest)" if ranged else ""]
+    return "; ".join(fact for fact in facts if fact) or "measured on this run's model and device"
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    text = _number(value, key)
+    if text == MISSING or low is None or high is None:
+        return text
+    return f"{text} ({_number(low, key)}–{_number(high, key)})"
+
+
+def _number(value: Any, key: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or value is None or not isinstance(value, (int, float)):
+        return MISSING if value is None else str(value)
+    if not math.isfinite(value):
+        return MISSING
+    if key in STYLES:
+        return format(value, STYLES[key])
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _label(key: str) -> str:
+    return LABELS.get(key, key.replace("_", " "))
+

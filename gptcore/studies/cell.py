@@ -1,0 +1,59 @@
+"""What every study process does around its measurement: read the config, open shards, keep a journal, write result.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.entry import process_parser, recording
+from gptcore.shards import ShardSet
+from gptcore.store import write_json
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement's surroundings."""
+
+    config: ExperimentConfig
+    shards: ShardSet
+    checkpoint: Path
+    out: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows of a table, one sentence computed from them, and the metrics to compare runs by."""
+
+    rows: list[dict[str, Any]]
+    conclusion: str
+    metrics: dict[str, float]
+    extra: dict[str, Any]
+
+
+def run_study(name: str, doc: str | None, measure: Callable[[Cell], Outcome], argv: list[str]) -> dict[str, Any]:
+    """Parse the arguments, measure, record; the result as JSON-able numbers."""
+    parser = process_parser(doc, "config", "experiment file (YAML)")
+    parser.add_argument("--checkpoint", type=Path, help="trained model: a step_NNNNNN directory")
+    args = parser.parse_args(argv)
+    if args.shards is None or args.out is None or args.checkpoint is None:
+        raise UserError(f"the {name} study needs --shards DIR, --out DIR and --checkpoint DIR; `gptloom run` gives it all three")
+    cell = Cell(load_config(args.config), ShardSet.open(args.shards), args.checkpoint, args.out)
+    start = time.perf_counter()
+    with recording(args.out, args.run, args.parent) as journal:
+        journal.params({"study": name, "checkpoint": str(args.checkpoint), "repeats": cell.config.studies.repeats})
+        outcome = measure(cell)
+        result = {
+            "study": name,
+            "rows": outcome.rows,
+            "conclusion": outcome.conclusion,
+            **outcome.extra,
+            "seconds": time.perf_counter() - start,
+        }
+        journal.metrics(outcome.metrics | {"study/seconds": result["seconds"]}, tokens_seen=0)
+        write_json(args.out / f"{name}.json", result)
+        journal.artifact(f"{name}.json")
+    return result

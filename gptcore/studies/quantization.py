@@ -1,0 +1,75 @@
+"""What int8 weights cost and give: size on disk, decoding speed, bits per byte on the same tokens.
+
+    python -m gptcore.studies.quantization CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from gptcore.checkpoint import load_model
+from gptcore.device import Device, choose_device
+from gptcore.entry import run_process
+from gptcore.evaluate import evaluate_loss
+from gptcore.generate import generate
+from gptcore.models import LanguageModel
+from gptcore.quantize import quantize_int8
+from gptcore.studies.cell import Cell, Outcome, run_study
+from gptcore.timing import Measurement, measure_ms
+
+DECODE_TOKENS = 100
+
+
+def measure_decoding(model: LanguageModel, device: Device, repeats: int) -> Measurement:
+    """Time to generate DECODE_TOKENS tokens at batch 1, in ms."""
+    idx = torch.zeros(1, 1, dtype=torch.int64, device=device.torch)
+    rng = torch.Generator(device.torch).manual_seed(0)
+    n = min(DECODE_TOKENS, model.block_size)
+    return measure_ms(lambda: generate(model, idx, n, rng), device.synchronize, repeats)
+
+
+def measure(cell: Cell) -> Outcome:
+    repeats = cell.config.studies.repeats
+    device = choose_device(cell.config.train.device, "fp32")
+    model, _ = load_model(cell.checkpoint, device.torch)
+    arms = {"fp32": model, "int8": quantize_int8(model)}
+    n = min(DECODE_TOKENS, model.block_size)
+    rows: list[dict[str, Any]] = []
+    for weights, arm in arms.items():
+        path = cell.out / f"model_{weights}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in arm.state_dict().items()}, path)
+        decoding = measure_decoding(arm, device, repeats)
+        bpb = evaluate_loss(arm, cell.shards, device, cell.config.evaluate.batch_size).bpb
+        rows.append(
+            {
+                "weights": weights,
+                "size_mib": path.stat().st_size / 2**20,
+                "val_bpb": bpb,
+                "bpb_delta": bpb - rows[0]["val_bpb"] if rows else 0.0,
+                "tok_per_sec": 1e3 * n / decoding.median,
+                "tok_per_sec_low": 1e3 * n / decoding.high,
+                "tok_per_sec_high": 1e3 * n / decoding.low,
+                "n": repeats,
+            }
+        )
+        if weights == "fp32":
+            path.unlink()  # the checkpoint has it already
+    full, int8 = rows
+    conclusion = (
+        f"int8 weights take {100 * int8['size_mib'] / full['size_mib']:.0f} % of the bytes, cost {int8['bpb_delta']:+.4f} bits per byte "
+        f"and decode at {int8['tok_per_sec'] / full['tok_per_sec']:.2f} times the speed of fp32 "
+        f"({int8['tok_per_sec']:.0f} against {full['tok_per_sec']:.0f} tok/s at batch 1, n={repeats})."
+    )
+    metrics = {"quant/size_mib": int8["size_mib"], "quant/bpb_delta": int8["bpb_delta"], "quant/tok_per_sec": int8["tok_per_sec"], "quant/fp32_tok_per_sec": full["tok_per_sec"]}
+    return Outcome(rows, conclusion, metrics, {})
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    return run_study("quantization", __doc__, measure, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_process(main))

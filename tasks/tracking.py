@@ -1,0 +1,421 @@
+"""MLflow as a view of journals: find the store, check it, forward a run's lines to it. The only file that imports mlflow.
+
+The journal (gptcore/journal.py) is the truth. Forwarding may stop at any moment, start again, or be done twice: runs are found by
+the tag `gptloom.run`, a metric's step and timestamp come from the journal, so what is already there stays as it is.
+
+    from tasks.tracking import Forwarder
+    with Forwarder(directory, experiment="shakespeare").follow():   # a thread, about one look per second
+        ...
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import socket
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcore.config import UserError
+from gptcore.journal import FILE_NAME, read_journal
+from gptcore.store import home_dir
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_TAG = "gptloom.run"
+REASON_TAG = "gptloom.reason"
+MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000  # what one MLflow request, and one parameter, may hold
+POLL_S = 1.0
+LONGEST_PAUSE_S = 15.0  # between two tries while MLflow does not answer
+
+log = logging.getLogger("gptloom.tracking")
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def read_servers() -> dict[str, Any]:
+    """What `gptloom up` wrote about the servers it runs (prefect_api_url, mlflow_url, pid); empty without them."""
+    try:
+        servers = json.loads((home_dir() / "servers.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return servers if isinstance(servers, dict) else {}
+
+
+def answers(url: str, timeout_s: float = 3.0) -> bool:
+    """Does a server reply at this URL?"""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as reply:
+            return 200 <= reply.status < 300
+    except (OSError, ValueError, urllib.error.URLError):
+        return False
+
+
+def tracking_uri() -> str:
+    """$MLFLOW_TRACKING_URI, else the server of `gptloom up` if it answers, else SQLite under GPTLOOM_HOME."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    server = read_servers().get("mlflow_url")
+    if server and answers(f"{server}/health"):
+        return str(server)
+    return f"sqlite:///{home_dir() / 'mlflow.db'}"
+
+
+def check_store(uri: str | None = None) -> str:
+    """Make sure that MLflow can be written to, before any work is done; returns its URI.
+
+    Raises UserError within seconds when a server does not answer or a database cannot be opened.
+    """
+    uri = uri or tracking_uri()
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise UserError(
+            f"MLflow at {uri} does not answer ({_first_line(error)}); start that server, or correct or unset MLFLOW_TRACKING_URI "
+            "(without it records go to a local SQLite file)"
+        ) from None
+    return uri
+
+
+def common_tags() -> dict[str, str]:
+    """Tags of every run: who, where, which code, which Prefect flow run."""
+    from prefect.runtime import flow_run
+
+    tags = {
+        "mlflow.user": _user(),
+        "mlflow.source.name": "gptloom",
+        "gptloom.host": socket.gethostname(),
+        "gptloom.version": _version(),
+    }
+    if commit := _git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    if flow_run_id := flow_run.get_id():
+        tags["prefect.flow_run_id"] = str(flow_run_id)
+    return tags
+
+
+def _client(uri: str) -> MlflowClient:
+    """A client that gives up after seconds (MLflow's own default is four minutes per call) and sends no telemetry."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+    }.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # table by table, while a new database is made
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment of that name; made if need be, in a local store with its artifacts under GPTLOOM_HOME.
+
+    The explicit location lets a client on the SQLite file and the local server read the same files.
+    """
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        uri = client.tracking_uri
+        is_ours = not uri.startswith(("http://", "https://", "databricks")) or uri == read_servers().get("mlflow_url")
+        location = (home_dir() / "mlartifacts" / name).as_uri() if is_ours else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another process was faster
+            assert experiment is not None, name
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+# --- forwarding ------------------------------------------------------------------------------------------------------
+
+
+class Forwarder:
+    """Copies every journal at or below a directory to MLflow, the upper ones first, so that parents exist before children.
+
+    Trouble with MLflow after the start never reaches the caller: it is logged once, and tried again until `flush`.
+    """
+
+    def __init__(self, directory: Path, experiment: str, tags: Mapping[str, str] | None = None, *, below: bool = True) -> None:
+        """`tags` go to every run made here; `below=False` looks at the journal of `directory` itself only."""
+        self.directory = directory
+        self.experiment = experiment
+        self._tags = dict(tags or {})
+        self._below = below
+        self._copies: dict[Path, _JournalCopy] = {}
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+        self._in_trouble = False
+        self._lock = threading.Lock()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run of the directory's own journal, once it is known."""
+        copy = self._copies.get(self.directory / FILE_NAME)
+        return copy.run_id if copy else None
+
+    def pump(self) -> bool:
+        """Forward what is new. True when MLflow now has every line that was there."""
+        with self._lock:
+            try:
+                self._look()
+                for path in sorted(self._copies, key=lambda path: (len(path.parts), path)):
+                    self._copies[path].send()
+            except Exception as error:
+                if not self._in_trouble:
+                    log.warning("MLflow does not take records (%s); the journal keeps them and forwarding is tried again", _first_line(error))
+                self._in_trouble = True
+                self._client = None  # the next try looks for the store afresh
+                return False
+            if self._in_trouble:
+                log.info("MLflow takes records again")
+            self._in_trouble = False
+            return True
+
+    def flush(self) -> list[Path]:
+        """Forward what is left; returns the journals of which MLflow still misses something, and logs them."""
+        if self.pump():
+            return []
+        missing = [path for path, copy in self._copies.items() if copy.pending] or [self.directory / FILE_NAME]
+        log.warning("MLflow misses records of %s; run again with MLflow reachable, the files stay", ", ".join(str(path.parent) for path in missing))
+        return missing
+
+    @contextmanager
+    def follow(self) -> Iterator[Forwarder]:
+        """Forward from a thread of its own while the block runs, and flush at its end."""
+        stop = threading.Event()
+
+        def work() -> None:
+            pause = POLL_S
+            while not stop.wait(pause):
+                pause = POLL_S if self.pump() else min(2 * pause, LONGEST_PAUSE_S)
+
+        thread = threading.Thread(target=work, name="gptloom-forwarder", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
+            self.flush()
+
+    def _look(self) -> None:
+        own = self.directory / FILE_NAME
+        for path in self.directory.rglob(FILE_NAME) if self._below else [own] if own.exists() else []:
+            if path not in self._copies:
+                self._copies[path] = _JournalCopy(path, self._tags)
+        for copy in self._copies.values():
+            copy.read()
+        if self._client is None and any(copy.pending for copy in self._copies.values()):
+            client = _client(tracking_uri())
+            self._experiment_id = _experiment_id(client, self.experiment)
+            self._client = client
+        for copy in self._copies.values():
+            copy.connect(self._client, self._experiment_id)
+
+
+def forward_tree(directory: Path, experiment: str, tags: Mapping[str, str] | None = None) -> list[Path]:
+    """Bring MLflow up to date with all journals of a run; returns those it still misses. Runs it has whole are left alone."""
+    return Forwarder(directory, experiment, tags).flush()
+
+
+class _JournalCopy:
+    """One journal and the MLflow run that shows it. `pending` holds lines read but not yet taken by MLflow."""
+
+    def __init__(self, path: Path, tags: Mapping[str, str]) -> None:
+        self.path = path
+        self.run_id: str | None = None
+        self.pending: deque[dict[str, Any]] = deque()
+        self._tags = tags
+        self._offset = 0
+        self._seen: set[tuple[str, int]] = set()
+        self._client: Any = None
+        self._experiment_id = ""
+
+    def connect(self, client: Any, experiment_id: str) -> None:
+        self._client, self._experiment_id = client, experiment_id
+
+    def read(self) -> None:
+        """Take in new whole lines. A point that a resumed run measures again keeps its first value: one per tokens_seen."""
+        records, self._offset = read_journal(self.path, self._offset)
+        for record in records:
+            if record["kind"] == "metrics":
+                points = {k: v for k, v in record["values"].items() if (k, record["tokens_seen"]) not in self._seen}
+                self._seen.update((key, record["tokens_seen"]) for key in points)
+                record = {**record, "values": points}
+            self.pending.append(record)
+
+    def send(self) -> None:
+        """Forward pending lines in order; each leaves the queue only once MLflow has it. Raises what MLflow raises."""
+        while self.pending:
+            batch = self._next_batch()
+            try:
+                self._forward(batch)
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise
+                log.warning("MLflow refuses a %s line of %s: %s", batch[0]["kind"], self.path, _first_line(error))
+            for _ in batch:
+                self.pending.popleft()
+
+    def _next_batch(self) -> list[dict[str, Any]]:
+        if self.pending[0]["kind"] != "metrics":
+            return [self.pending[0]]
+        batch: list[dict[str, Any]] = []
+        size = 0
+        for record in takewhile(lambda record: record["kind"] == "metrics", self.pending):
+            size += len(record["values"])
+            if batch and size > MAX_METRICS:
+                break
+            batch.append(record)
+        return batch
+
+    def _forward(self, batch: list[dict[str, Any]]) -> None:
+        kind, record = batch[0]["kind"], batch[0]
+        assert kind == "open" or self.run_id, f"{self.path}: its first line must open the run"
+        if kind == "open":
+            self._open(record)
+        elif kind == "metrics":
+            self._metrics(batch)
+        elif kind == "params":
+            self._params(record["values"])
+        elif kind == "tags":
+            self._set_tags(record["values"])
+        elif kind == "dataset":
+            self._dataset(record)
+        elif kind == "artifact":
+            self._artifact(record)
+        elif kind == "close":
+            if record["reason"]:
+                self._set_tags({REASON_TAG: record["reason"]})
+            self._client.set_terminated(self.run_id, record["status"], end_time=record["time_ms"])
+
+    def _open(self, record: dict[str, Any]) -> None:
+        """Find the run, or make it. A run that MLflow already has to its end is left alone."""
+        found = self._find(record["run"])
+        if found is None:
+            tags = {**self._tags, RUN_TAG: record["run"]}
+            if record["parent"]:
+                parent = self._find(record["parent"])
+                if parent is None:
+                    raise LookupError(f"the parent run {record['parent']} is not in MLflow yet")
+                tags["mlflow.parentRunId"] = parent.info.run_id
+            found = self._client.create_run(
+                self._experiment_id, start_time=record["time_ms"], tags=tags, run_name=record["title"]
+            )
+        self.run_id = found.info.run_id
+        end = self.pending[-1]
+        if found.info.status != "RUNNING":
+            if end["kind"] == "close" and (found.info.status, found.info.end_time) == (end["status"], end["time_ms"]):
+                self.pending = deque([record])  # closing comes last, so all lines before it are there too
+            elif end["kind"] != "close":
+                self._client.update_run(self.run_id, status="RUNNING")  # another attempt
+
+    def _find(self, name: str) -> Any:
+        found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
+        return found[0] if found else None
+
+    def _metrics(self, batch: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(key, value, record["time_ms"], record["tokens_seen"]) for record in batch for key, value in record["values"].items()
+        ]
+        for chunk in _chunks(points, MAX_METRICS):
+            self._client.log_batch(self.run_id, metrics=chunk)
+
+    def _params(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        for chunk in _chunks(list(values.items()), MAX_PARAMS):
+            self._client.log_batch(self.run_id, params=[Param(key, str(value)[:MAX_VALUE]) for key, value in chunk])
+
+    def _set_tags(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        for chunk in _chunks(list(values.items()), MAX_PARAMS):
+            self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:MAX_VALUE]) for key, value in chunk])
+
+    def _dataset(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"][:36],
+            source_type="gptloom",
+            source=json.dumps({"uri": record["source"]}),
+            profile=json.dumps(record["profile"]),
+        )
+        context = InputTag("mlflow.data.context", record["context"])
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [context])])
+
+    def _artifact(self, record: dict[str, Any]) -> None:
+        path = self.path.parent / record["path"]
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), record["folder"] or None)
+        elif path.is_file():
+            self._client.log_artifact(self.run_id, str(path), record["folder"] or None)
+        else:
+            log.warning("artifact %s of %s is gone; not in MLflow", path, self.path)
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """An answer that will not change however often one asks, such as a parameter's second value."""
+    return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _git_commit() -> str:
+    """Commit of this code, with `-dirty` for changed files; empty outside a repository."""
+    code = Path(__file__).parent
+    command = ["git", "-C", str(code), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
+        if tracked.returncode:
+            return ""  # an installed copy inside some other project's repository
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no name for this user id, as in some containers
+        return str(os.getuid())
+
+
+def _version() -> str:
+    try:
+        return version("gptloom")
+    except PackageNotFoundError:
+        return "source"

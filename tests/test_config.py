@@ -1,0 +1,70 @@
+"""The config tree refuses what it does not know and names the way out."""
+
+import pytest
+
+from gptcore.config import UserError, check_config, dump_yaml, flatten, load_config, with_changes
+
+
+def write(tmp_path, text, name="toy.yaml"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_name_defaults_to_the_file_and_overrides_win_over_the_file(tmp_path):
+    path = write(tmp_path, "train: {lr: 0.5, max_steps: 30, warmup_steps: 3}\n")
+    config = load_config(path, ["train.lr=1e-2", "data.source=2024", "train.compile=on"])
+    assert config.name == "toy"
+    assert config.train.lr == 0.01  # YAML 1.1 would read 1e-2 as text
+    assert config.data.source == "2024"  # a path stays text
+    assert config.train.compile == "on"  # YAML 1.1 would read a boolean
+    assert config.train.max_steps == 30
+
+
+def test_dumped_yaml_reads_back_equal(tmp_path):
+    config = load_config(write(tmp_path, "model: {n_layer: 2}\n"), ["evaluate.prompt=on: {x}", "train.lr=1e-05"])
+    assert load_config(write(tmp_path, dump_yaml(config), "again.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ["train.lrr", "did you mean 'lr'"]),
+        ("trian.lr=1", ["trian", "did you mean 'train'"]),
+        ("train.lr=fast", ["train.lr", "'fast'"]),
+        ("train.lr=nan", ["train.lr"]),
+        ("train.micro_batch_size=5", ["train.micro_batch_size=5", "train.global_batch_size=32"]),
+        ("model.n_head=3", ["model.n_head=3", "model.n_embd=128"]),
+        ("model.n_head=128", ["even head size"]),
+        ("data.split=random", ["data.split", "'section'"]),
+        ("studies.accumulation_steps=5", ["studies.accumulation_steps=5", "studies.accumulation=false"]),
+        ("train.warmup_steps=5000", ["train.warmup_steps=5000", "train.max_steps"]),
+        ("lr", ["section.field=value"]),
+        ("a.b.c=1", ["section.field=value"]),
+    ],
+)
+def test_a_wrong_override_is_one_sentence_that_names_the_field(tmp_path, override, words):
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, ""), [override])
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["- a\n", "train: [", "train: 3\n", "train: {lr: {x: 1}}\n"])
+def test_a_broken_file_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="toy.yaml"):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_flatten_and_changes():
+    config = check_config({})
+    assert flatten(config)["train.max_steps"] == config.train.max_steps
+    assert with_changes(config, train={"max_steps": 77}).train.max_steps == 77
+    with pytest.raises(UserError):
+        with_changes(config, train={"max_steps": 0})
