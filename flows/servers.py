@@ -11,7 +11,8 @@ its own (Ctrl-C must not reach them before their flow runs are cancelled); flows
 
 from __future__ import annotations
 
-import base64
+import contextlib
+import errno
 import fcntl
 import ipaddress
 import json
@@ -22,24 +23,22 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NoReturn
 
+from flows.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
+from flows.warden import MARK_VARIABLE
 from gptcore.config import UserError
 from gptcore.store import home_dir, write_json
-
-from flows.warden import MARK_VARIABLE
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: prefect.yaml, experiments/
 STATE_FILE = "servers.json"
 LOCK_FILE = "up.lock"
-AUTH_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
 LOOPBACK = "127.0.0.1"
 
 HEALTHY_S = 120.0  # a first start makes both databases; slow disks need a minute
@@ -63,9 +62,14 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
 
     Raises UserError for a host that would expose an unprotected server, a port in use, or a second `up` for this home.
     """
+    _log_to_stderr()
     _check_host(host)
+    if prefect_port == mlflow_port:
+        raise UserError(f"--prefect-port and --mlflow-port are both {prefect_port}; choose two")
     if not (ROOT / "prefect.yaml").is_file():
-        raise UserError(f"{ROOT / 'prefect.yaml'}: not found; `gptloom up` needs a checkout installed with pip install -e")
+        raise UserError(
+            f"{ROOT / 'prefect.yaml'}: not found; `gptloom up` needs a checkout installed with pip install -e"
+        )
     home = home_dir()
     lock = _take_lock(home)
     try:
@@ -78,6 +82,7 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
 
 def down() -> int:
     """Stop the `up` of this home and wait until it is gone; prints one JSON object. Returns 0 also when none runs."""
+    _log_to_stderr()
     home = home_dir()
     pid = _lock_holder(home)
     if pid is None:
@@ -87,10 +92,10 @@ def down() -> int:
         return 0
     log.info("stopping `gptloom up` (process %d); running flow runs get %.0f s", pid, CANCEL_S)
     os.kill(pid, signal.SIGTERM)
-    if not _wait_for(lambda: _lock_holder(home) is None, DOWN_S):
+    if not wait_for(lambda: _lock_holder(home) is None, DOWN_S):
         log.error("process %d did not stop within %.0f s; it is killed now", pid, DOWN_S)
         os.kill(pid, signal.SIGKILL)  # flows/warden.py ends the rest
-        _wait_for(lambda: _lock_holder(home) is None, 10.0)
+        wait_for(lambda: _lock_holder(home) is None, 10.0)
     (home / STATE_FILE).unlink(missing_ok=True)
     log.info("stopped")
     print(json.dumps({"stopped": True, "pid": pid, "home": str(home)}), flush=True)
@@ -111,6 +116,7 @@ class _Stack:
         self.pools = ["cpu", "gpu"] if _has_gpu() else ["cpu"]
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.mark = uuid.uuid4().hex
+        self.began = datetime.now(UTC)
         self.warden: subprocess.Popen[str] | None = None
 
     def run(self) -> int:
@@ -142,12 +148,12 @@ class _Stack:
             "--backend-store-uri", f"sqlite:///{self.home}/mlflow.db",
             "--artifacts-destination", str(self.home / "mlartifacts"), "--uvicorn-opts", "--log-level warning",
         )  # fmt: skip
-        self._wait_until(lambda: _answers(f"{self.prefect_url}/api/health"), "prefect")
-        self._wait_until(lambda: _answers(f"{self.mlflow_url}/health"), "mlflow")
+        self._wait_until(lambda: answers(f"{self.prefect_url}/api/health"), "prefect")
+        self._wait_until(lambda: answers(f"{self.mlflow_url}/health"), "mlflow")
         log.info("registering the deployments of prefect.yaml")
         # Both pools always: a deployment needs its pool, and a GPU may be added later.
         for pool in ("cpu", "gpu"):
-            if not _answers(f"{self.prefect_url}/api/work_pools/{pool}"):
+            if not answers(f"{self.prefect_url}/api/work_pools/{pool}"):
                 self._command(f"pool-{pool}", "work-pool", "create", pool, "--type", "process")
         for pool in self.pools:
             self._spawn(
@@ -174,11 +180,14 @@ class _Stack:
         print(f"Prefect  {self.prefect_url}   start runs: Deployments, then Run; the nightly schedule is on")
         print(f"MLflow   {self.mlflow_url}   every run's numbers and files")
         print(f"workers  {', '.join(self.pools)}   logs: {self.logs}")
-        print("`gptloom run` in another terminal uses these servers. Ctrl-C here, or `gptloom down`, stops them.", flush=True)
+        print(
+            "`gptloom run` in another terminal uses these servers. Ctrl-C here, or `gptloom down`, stops them.",
+            flush=True,
+        )
         if not _is_loopback(self.host):
             log.warning("MLflow has no login and stays on %s; reach it through an SSH tunnel", LOOPBACK)
 
-    def _watch(self) -> None:
+    def _watch(self) -> NoReturn:
         while True:
             self._check_children()
             time.sleep(0.5)
@@ -189,10 +198,10 @@ class _Stack:
                 raise _StartFailed(f"{name} ended by itself (exit code {child.returncode})\n{self._tail(name)}")
 
     def _stop(self) -> None:
-        (self.home / STATE_FILE).unlink(missing_ok=True)
         try:
+            (self.home / STATE_FILE).unlink(missing_ok=True)
             if any(name.startswith("worker-") for name in self.children):
-                _cancel_flow_runs(self.prefect_url, self.pools)
+                cancel_flow_runs(self.prefect_url, self.pools, CANCEL_S)
             self._terminate([n for n in self.children if n.startswith("worker-")], WORKER_S)
             self._terminate([n for n in self.children if not n.startswith("worker-")], SERVER_S)
         except _StopRequested:
@@ -209,10 +218,11 @@ class _Stack:
     def _terminate(self, names: list[str], seconds: float) -> None:
         for name in names:
             _signal_group(self.children[name], signal.SIGTERM)
-        _wait_for(lambda: all(self.children[name].poll() is not None for name in names), seconds)
+        wait_for(lambda: all(self.children[name].poll() is not None for name in names), seconds)
 
     def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        assert self.warden is not None and self.warden.stdin is not None
+        assert self.warden is not None
+        assert self.warden.stdin is not None
         with open(self._log_path(name), "wb") as output:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -237,8 +247,12 @@ class _Stack:
             raise _StartFailed(f"prefect {' '.join(arguments)} {reason}\n{self._tail(name)}")
 
     def _environment(self) -> dict[str, str]:
-        address = urllib.request.urlparse(self.prefect_url) if False else self.prefect_url
-        return address  # type: ignore[return-value]
+        env = child_environment(self.home, self.prefect_url, self.mlflow_url) | {MARK_VARIABLE: self.mark}
+        if not _is_loopback(self.host):  # what a browser elsewhere calls
+            name = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+            env["PREFECT_SERVER_UI_API_URL"] = f"http://{name}:{self.ports[0]}/api"
+            env["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] += f",http://{name}:{self.ports[0]}"
+        return env
 
     def _wait_until(self, condition: Callable[[], bool], name: str) -> None:
         deadline = time.monotonic() + HEALTHY_S
@@ -249,8 +263,12 @@ class _Stack:
             time.sleep(0.2)
 
     def _worker_is_online(self, pool: str) -> bool:
-        workers = _api(f"{self.prefect_url}/api/work_pools/{pool}/workers/filter", {}) or []
-        return any(worker["status"] == "ONLINE" for worker in workers)
+        try:
+            workers = request(f"{self.prefect_url}/api/work_pools/{pool}/workers/filter", {}) or []
+        except OSError:
+            return False
+        # A worker of an earlier `up` counts as online for a while after its end.
+        return any(datetime.fromisoformat(worker["last_heartbeat_time"]) >= self.began for worker in workers)
 
     def _log_path(self, name: str) -> Path:
         return self.logs / f"{name}.log"
@@ -258,3 +276,116 @@ class _Stack:
     def _tail(self, name: str) -> str:
         lines = self._log_path(name).read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
         return "\n".join([f"the end of {self._log_path(name)}:", *(f"  {line}" for line in lines)])
+
+
+def child_environment(
+    home: Path, prefect_url: str, mlflow_url: str, base: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What servers, workers and through them flow runs find in their environment."""
+    env = {key: value for key, value in base.items() if key != "PREFECT_PROFILE"}
+    port = prefect_url.rpartition(":")[2]
+    env |= {
+        "GPTLOOM_HOME": str(home),
+        "GPTLOOM_ROOT": str(ROOT),  # prefect.yaml's pull step
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_API_URL": f"{prefect_url}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Without this, any page open in the browser could start flow runs here.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{prefect_url},http://localhost:{port}",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # Prefect's smallest: a dead run is noticed soon
+        "MLFLOW_TRACKING_URI": mlflow_url,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight helper processes, 2 GB, for features not used here
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    for name in ("NO_PROXY", "no_proxy"):
+        env[name] = ",".join(filter(None, [base.get(name), "127.0.0.1", "localhost"]))
+    if base.get(AUTH_VARIABLE):
+        env["PREFECT_API_AUTH_STRING"] = base[AUTH_VARIABLE]
+    return env
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+def _check_host(host: str) -> None:
+    if not _is_loopback(host) and not os.environ.get(AUTH_VARIABLE):
+        raise UserError(
+            f"--host {host}: everyone who reaches it could run code here; set {AUTH_VARIABLE}=USER:PASSWORD first, or keep 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_port(host: str, port: int, server: str, option: str) -> None:
+    """Raises UserError when something listens on the port, or the host is not an address of this machine."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise UserError(
+                f"port {port} on {host} is in use, {server} cannot have it; if it is an earlier `gptloom up`, stop that "
+                f"with `gptloom down`, else choose another port with {option}"
+            ) from None
+        raise UserError(
+            f"{server} cannot listen on {host}:{port} ({error}); choose another one with --host or {option}"
+        ) from None
+
+
+def _has_gpu() -> bool:
+    """An NVIDIA GPU that the driver answers for; torch is not imported to know it."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listing.returncode == 0 and listing.stdout.startswith("GPU ")
+
+
+def _take_lock(home: Path) -> IO[str]:
+    """The lock of this home with our process id in it; it falls when the process ends, however it ends."""
+    (home / "servers").mkdir(parents=True, exist_ok=True)
+    lock = open(home / "servers" / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (held as long as we live)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(
+            f"`gptloom up` already runs for {home} (process {_lock_holder(home)}); stop it with `gptloom down`"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _lock_holder(home: Path) -> int | None:
+    """Process id of the `up` of this home, None when there is none."""
+    try:
+        with open(home / "servers" / LOCK_FILE, encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(lock.read() or 0) or None  # empty for an instant, before it is written
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+
+def _request_stop(number: int, frame: object) -> None:
+    raise _StopRequested

@@ -73,7 +73,9 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
         raise UserError(f"checkpoint {directory}: no such directory; give the path of a step_NNNNNN directory of a run")
     manifest = read_manifest(directory, verify=True)
     if manifest.get("kind") != "checkpoint" or manifest.get("format") != FORMAT:
-        raise UserError(f"checkpoint {directory}: not a checkpoint of format {FORMAT}; it was written by another version")
+        raise UserError(
+            f"checkpoint {directory}: not a checkpoint of format {FORMAT}; it was written by another version"
+        )
     return Checkpoint(
         directory,
         load_config(directory / "config.yaml"),

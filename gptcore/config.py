@@ -22,10 +22,16 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 _YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+    first: [
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
@@ -84,7 +90,12 @@ class ModelConfig(Section):
     n_head: int = Field(4, ge=1, le=1000, description="Attention heads; must divide n_embd.")
     n_embd: int = Field(128, ge=2, le=100_000, description="Width in channels.")
     block_size: int = Field(128, ge=2, le=1 << 20, description="Maximum context, in tokens.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability; 0 is right while training sees each token less than a few times.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout probability; 0 is right while training sees each token less than a few times.",
+    )
     padded_vocab_size: int | None = Field(
         None, ge=2, description="Rows of embedding and head; at least the vocabulary's size. None: exactly that size."
     )
@@ -107,27 +118,43 @@ class TrainConfig(Section):
     """The optimizer's loop. Batches are stated in sequences per optimizer step."""
 
     seed: int = Field(1337, ge=0, lt=2**63, description="Seed of weights, sample order and dropout.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a CUDA GPU if there is one, else the CPU."
+    )
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto", description="Arithmetic of the matrix products. auto: bf16 on a GPU that has it, fp32 on a CPU."
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile. auto: on for a GPU with a compiler, off on a CPU, where short runs never earn it back."
+        "auto",
+        description="torch.compile. auto: on for a GPU with a compiler, off on a CPU, where short runs never earn it back.",
     )
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for everything."
     )
     global_batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, over all micro-steps.")
     micro_batch_size: int | Literal["auto"] = Field(
-        "auto", description="Sequences per forward pass; must divide global_batch_size. auto: the whole batch, halved when memory runs out."
+        "auto",
+        description="Sequences per forward pass; must divide global_batch_size. auto: the whole batch, halved when memory runs out.",
     )
     max_steps: int = Field(1000, ge=1, description="Optimizer steps.")
-    lr: float = Field(0.02, gt=0, lt=10, description="Peak learning rate of Muon's matrices (of everything with optimizer=adamw).")
-    adamw_lr: float = Field(0.003, gt=0, lt=10, description="Peak learning rate of AdamW's parameters beside Muon (embeddings, head; all of lstm and bigram).")
-    min_lr: float = Field(0.0, ge=0, lt=10, description="Learning rate at the last step; AdamW's falls by the same factor.")
+    lr: float = Field(
+        0.02, gt=0, lt=10, description="Peak learning rate of Muon's matrices (of everything with optimizer=adamw)."
+    )
+    adamw_lr: float = Field(
+        0.003,
+        gt=0,
+        lt=10,
+        description="Peak learning rate of AdamW's parameters beside Muon (embeddings, head; all of lstm and bigram).",
+    )
+    min_lr: float = Field(
+        0.0, ge=0, lt=10, description="Learning rate at the last step; AdamW's falls by the same factor."
+    )
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warmup.")
     decay_fraction: float = Field(
-        0.6, ge=0, le=1, description="Share of the steps at the end in which the learning rate falls linearly to min_lr."
+        0.6,
+        ge=0,
+        le=1,
+        description="Share of the steps at the end in which the learning rate falls linearly to min_lr.",
     )
     weight_decay: float = Field(0.1, ge=0, lt=10, description="Decoupled weight decay of matrices.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient mean.")
@@ -181,14 +208,28 @@ class StudiesConfig(Section):
     quantization: bool = Field(True, description="int8 weights of the trained model: size, speed, bits per byte.")
     accumulation: bool = Field(True, description="One batch in 1 and in several micro-steps: gradients, memory, speed.")
     rnn: bool = Field(True, description="LSTM with the GPT's parameters and tokens.")
-    accumulation_steps: int = Field(4, ge=2, le=1024, description="Micro-steps of the accumulation study's second arm; must divide train.global_batch_size.")
-    repeats: int = Field(5, ge=3, le=1000, description="Timed repeats of each measurement, after one warm-up; medians and ranges are reported.")
+    accumulation_steps: int = Field(
+        4,
+        ge=2,
+        le=1024,
+        description="Micro-steps of the accumulation study's second arm; must divide train.global_batch_size.",
+    )
+    repeats: int = Field(
+        5,
+        ge=3,
+        le=1000,
+        description="Timed repeats of each measurement, after one warm-up; medians and ranges are reported.",
+    )
 
 
 class ExperimentConfig(Section):
     """One experiment, from raw text to report."""
 
-    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Experiment name in MLflow; the YAML file's name by default.")
+    name: str = Field(
+        "experiment",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Experiment name in MLflow; the YAML file's name by default.",
+    )
     data: DataConfig = Field(default_factory=DataConfig)
     vocab: VocabConfig = Field(default_factory=VocabConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -215,13 +256,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"experiment file {path}: cannot be read ({_reason(error)}); give the path of a YAML file, e.g. experiments/smoke.yaml") from None
+        raise UserError(
+            f"experiment file {path}: cannot be read ({_reason(error)}); give the path of a YAML file, e.g. experiments/smoke.yaml"
+        ) from None
     try:
         tree = yaml.load(text, Loader=_YamlLoader) or {}
     except yaml.YAMLError as error:
         raise UserError(f"experiment file {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"experiment file {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}")
+        raise UserError(
+            f"experiment file {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}"
+        )
     tree.setdefault("name", path.stem)
     for override in overrides:
         _apply_override(tree, override)
@@ -240,7 +285,11 @@ def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     """`{"train.lr": 0.02, …}`: the tree as MLflow parameters."""
     flat: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():
-        flat.update({f"{prefix}{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(
+            {f"{prefix}{key}.{k}": v for k, v in value.items()}
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -271,7 +320,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     # A source or a prompt is text even where YAML would read a number or a date in it.
-    if not isinstance(value, (int, float, bool, type(None), list)) or (section, field) in {("data", "source"), ("evaluate", "prompt")}:
+    if not isinstance(value, (int, float, bool, type(None), list)) or (section, field) in {
+        ("data", "source"),
+        ("evaluate", "prompt"),
+    }:
         value = text
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
@@ -293,7 +345,11 @@ def _known_keys(loc: tuple[Any, ...]) -> str:
 
     section = ExperimentConfig.model_fields.get(str(loc[0]))
     nested = section.annotation if len(loc) > 1 and section is not None else None
-    known = list(nested.model_fields) if isinstance(nested, type) and issubclass(nested, BaseModel) else list(ExperimentConfig.model_fields)
+    known = (
+        list(nested.model_fields)
+        if isinstance(nested, type) and issubclass(nested, BaseModel)
+        else list(ExperimentConfig.model_fields)
+    )
     close = difflib.get_close_matches(str(loc[-1]), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 

@@ -1,6 +1,6 @@
 """The device a process computes on: which one, in which arithmetic, from which seed, and for whom it is reserved.
 
-    python -m gptcore.device        # what this machine has
+python -m gptcore.device        # what this machine has
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ def choose_device(device: str = "auto", precision: str = "auto") -> Device:
         raise UserError("train.device=cuda: this machine has no usable CUDA GPU; use train.device=auto or cpu")
     chosen = torch.device("cuda" if device in ("auto", "cuda") and has_cuda else "cpu")
     if chosen.type == "cuda":
-        name, has_bf16, has_tf32 = torch.cuda.get_device_name(chosen), torch.cuda.is_bf16_supported(), torch.cuda.get_device_capability(chosen) >= (8, 0)
+        name, has_bf16, has_tf32 = (
+            torch.cuda.get_device_name(chosen),
+            torch.cuda.is_bf16_supported(),
+            torch.cuda.get_device_capability(chosen) >= (8, 0),
+        )
     else:
         name, has_bf16, has_tf32 = _cpu_name(), torch.ops.mkldnn._is_mkldnn_bf16_supported(), False
     if precision == "auto":

@@ -1,6 +1,6 @@
 """Room 8: the fixed yardstick. The whole validation split, each token once, in order; bits per byte is the headline.
 
-    python -m gptcore.evaluate CHECKPOINT --shards DIR --out DIR
+python -m gptcore.evaluate CHECKPOINT --shards DIR --out DIR
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def evaluate_loss(
     nats, seen = 0.0, 0
     for x, y in val_batches(tokens, T, batch_size):
         with device.autocast():
-            loss = model(
-                torch.from_numpy(x).to(device.torch), torch.from_numpy(y).to(device.torch), reduction="none"
-            )[1]  # (B, T)
+            loss = model(torch.from_numpy(x).to(device.torch), torch.from_numpy(y).to(device.torch), reduction="none")[
+                1
+            ]  # (B, T)
         assert loss is not None
         is_target = y >= 0
         losses = loss.float().cpu().numpy().astype(np.float64)
@@ -90,16 +90,16 @@ def evaluate_loss(
             break
     model.train(was_training)
     if not seen:
-        raise UserError(f"{shards.directory}: the validation split holds no two tokens; give more text or a larger data.val_fraction")
+        raise UserError(
+            f"{shards.directory}: the validation split holds no two tokens; give more text or a larger data.val_fraction"
+        )
     if not max_tokens:
         # Every text token was a target, so the bytes are those of the text itself, unknown characters included.
         record_bytes = index[:, 2].astype(np.float64)
     return Evaluation(nats, seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1))
 
 
-def bootstrap_bpb(
-    evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int
-) -> tuple[float, float, str]:
+def bootstrap_bpb(evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int) -> tuple[float, float, str]:
     """95 % percentile interval of bits per byte, and what was resampled.
 
     Whole documents are drawn (sections of one text are alike), or sections where fewer than 10 documents have any.
@@ -128,7 +128,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     seed_everything(config.evaluate.seed)
     model, checkpoint = load_model(args.checkpoint, device.torch)
     if checkpoint.state["vocab_fingerprint"] != shards.fingerprint:
-        raise UserError(f"checkpoint {args.checkpoint} was trained with another vocabulary than --shards {args.shards}; give the shard set of its run")
+        raise UserError(
+            f"checkpoint {args.checkpoint} was trained with another vocabulary than --shards {args.shards}; give the shard set of its run"
+        )
     with recording(args.out, args.run, args.parent) as journal:
         evaluation = evaluate_loss(model, shards, device, config.evaluate.batch_size)
         result: dict[str, Any] = {
@@ -149,7 +151,9 @@ def main(argv: list[str]) -> dict[str, Any]:
             result |= {"val_bpb_low": low, "val_bpb_high": high, "interval_unit": unit}
             metrics |= {"val/bpb_low": low, "val/bpb_high": high}
         result["seconds"] = time.perf_counter() - start
-        journal.params({"checkpoint_step": checkpoint.state["step"], "tokens": evaluation.tokens, "bytes": result["bytes"]})
+        journal.params(
+            {"checkpoint_step": checkpoint.state["step"], "tokens": evaluation.tokens, "bytes": result["bytes"]}
+        )
         journal.metrics(
             metrics | {"evaluate/seconds": result["seconds"]},
             tokens_seen=checkpoint.state["tokens_seen"],

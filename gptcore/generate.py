@@ -1,6 +1,6 @@
 """Room 10: the next id, again and again. Sampling with temperature and top-k over a cache, streamed or whole.
 
-    python -m gptcore.generate CHECKPOINT [--prompt TEXT] [--out DIR]
+python -m gptcore.generate CHECKPOINT [--prompt TEXT] [--out DIR]
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, rng: torch.
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = process_parser(__doc__, "checkpoint", "a step_NNNNNN directory")
-    parser.add_argument("--config", type=Path, help="experiment file with an `evaluate` section (default: the checkpoint's own)")
+    parser.add_argument(
+        "--config", type=Path, help="experiment file with an `evaluate` section (default: the checkpoint's own)"
+    )
     parser.add_argument("--prompt", help="start of the text (default: evaluate.prompt)")
     args = parser.parse_args(argv)
     config = load_config(args.config or args.checkpoint / "config.yaml")
@@ -101,8 +103,15 @@ def main(argv: list[str]) -> dict[str, Any]:
     if args.out is not None:
         with recording(args.out, args.run, args.parent) as journal:
             write_json(args.out / "samples.json", result)
-            journal.params({"checkpoint_step": checkpoint.state["step"], **settings.model_dump(include={"temperature", "top_k", "seed"})})
-            journal.metrics({"generate/tok_per_sec": result["tok_per_sec"]}, tokens_seen=checkpoint.state["tokens_seen"])
+            journal.params(
+                {
+                    "checkpoint_step": checkpoint.state["step"],
+                    **settings.model_dump(include={"temperature", "top_k", "seed"}),
+                }
+            )
+            journal.metrics(
+                {"generate/tok_per_sec": result["tok_per_sec"]}, tokens_seen=checkpoint.state["tokens_seen"]
+            )
             journal.artifact("samples.json")
     return result
 

@@ -67,7 +67,13 @@ class Journal:
         self._fd = -1
 
     def _append(self, kind: str, **fields: Any) -> None:
-        record = {"seq": self._seq, "attempt": self.attempt, "time_ms": time.time_ns() // 1_000_000, "kind": kind, **fields}
+        record = {
+            "seq": self._seq,
+            "attempt": self.attempt,
+            "time_ms": time.time_ns() // 1_000_000,
+            "kind": kind,
+            **fields,
+        }
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         os.write(self._fd, line.encode())  # one write per line: a reader sees whole lines in order
         self._seq += 1

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from gptcore.models import LanguageModel
 
-FEW_ROWS = 4  # up to here the packed CPU kernel reads the weights once; beyond, a matrix product on unpacked weights wins
+FEW_ROWS = (
+    4  # up to here the packed CPU kernel reads the weights once; beyond, a matrix product on unpacked weights wins
+)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

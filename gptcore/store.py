@@ -87,14 +87,20 @@ def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     Raises UserError naming the file that is missing or changed.
     """
     if not is_committed(directory):
-        raise UserError(f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it")
+        raise UserError(
+            f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it"
+        )
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     for name, facts in manifest["files"].items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            raise UserError(f"{path}: missing or of another size than its manifest says; delete {directory} and run again to remake it")
+            raise UserError(
+                f"{path}: missing or of another size than its manifest says; delete {directory} and run again to remake it"
+            )
         if verify and hash_file(path) != facts["sha256"]:
-            raise UserError(f"{path}: content differs from its manifest (sha256); delete {directory} and run again to remake it")
+            raise UserError(
+                f"{path}: content differs from its manifest (sha256); delete {directory} and run again to remake it"
+            )
     return manifest
 
 

@@ -116,7 +116,10 @@ def accumulate_gradients(trainer: Trainer) -> Tensor:
     total = torch.zeros((), device=device.torch)
     for offset in range(0, train.global_batch_size, micro):
         with trainer.clock.phase("data"):
-            x, y = (torch.from_numpy(a).to(device.torch, non_blocking=True) for a in trainer.sampler.batch(start + offset, micro))
+            x, y = (
+                torch.from_numpy(a).to(device.torch, non_blocking=True)
+                for a in trainer.sampler.batch(start + offset, micro)
+            )
         with trainer.clock.phase("forward"), device.autocast():
             loss = trainer.forward(x, y, reduction="sum")[1] / n_targets
         with trainer.clock.phase("backward"):
@@ -131,7 +134,12 @@ def train_loop(trainer: Trainer, journal: Journal, out: Path, stop: StopFlag) ->
     start = time.perf_counter()
     untrained = _evaluate(trainer, journal, train.eval_tokens) if trainer.step == 0 else None
     if untrained is not None:
-        log.info("untrained loss %.4f; a uniform guess has -ln(1/%d) = %.4f", untrained.loss, trainer.model.vocab_size, math.log(trainer.model.vocab_size))
+        log.info(
+            "untrained loss %.4f; a uniform guess has -ln(1/%d) = %.4f",
+            untrained.loss,
+            trainer.model.vocab_size,
+            math.log(trainer.model.vocab_size),
+        )
     losses: list[Tensor] = []
     step_ms: list[float] = []
     last = untrained
@@ -156,7 +164,11 @@ def train_loop(trainer: Trainer, journal: Journal, out: Path, stop: StopFlag) ->
         checkpoint = list_checkpoints(out / "checkpoints")[-1]
     device.synchronize()
     seconds = time.perf_counter() - start
-    journal.metrics({f"time/{phase}_seconds": s for phase, s in clock.seconds.items()}, tokens_seen=trainer.tokens_seen, step=trainer.step)
+    journal.metrics(
+        {f"time/{phase}_seconds": s for phase, s in clock.seconds.items()},
+        tokens_seen=trainer.tokens_seen,
+        step=trainer.step,
+    )
     return {
         "checkpoint": str(checkpoint),
         "val_loss": last.loss,
@@ -246,16 +258,20 @@ def _save(trainer: Trainer, out: Path) -> Path:
         )
 
 
-def _resume(trainer: Trainer, out: Path) -> None:
+def resume(trainer: Trainer, out: Path) -> None:
     """Continue from the newest checkpoint of this run, if there is one for the same config and shards."""
     checkpoints = list_checkpoints(out / "checkpoints")
     if not checkpoints:
         return
     checkpoint = load_checkpoint(checkpoints[-1])
     if checkpoint.config.model_dump(exclude={"name"}) != trainer.config.model_dump(exclude={"name"}):
-        raise UserError(f"{out}: holds checkpoints of another config; give another --out, or delete {out / 'checkpoints'}")
+        raise UserError(
+            f"{out}: holds checkpoints of another config; give another --out, or delete {out / 'checkpoints'}"
+        )
     if checkpoint.state["shards_id"] != trainer.shards.id:
-        raise UserError(f"{out}: its checkpoints were trained on shard set {checkpoint.state['shards_id']}, not {trainer.shards.id}; give another --out")
+        raise UserError(
+            f"{out}: its checkpoints were trained on shard set {checkpoint.state['shards_id']}, not {trainer.shards.id}; give another --out"
+        )
     trainer.model.load_state_dict(checkpoint.model)
     trainer.optimizers.load_state_tensors(load_optimizer_tensors(checkpoints[-1]))
     trainer.step, trainer.micro_batch_size = checkpoint.state["step"], checkpoint.state["micro_batch_size"]
@@ -303,8 +319,16 @@ def main(argv: list[str]) -> dict[str, Any]:
         journal = stack.enter_context(recording(out, args.run, args.parent))
         stack.enter_context(reserve_device(trainer.device))
         (out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        _resume(trainer, out)
-        journal.params(flatten(config) | {"parameters": trainer.model.count_parameters(), "device": trainer.device.name, "precision": trainer.device.precision, "shards": shards.id})
+        resume(trainer, out)
+        journal.params(
+            flatten(config)
+            | {
+                "parameters": trainer.model.count_parameters(),
+                "device": trainer.device.name,
+                "precision": trainer.device.precision,
+                "shards": shards.id,
+            }
+        )
         log.info(
             "%s with %s parameters on %s in %s; %s tokens a step, %d micro-step(s)",
             config.model.family,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import prefect.runtime
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State, TaskRun
@@ -38,8 +39,8 @@ def short_source(source: str) -> str:
     return source.partition("/")[0] if source.startswith("package:") else Path(source).name or source
 
 
-def _ingest_name(parameters: dict[str, Any]) -> str:
-    return f"ingest {short_source(parameters['data'].source)}"
+def _ingest_name() -> str:
+    return f"ingest {short_source(prefect.runtime.task_run.parameters['data'].source)}"
 
 
 @task(
@@ -89,5 +90,7 @@ def write_shards(corpus: Path, vocab: Path, home: Path, block_size: int) -> Path
         return cached(found, found)
     directory = shards.write_shards(corpus, vocab, home, block_size)
     tokens = shards.ShardSet.open(directory).n_tokens
-    run_logger().info("shards %s: %s", directory.name, ", ".join(f"{n:,} tokens for {split}" for split, n in tokens.items()))
+    run_logger().info(
+        "shards %s: %s", directory.name, ", ".join(f"{n:,} tokens for {split}" for split, n in tokens.items())
+    )
     return directory

@@ -12,6 +12,8 @@ from tasks.training import run_step
 
 
 @task(task_run_name="evaluate {checkpoint.name}", persist_result=False)
-def evaluate_model(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
+def evaluate_model(
+    config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
+) -> dict[str, Any]:
     """Measure a checkpoint; returns val_loss (nats per token), val_ppl, val_bpb with its interval, samples, …"""
     return run_step("gptcore.evaluate", config, shards, run, directory, checkpoint=checkpoint)

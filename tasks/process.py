@@ -8,6 +8,7 @@ forwarded to MLflow from a thread, so neither service can slow the training down
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -82,18 +83,18 @@ def run_device_process(
 
 
 def close_journals(directory: Path, error: BaseException) -> None:
-    """Write the closing line that a process which died could not: KILLED after an interrupt, else FAILED, with the reason."""
-    status = "KILLED" if is_interrupt(error) else "FAILED"
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    """Write the closing line that a process which died could not."""
     for path in directory.rglob(FILE_NAME):
         records, _ = read_journal(path)
         if records and records[-1]["kind"] != "close":
-            Journal(path.parent).close(status, reason)
+            Journal(path.parent).close(*closing_line(error))
 
 
-def is_interrupt(error: BaseException) -> bool:
-    """Was the run stopped from outside (Ctrl-C, SIGTERM, a cancel), rather than by a failure?"""
-    return not isinstance(error, Exception) or isinstance(error, (Stopped, CancelledRun))
+def closing_line(error: BaseException) -> tuple[str, str]:
+    """A run's last status and reason: KILLED when it was stopped from outside (Ctrl-C, SIGTERM, a cancel), else FAILED."""
+    is_interrupt = not isinstance(error, Exception) or isinstance(error, (Stopped, CancelledRun))
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return ("KILLED" if is_interrupt else "FAILED"), reason
 
 
 @cache
@@ -155,16 +156,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)  # its own session, so its pid names the group
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _result(args: list[str], directory: Path) -> dict[str, Any]:
     result = _last_json(directory / LOG_NAME)
     if result is None:
-        raise RuntimeError(f"python -m {args[0]} ended well but printed no result; its output is {directory / LOG_NAME}")
+        raise RuntimeError(
+            f"python -m {args[0]} ended well but printed no result; its output is {directory / LOG_NAME}"
+        )
     return result
 
 
@@ -233,10 +234,17 @@ class _Progress:
         if not self._newest or not self._first or not self._max_steps:
             return ""
         parts = [f"step {self._newest['step']}/{self._max_steps}"]
-        for key, form in (("train/loss", "loss {:.3f}"), ("val/loss", "val {:.3f}"), ("perf/tok_per_sec", "{:,.0f} tok/s")):
+        for key, form in (
+            ("train/loss", "loss {:.3f}"),
+            ("val/loss", "val {:.3f}"),
+            ("perf/tok_per_sec", "{:,.0f} tok/s"),
+        ):
             if key in self._values:
                 parts.append(form.format(self._values[key]))
-        steps, seconds = (self._newest["step"] - self._first["step"], (self._newest["time_ms"] - self._first["time_ms"]) / 1000)
+        steps, seconds = (
+            self._newest["step"] - self._first["step"],
+            (self._newest["time_ms"] - self._first["time_ms"]) / 1000,
+        )
         if steps > 0:
             parts.append(f"about {seconds / steps * (self._max_steps - self._newest['step']):.0f} s left")
         return ", ".join(parts)
@@ -253,7 +261,9 @@ class _Progress:
         try:
             if self._artifact is None:
                 step = re.sub(r"[^a-z0-9]+", "-", self._directory.name.lower())
-                self._artifact = create_progress_artifact(percent, key=f"{step}-progress", description=f"optimizer steps of {step}")
+                self._artifact = create_progress_artifact(
+                    percent, key=f"{step}-progress", description=f"optimizer steps of {step}"
+                )
             else:
                 update_progress_artifact(self._artifact, percent)
         except Exception as error:  # a picture of the work must not stop the work

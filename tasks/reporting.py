@@ -21,7 +21,9 @@ def build_report(directory: Path) -> Path:
     if TaskRunContext.get() is not None:
         table = markdown_table(format_comparison(comparison_table(directory)).values.tolist(), COLUMNS)
         create_link_artifact(report.as_uri(), link_text="report.html", key="report", description=headline(directory))
-        create_markdown_artifact(f"{headline(directory)}\n\n{table}\n", key="comparison", description="the run's models")
+        create_markdown_artifact(
+            f"{headline(directory)}\n\n{table}\n", key="comparison", description="the run's models"
+        )
     return report
 
 
@@ -31,4 +33,6 @@ COLUMNS = ["model", "parameters", "val loss", "bits per byte", "perplexity", "to
 def markdown_table(rows: list[list[str]], columns: list[str]) -> str:
     """Rows of text as a Markdown table, numbers to the right."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in [columns, rule, *rows])
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in [columns, rule, *rows]
+    )

@@ -12,19 +12,25 @@ from tasks.training import run_step
 
 
 @task(task_run_name="profile a training step", persist_result=False)
-def timing_profile(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
+def timing_profile(
+    config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
+) -> dict[str, Any]:
     """Map where a training step's time goes: rows of section and milliseconds."""
     return run_step("gptcore.studies.timing", config, shards, run, directory, checkpoint=checkpoint)
 
 
 @task(task_run_name="quantize {checkpoint.name} to int8", persist_result=False)
-def quantize_model(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
+def quantize_model(
+    config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
+) -> dict[str, Any]:
     """Compare int8 weights with the trained ones: size, decoding speed, bits per byte."""
     return run_step("gptcore.studies.quantization", config, shards, run, directory, checkpoint=checkpoint)
 
 
 @task(task_run_name="accumulate over 1 and {config.studies.accumulation_steps} micro-steps", persist_result=False)
-def gradient_accumulation(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
+def gradient_accumulation(
+    config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
+) -> dict[str, Any]:
     """Compare one batch in one and in several micro-steps: gradients, memory, speed."""
     return run_step("gptcore.studies.accumulation", config, shards, run, directory, checkpoint=checkpoint)
 
@@ -32,8 +38,7 @@ def gradient_accumulation(config: ExperimentConfig, checkpoint: Path, shards: Pa
 @task(task_run_name="train the LSTM baseline, {config.train.max_steps} steps", persist_result=False)
 def rnn_baseline(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train an LSTM with the GPT's parameters on the same tokens."""
-    from gptcore.store import read_manifest
+    from gptcore.shards import ShardSet
     from gptcore.studies.rnn import baseline_config
 
-    vocab_size = read_manifest(shards)["vocab_size"]
-    return run_step("gptcore.train", baseline_config(config, vocab_size), shards, run, directory)
+    return run_step("gptcore.train", baseline_config(config, ShardSet.open(shards).vocab_size), shards, run, directory)

@@ -158,7 +158,9 @@ class Forwarder:
     Trouble with MLflow after the start never reaches the caller: it is logged once, and tried again until `flush`.
     """
 
-    def __init__(self, directory: Path, experiment: str, tags: Mapping[str, str] | None = None, *, below: bool = True) -> None:
+    def __init__(
+        self, directory: Path, experiment: str, tags: Mapping[str, str] | None = None, *, below: bool = True
+    ) -> None:
         """`tags` go to every run made here; `below=False` looks at the journal of `directory` itself only."""
         self.directory = directory
         self.experiment = experiment
@@ -185,7 +187,10 @@ class Forwarder:
                     self._copies[path].send()
             except Exception as error:
                 if not self._in_trouble:
-                    log.warning("MLflow does not take records (%s); the journal keeps them and forwarding is tried again", _first_line(error))
+                    log.warning(
+                        "MLflow does not take records (%s); the journal keeps them and forwarding is tried again",
+                        _first_line(error),
+                    )
                 self._in_trouble = True
                 self._client = None  # the next try looks for the store afresh
                 return False
@@ -199,7 +204,10 @@ class Forwarder:
         if self.pump():
             return []
         missing = [path for path, copy in self._copies.items() if copy.pending] or [self.directory / FILE_NAME]
-        log.warning("MLflow misses records of %s; run again with MLflow reachable, the files stay", ", ".join(str(path.parent) for path in missing))
+        log.warning(
+            "MLflow misses records of %s; run again with MLflow reachable, the files stay",
+            ", ".join(str(path.parent) for path in missing),
+        )
         return missing
 
     @contextmanager
@@ -341,7 +349,9 @@ class _JournalCopy:
         from mlflow.entities import Metric
 
         points = [
-            Metric(key, value, record["time_ms"], record["tokens_seen"]) for record in batch for key, value in record["values"].items()
+            Metric(key, value, record["time_ms"], record["tokens_seen"])
+            for record in batch
+            for key, value in record["values"].items()
         ]
         for chunk in _chunks(points, MAX_METRICS):
             self._client.log_batch(self.run_id, metrics=chunk)
@@ -399,7 +409,9 @@ def _git_commit() -> str:
     code = Path(__file__).parent
     command = ["git", "-C", str(code), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
+        tracked = subprocess.run(
+            [*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5
+        )
         if tracked.returncode:
             return ""  # an installed copy inside some other project's repository
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()

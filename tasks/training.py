@@ -30,7 +30,18 @@ def run_step(
     else:
         positional = [str(config_file), *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
     result = run_device_process(
-        [module, *positional, "--shards", str(shards), "--out", str(directory), "--run", f"{run}/{step}", "--parent", run],
+        [
+            module,
+            *positional,
+            "--shards",
+            str(shards),
+            "--out",
+            str(directory),
+            "--run",
+            f"{run}/{step}",
+            "--parent",
+            run,
+        ],
         directory,
         experiment=config.name,
         tags=common_tags() | {"gptloom.step": step},

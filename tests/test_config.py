@@ -53,7 +53,7 @@ def test_a_wrong_override_is_one_sentence_that_names_the_field(tmp_path, overrid
 
 @pytest.mark.parametrize("text", ["- a\n", "train: [", "train: 3\n", "train: {lr: {x: 1}}\n"])
 def test_a_broken_file_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match="toy.yaml"):
+    with pytest.raises(UserError, match=r"toy\.yaml"):
         load_config(write(tmp_path, text))
 
 

@@ -1,5 +1,7 @@
 """The journal survives a kill in the middle of a line and continues as the next attempt."""
 
+import contextlib
+
 import pytest
 
 from gptcore.entry import Stopped, recording
@@ -43,14 +45,15 @@ def test_a_missing_journal_has_no_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(None, "FINISHED"), (ValueError("x"), "FAILED"), (Stopped("s"), "KILLED"), (KeyboardInterrupt(), "KILLED")]
+    ("error", "status"),
+    [(None, "FINISHED"), (ValueError("x"), "FAILED"), (Stopped("s"), "KILLED"), (KeyboardInterrupt(), "KILLED")],
 )
 def test_recording_always_closes(tmp_path, error, status):
-    try:
-        with recording(tmp_path / "step", "run/step", "run"):
-            if error is not None:
-                raise error
-    except BaseException as seen:
-        assert seen is error
+    with contextlib.ExitStack() as stack:
+        if error is not None:
+            stack.enter_context(pytest.raises(type(error)))
+        stack.enter_context(recording(tmp_path / "step", "run/step", "run"))
+        if error is not None:
+            raise error
     records, _ = read_journal(tmp_path / "step" / "metrics.jsonl")
     assert (records[0]["run"], records[0]["parent"], records[-1]["status"]) == ("run/step", "run", status)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # a change of the files, or of what goes into them, makes new ids
 FILE_NAME = "documents.parquet"
 AUTO_DOCUMENTS = 1000  # from here on data.split=auto holds out whole documents
 ROW_GROUP_BYTES = 16 << 20  # text per row group: what writer and reader hold in memory
@@ -111,23 +111,24 @@ def build_corpus(data: DataConfig, home: Path) -> Path:
     plan = _plan_split(documents)
     manifest: dict[str, Any] = {"kind": "corpus", "id": directory.name, "format": FORMAT, "source": data.source}
     with commit_dir(directory, manifest) as tmp:
-        counts = _write_parquet(tmp / FILE_NAME, documents, plan)
+        splits = _write_parquet(tmp / FILE_NAME, documents, plan)
         if documents.hashes != surveyed:
             raise UserError(f"data.source={data.source!r}: its files changed while they were read; run again")
         manifest |= {
             "documents": len(surveyed),
+            "bytes": documents.bytes,
             "duplicates": documents.duplicates,
             "skipped": documents.skipped,
-            "sections": sum(counts["n_sections"].values()),
+            "sections": sum(counts["sections"] for counts in splits.values()),
             "split": plan.rule,
             "selection": plan.selection,
             "val_fraction": data.val_fraction,
             "section_bytes": data.section_bytes,
-            **counts,
+            "splits": splits,
         }
     logger.info(
         "corpus %s: %d documents (%d duplicates dropped, %d skipped), split by %s, train %d bytes, val %d bytes",
-        directory.name, len(surveyed), documents.duplicates, documents.skipped, plan.rule, *counts["n_bytes"].values(),
+        directory.name, len(surveyed), documents.duplicates, documents.skipped, plan.rule, splits["train"]["bytes"], splits["val"]["bytes"],
     )  # fmt: skip
     return directory
 
@@ -218,7 +219,7 @@ def _plan_split(documents: _Documents) -> HashSplit | TailSplit:
 
 
 def _write_parquet(path: Path, documents: _Documents, plan: HashSplit | TailSplit) -> dict[str, dict[str, int]]:
-    """Stream all records into `path`; return the counts per split."""
+    """Stream all records into `path`; return bytes, characters and sections per split."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -233,7 +234,7 @@ def _write_parquet(path: Path, documents: _Documents, plan: HashSplit | TailSpli
             ("sha256", pa.string()),
         ]
     )
-    counts = {key: dict.fromkeys(SPLITS, 0) for key in ("n_bytes", "n_characters", "n_sections")}
+    splits = {split: {"bytes": 0, "characters": 0, "sections": 0} for split in SPLITS}
     rows: list[dict[str, Any]] = []
     pending = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -251,16 +252,16 @@ def _write_parquet(path: Path, documents: _Documents, plan: HashSplit | TailSpli
                         "sha256": hashlib.sha256(utf8).hexdigest(),
                     }
                 )
-                counts["n_bytes"][split] += len(utf8)
-                counts["n_characters"][split] += len(text)
-                counts["n_sections"][split] += 1
+                splits[split]["bytes"] += len(utf8)
+                splits[split]["characters"] += len(text)
+                splits[split]["sections"] += 1
                 pending += len(utf8)
                 if pending >= ROW_GROUP_BYTES:
                     writer.write_table(pa.Table.from_pylist(rows, schema))
                     rows, pending = [], 0
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema))
-    return counts
+    return splits
 
 
 def _read_batches(corpus_dir: Path, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:

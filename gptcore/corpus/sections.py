@@ -85,8 +85,12 @@ def cut_records(rule: str, utf8: bytes, section_bytes: int) -> list[bytes]:
 
 
 def hash_record(record: bytes) -> int:
-    """64 bits that decide a record's side. Outer white space is left out: the last section of a text often lacks it."""
-    return int.from_bytes(hashlib.blake2b(record.strip(), digest_size=8, person=b"split").digest(), "big")
+    """64 bits that decide a record's side: those of its distinct lines, without the white space around them.
+
+    So texts that differ by a last line end, by repetitions or in the order of their lines are on one side, too.
+    """
+    lines = b"\n".join(sorted({line.strip() for line in record.splitlines()}))
+    return int.from_bytes(hashlib.blake2b(lines, digest_size=8, person=b"split").digest(), "big")
 
 
 def cut_sections(utf8: bytes, mean_bytes: int) -> list[bytes]:

@@ -23,7 +23,9 @@ def read_source(source: str, home: Path) -> Iterator[tuple[str, bytes]]:
         yield from read_package(source, home)
         return
     if "://" in source:
-        raise UserError("data.source: an address is not a source; download the text and give its path with data.source=PATH")
+        raise UserError(
+            "data.source: an address is not a source; download the text and give its path with data.source=PATH"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         for name in _text_files(path, source):
@@ -31,7 +33,9 @@ def read_source(source: str, home: Path) -> Iterator[tuple[str, bytes]]:
     elif path.is_file():
         yield path.name, _read_bytes(path, source)
     elif path.exists():
-        raise UserError(f"data.source={source!r}: neither a regular file nor a folder; give a text file or a folder of .txt files")
+        raise UserError(
+            f"data.source={source!r}: neither a regular file nor a folder; give a text file or a folder of .txt files"
+        )
     else:
         raise UserError(f"data.source={source!r}: no such file or folder; give a text file or a folder of .txt files")
 
@@ -71,7 +75,9 @@ def _text_files(folder: Path, source: str) -> list[str]:
     """Relative POSIX paths of all .txt files below `folder`, sorted; links that lead out of it are ignored."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"data.source={source!r}: {error.filename} cannot be read ({error.strerror}); make it readable or move it away")
+        raise UserError(
+            f"data.source={source!r}: {error.filename} cannot be read ({error.strerror}); make it readable or move it away"
+        )
 
     root = folder.resolve()
     names = []
@@ -80,7 +86,9 @@ def _text_files(folder: Path, source: str) -> list[str]:
             if path.is_file() and path.resolve().is_relative_to(root):
                 names.append(path.relative_to(folder).as_posix())
     if not names:
-        raise UserError(f"data.source={source!r}: no .txt file in this folder; put some there, or give a file with data.source=PATH")
+        raise UserError(
+            f"data.source={source!r}: no .txt file in this folder; put some there, or give a file with data.source=PATH"
+        )
     return sorted(names)
 
 

@@ -12,9 +12,7 @@ from gptcore.config import ModelConfig, UserError
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Nats per target token in float32; targets of -1 count neither in the sum nor in the mean."""
-    loss = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction
-    )
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
     return loss.view_as(targets) if reduction == "none" else loss
 
 
@@ -61,4 +59,3 @@ def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
 
 def without_src(src: Tensor | None) -> None:
     assert src is None, "only an encoder-decoder takes src"
-

@@ -14,9 +14,7 @@ class Optimizers:
 
     def __init__(self, optimizers: dict[str, torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
         self._optimizers, self._names = optimizers, names
-        self._peaks = {
-            key: [group["lr"] for group in optimizer.param_groups] for key, optimizer in optimizers.items()
-        }
+        self._peaks = {key: [group["lr"] for group in optimizer.param_groups] for key, optimizer in optimizers.items()}
 
     @property
     def groups(self) -> list[dict[str, object]]:

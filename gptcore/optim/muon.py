@@ -38,7 +38,9 @@ class Muon(torch.optim.Optimizer):
     serves all shapes.
     """
 
-    def __init__(self, groups: list[dict[str, object]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, groups: list[dict[str, object]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "splits": 1})
 
     @torch.no_grad()

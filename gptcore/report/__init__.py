@@ -2,8 +2,9 @@
 
     python -m gptcore.report .gptloom/runs/RUN      # writes and prints .gptloom/runs/RUN/report.html
 
-record.py reads a run directory, figures.py turns numbers into plots, page.py turns text, tables and plots into HTML, theme.py is
-how it looks, run.py puts a run's report together. No torch, no network: everything the page needs is inside it.
+record.py reads a run directory, figures.py turns numbers into plots, page.py turns text, tables and plots into HTML, studies.py
+shows any study's result, wording.py writes numbers, theme.py is how it looks, run.py puts a run's report together.
+No torch, no network: everything the page needs is inside it.
 """
 
 from gptcore.report.page import write_page

@@ -1,6 +1,5 @@
 """`python -m gptcore.report RUN_DIR`: write the report of a run that is already on disk."""
 
-import sys
 from pathlib import Path
 
 from gptcore.config import UserError

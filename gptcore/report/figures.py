@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
+from gptcore.report.wording import duration
+
 # Told apart by colour-blind readers and at 3:1 or better against both white and near-black.
 COLOURS = {"main": "#2f7fd6", "baseline": "#d26b22", "floor": "#2a9270", "reference": "#868b93"}
-PARTS = ["#2f7fd6", "#d26b22", "#2a9270", "#8a63c9", "#c2587f", "#a8842c", "#4f9fb5"]
+PARTS = ["#2a72c3", "#b85a15", "#1f7f5f", "#7d57b8", "#b04a70", "#8a6b1f", "#33808f"]  # dark enough for white text
 MAX_POINTS = 2000  # of one curve: more cannot be seen, and only makes the file larger
 
 
@@ -38,8 +40,12 @@ def line_figure(
     y_title: str,
     height: int = 420,
     reference: tuple[str, float] | None = None,
+    from_zero: bool = False,
 ) -> go.Figure:
-    """Lines over a shared x. `reference` is a labelled horizontal line, e.g. the loss of a uniform guess."""
+    """Lines over a shared x. `reference` is a labelled horizontal line, e.g. the loss of a uniform guess.
+
+    `from_zero` makes the y-axis start at 0.
+    """
     figure = go.Figure(layout_template="none")
     for curve in curves:
         values = thin_out(curve.values)
@@ -67,8 +73,8 @@ def line_figure(
         )
     _lay_out(figure, height)
     figure.update_layout(hovermode="x unified", showlegend=sum(curve.in_legend for curve in curves) > 1)
-    figure.update_xaxes(title=html.escape(x_title), exponentformat="SI", hoverformat=",.0f")
-    figure.update_yaxes(title=html.escape(y_title))
+    figure.update_xaxes(title=html.escape(x_title), tickformat="~s", hoverformat=",.0f")
+    figure.update_yaxes(title=html.escape(y_title), rangemode="tozero" if from_zero else "normal")
     return figure
 
 
@@ -98,13 +104,18 @@ def time_figure(parts: pd.DataFrame, *, height: int | None = None) -> go.Figure:
             name=html.escape(name),
             orientation="h",
             marker={"color": colour},
-            text=[f"{seconds / totals[step]:.0%}" if name else "" for step, seconds in zip(rows["step"], rows["seconds"], strict=True)],
+            text=[
+                f"{100 * seconds / totals[step]:.0f} %" if name else ""
+                for step, seconds in zip(rows["step"], rows["seconds"], strict=True)
+            ],
             textposition="inside",
             insidetextanchor="middle",
             insidetextfont={"color": "#fff"},
             textangle=0,
             showlegend=bool(name),
-            hovertemplate="%{y}: %{x:.3s} s<extra>%{fullData.name}</extra>" if name else "%{y}: %{x:.3s} s<extra></extra>",
+            hovertemplate="%{y}: %{x:.3s} s<extra>%{fullData.name}</extra>"
+            if name
+            else "%{y}: %{x:.3s} s<extra></extra>",
         )
     figure.add_scatter(
         x=[float(totals[step]) for step in steps],
@@ -117,19 +128,14 @@ def time_figure(parts: pd.DataFrame, *, height: int | None = None) -> go.Figure:
         cliponaxis=False,
     )
     _lay_out(figure, height or 110 + 34 * len(steps))
-    figure.update_layout(barmode="stack", bargap=0.28, uniformtext={"minsize": 11, "mode": "hide"})
-    figure.update_xaxes(title="seconds", range=[0, 1.18 * float(totals.max())])
-    figure.update_yaxes(autorange="reversed", showgrid=False, categoryorder="array", categoryarray=[html.escape(s) for s in steps])
+    figure.update_layout(
+        barmode="stack", bargap=0.28, legend_traceorder="normal", uniformtext={"minsize": 11, "mode": "hide"}
+    )
+    figure.update_xaxes(title="seconds", range=[0, 1.25 * float(totals.max())])
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, categoryorder="array", categoryarray=[html.escape(s) for s in steps]
+    )
     return figure
-
-
-def duration(seconds: float) -> str:
-    """A duration as people say it: 0.42 s, 43 s, 5.2 min, 3.1 h."""
-    if seconds < 9.95:
-        return f"{seconds:.2g} s" if seconds >= 0.005 else "0 s"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
 def _lay_out(figure: go.Figure, height: int) -> None:
@@ -141,5 +147,5 @@ def _lay_out(figure: go.Figure, height: int) -> None:
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
     )
-    figure.update_xaxes(automargin=True, zeroline=False)
-    figure.update_yaxes(automargin=True, zeroline=False)
+    figure.update_xaxes(automargin=True, zeroline=False, title_font_size=13)
+    figure.update_yaxes(automargin=True, zeroline=False, title_font_size=13)

@@ -16,10 +16,9 @@ import plotly.offline
 from markupsafe import Markup
 
 from gptcore.report.theme import SCRIPT, STYLE
+from gptcore.report.wording import keep_together
 
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
-)
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 _EMPTY = Markup()
 
 
@@ -41,12 +40,15 @@ def subsection(title: str, *blocks: str) -> Markup:
 
 def paragraph(text: str, css_class: str = "") -> Markup:
     """A paragraph of text."""
+    text = keep_together(text)
     return Markup('<p class="{}">{}</p>').format(css_class, text) if css_class else Markup("<p>{}</p>").format(text)
 
 
 def callout(title: str, text: str, kind: str = "bad") -> Markup:
     """A message one must not miss. `kind` is bad or good."""
-    return Markup('<div class="callout {}" role="note"><strong>{}</strong> <span>{}</span></div>').format(kind, title, text)
+    return Markup('<div class="callout {}" role="note"><strong>{}</strong> <span>{}</span></div>').format(
+        kind, title, text
+    )
 
 
 def tiles(values: Sequence[tuple[str, str, str]]) -> Markup:
@@ -58,7 +60,9 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> Markup:
 def chips(values: Sequence[tuple[str, str, str]]) -> Markup:
     """The state of several steps at a glance: (name, state, note); the state is also a CSS class."""
     chip = Markup('<li class="chip {}"><b>{}</b> <span>{}</span></li>')
-    return Markup('<ul class="chips">\n{}\n</ul>').format(join(chip.format(state, name, note) for name, state, note in values))
+    return Markup('<ul class="chips">\n{}\n</ul>').format(
+        join(chip.format(state, name, note) for name, state, note in values)
+    )
 
 
 def facts(values: Mapping[str, object]) -> Markup:
@@ -94,7 +98,7 @@ def html_table(
             cells.append(tag.format(classes[column], value, bar))
         body.append(Markup("<tr>{}</tr>").format(join(cells, "")))
     table = Markup(
-        '<div class="scroll" tabindex="0" role="region" aria-label="{}">\n<table>\n<caption>{}</caption>\n'
+        '<div class="scroll" tabindex="0" role="region" aria-label="{}">\n<table>\n<caption><span>{}</span></caption>\n'
         "<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody>\n</table>\n</div>"
     ).format(caption, caption, head, join(body))
     return join([table, *(paragraph(note, "tablenote") for note in notes)])
@@ -103,7 +107,9 @@ def html_table(
 def _bar(share: float) -> Markup:
     if pd.isna(share):
         return _EMPTY
-    return Markup('<span class="bar" aria-hidden="true"><i style="width:{}%"></i></span>').format(f"{100 * min(max(share, 0), 1):.1f}")
+    return Markup('<span class="bar" aria-hidden="true"><i style="width:{}%"></i></span>').format(
+        f"{100 * min(max(share, 0), 1):.1f}"
+    )
 
 
 def figure_block(figure: go.Figure, title: str, caption: str, *, alt: str, scale_toggle: bool = False) -> Markup:
@@ -128,7 +134,7 @@ def figure_block(figure: go.Figure, title: str, caption: str, *, alt: str, scale
         alt=alt,
         height=figure.layout.height or 400,
         data=data,
-        caption=caption,
+        caption=keep_together(caption),
     )
 
 
@@ -158,7 +164,9 @@ def page(title: str, lead: str, blocks: Iterable[str], *, kind: str = "Run repor
     body = join(blocks)
     library = _EMPTY
     if 'class="plot"' in body:
-        library = Markup("<script>{}</script>\n<script>{}</script>").format(Markup(plotly.offline.get_plotlyjs()), Markup(SCRIPT))
+        library = Markup("<script>{}</script>\n<script>{}</script>").format(
+            Markup(plotly.offline.get_plotlyjs()), Markup(SCRIPT)
+        )
     return Markup(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -166,7 +174,16 @@ def page(title: str, lead: str, blocks: Iterable[str], *, kind: str = "Run repor
         "<title>{title} · gptloom</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n"
         '<header>\n<p class="kind">gptloom · {kind}</p>\n<h1>{title}</h1>\n<p class="lead">{lead}</p>\n</header>\n'
         "{body}\n<footer>{footer}</footer>\n</main>\n{library}\n</body>\n</html>\n"
-    ).format(policy=Markup(POLICY), title=title, style=Markup(STYLE), kind=kind, lead=lead, body=body, footer=footer, library=library)
+    ).format(
+        policy=Markup(POLICY),
+        title=title,
+        style=Markup(STYLE),
+        kind=kind,
+        lead=keep_together(lead),
+        body=body,
+        footer=footer,
+        library=library,
+    )
 
 
 def write_page(path: Path, html: str) -> Path:

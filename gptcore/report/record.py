@@ -16,11 +16,11 @@ import yaml
 
 from gptcore.config import UserError
 from gptcore.journal import FILE_NAME, read_journal
+from gptcore.report.wording import MISSING
 
 STEPS = ("train", "floor", "evaluate", "timing", "quantization", "accumulation", "rnn")
 FAMILY_NAMES = {"gpt": "GPT", "lstm": "LSTM", "bigram": "bigram"}
 COMPARISON_COLUMNS = ["model", "parameters", "val_loss", "val_bpb", "val_ppl", "tok_per_sec", "seconds"]
-MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def read_run(run_dir: Path) -> RunRecord:
     """Read everything a report needs. Raises UserError if `run_dir` is not a run's directory."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file() and not (run_dir / FILE_NAME).is_file():
-        raise UserError(f"{run_dir}: not a run's directory (neither config.yaml nor {FILE_NAME} in it); give a folder of runs/")
+        raise UserError(
+            f"{run_dir}: not a run's directory (neither config.yaml nor {FILE_NAME} in it); give a folder of runs/"
+        )
     config_text = _read_text(run_dir / "config.yaml")
     try:
         config = yaml.safe_load(config_text)
@@ -86,7 +88,8 @@ def read_run(run_dir: Path) -> RunRecord:
     records = read_journal(run_dir / FILE_NAME)[0]
     opened: dict[str, Any] = next((r for r in records if r["kind"] == "open"), {})
     seconds = _read_object(run_dir / "timing.json") or {}
-    switches = config.get("studies") if isinstance(config.get("studies"), dict) else {}
+    switches = config.get("studies")
+    switches = switches if isinstance(switches, dict) else {}
     return RunRecord(
         directory=run_dir,
         name=str(opened.get("run", run_dir.name)),
@@ -108,7 +111,7 @@ def read_step(directory: Path, *, is_on: bool = True) -> StepRecord:
         if directory.is_dir() and is_on:
             return StepRecord(name, "failed", "the process left neither a journal nor a result")
         return StepRecord(name, "absent" if is_on else "off")
-    last = next((r for r in reversed(records) if r["kind"] in ("open", "close")), {})
+    last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] in ("open", "close")), {})
     metrics, tags = metrics_frame(records), _merged(records, "tags")
     if last.get("kind") == "close" and last.get("status") != "FINISHED":
         reason = str(last.get("reason") or str(last.get("status")).lower())
@@ -143,7 +146,7 @@ def compare_models(run: RunRecord) -> pd.DataFrame:
         _uniform_row(run),
     ]
     frame = pd.DataFrame([row for row in rows if row], columns=COMPARISON_COLUMNS)
-    return frame.astype({"parameters": "Int64", **{c: "float64" for c in COMPARISON_COLUMNS[2:]}})
+    return frame.astype({"parameters": "Int64", **dict.fromkeys(COMPARISON_COLUMNS[2:], "float64")})
 
 
 def format_comparison(frame: pd.DataFrame) -> pd.DataFrame:
@@ -194,7 +197,11 @@ def _int8_row(run: RunRecord) -> dict[str, Any] | None:
     row = next((r for r in study_rows(study) if r.get("weights") == "int8"), None)
     if study.status == "failed" or row is None:
         return {"model": f"{name} (failed)"}
-    return {"model": name, "parameters": run.steps["train"].number("parameters"), "val_bpb": _finite(row.get("val_bpb"))}
+    return {
+        "model": name,
+        "parameters": run.steps["train"].number("parameters"),
+        "val_bpb": _finite(row.get("val_bpb")),
+    }
 
 
 def _uniform_row(run: RunRecord) -> dict[str, Any] | None:
@@ -204,7 +211,13 @@ def _uniform_row(run: RunRecord) -> dict[str, Any] | None:
         return None
     tokens, size = run.steps["evaluate"].number("tokens"), run.steps["evaluate"].number("bytes")
     bpb = loss / math.log(2) * tokens / size if tokens and size else None
-    return {"model": "uniform guess −ln(1/V)", "parameters": 0, "val_loss": loss, "val_bpb": bpb, "val_ppl": math.exp(loss)}
+    return {
+        "model": "uniform guess −ln(1/V)",
+        "parameters": 0,
+        "val_loss": loss,
+        "val_bpb": bpb,
+        "val_ppl": math.exp(loss),
+    }
 
 
 def study_rows(step: StepRecord) -> list[dict[str, Any]]:

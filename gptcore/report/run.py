@@ -11,9 +11,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from gptcore.report import page
-from gptcore.report.figures import Curve, duration, line_figure, time_figure
+from gptcore.report.figures import Curve, line_figure, time_figure
 from gptcore.report.record import (
-    MISSING,
     RunRecord,
     StepRecord,
     compare_models,
@@ -22,11 +21,12 @@ from gptcore.report.record import (
     study_rows,
     training_speed,
 )
-from gptcore.report.studies import study_block, time_parts
+from gptcore.report.studies import rnn_block, study_block, time_parts
+from gptcore.report.wording import MISSING, duration, number, short_count
 
 # Random logits of standard deviation s cost about s²/2 nats more than a uniform guess: 0.1 allows s = 0.45.
 UNTRAINED_TOLERANCE = 0.1
-MODEL_STEPS = (("train", "main", "solid"), ("rnn", "baseline", "solid"), ("floor", "floor", "solid"))
+MODEL_STEPS = (("train", "main", "solid"), ("rnn", "baseline", "dash"), ("floor", "floor", "dot"))
 STATES = {"done": "", "failed": "failed", "off": "switched off", "absent": "not run"}
 
 
@@ -61,15 +61,19 @@ def headline_of(run: RunRecord) -> str:
     """`headline` of a run already read."""
     train, evaluation = run.steps["train"], run.done("evaluate")
     if train.status == "failed":
-        return f"Training failed: {train.reason}."
+        return f"Training failed: {train.reason.rstrip('.')}."
     if train.status != "done":
         return "This run trained no model."
     bpb = evaluation.number("val_bpb") if evaluation else train.number("val_bpb")
     if bpb is None:
         return f"The {run.model_name} was trained, but its quality on held-out text was not measured."
-    interval = interval_text(evaluation)
+    interval = intervalnumber(evaluation)
     text = f"The {run.model_name} spends {bpb:.3f} bits on a byte of text it has never seen{f' ({interval})' if interval else ''}"
-    gaps = [gap for step, name in (("floor", "the bigram floor"), ("rnn", "the LSTM")) if (gap := _gap(run, bpb, step, name))]
+    gaps = [
+        gap
+        for step, name in (("floor", "the bigram floor"), ("rnn", "the LSTM"))
+        if (gap := _gap(run, bpb, step, name))
+    ]
     text += "".join(f", {gap}" if i == 0 else f" and {gap}" for i, gap in enumerate(gaps))
     seconds, device = train.number("seconds"), train.result.get("device")
     if seconds is not None:
@@ -77,7 +81,7 @@ def headline_of(run: RunRecord) -> str:
     return f"{text} on {device}." if device else f"{text}."
 
 
-def interval_text(evaluation: StepRecord | None) -> str:
+def intervalnumber(evaluation: StepRecord | None) -> str:
     """`95 % interval 1.91–1.95`, or nothing where there is none."""
     low, high = (evaluation.number("val_bpb_low"), evaluation.number("val_bpb_high")) if evaluation else (None, None)
     return f"95 % interval {low:.3f}–{high:.3f}" if low is not None and high is not None else ""
@@ -90,20 +94,33 @@ def summary(run: RunRecord) -> Markup:
     if run.done("train"):
         best = evaluation or train
         loss, peak, mfu = best.number("val_loss"), train.series("mem/peak_mib"), train.series("perf/mfu")
-        speed, mfu_text = training_speed(train), f"MFU {mfu.median():.1f} %, median" if len(mfu) else "median while training"
+        speed, mfu_text = (
+            training_speed(train),
+            f"MFU {mfu.median():.1f} %, median" if len(mfu) else "median while training",
+        )
         values = [
-            ("bits per byte", _text(best.number("val_bpb"), ".3f"), interval_text(evaluation).replace("interval ", "") or "held-out text"),
-            ("validation loss", _text(loss, ".3f"), f"nats per token · perplexity {math.exp(loss):.2f}" if loss is not None else ""),
-            ("parameters", _text(train.number("parameters"), ",.0f"), str(train.result.get("precision") or "")),
-            ("tokens seen", short_count(train.number("tokens_seen")), f"{_text(train.number('steps'), ',.0f')} steps"),
-            ("tok/s", _text(speed, ",.0f"), mfu_text),
+            (
+                "bits per byte",
+                number(best.number("val_bpb"), ".3f"),
+                intervalnumber(evaluation).replace("interval ", "") or "held-out text",
+            ),
+            (
+                "validation loss",
+                number(loss, ".3f"),
+                f"nats per token · perplexity {math.exp(loss):.2f}" if loss is not None else "",
+            ),
+            ("parameters", number(train.number("parameters"), ",.0f"), str(train.result.get("precision") or "")),
+            ("tokens seen", short_count(train.number("tokens_seen")), f"{number(train.number('steps'), ',.0f')} steps"),
+            ("tok/s", number(speed, ",.0f"), mfu_text),
             ("peak memory", f"{peak.max():,.0f} MiB" if len(peak) else MISSING, "while training"),
         ]
         parts.append(page.tiles(values))
     parts.append(page.chips(_chip_values(run)))
     for step in run.steps.values():
         if step.status == "failed":
-            parts.append(page.callout(f"{step.name} failed.", f"{step.reason}. It has no numbers in this report."))
+            parts.append(
+                page.callout(f"{step.name} failed.", f"{step.reason.rstrip('.')}. It has no numbers in this report.")
+            )
     return page.join(parts)
 
 
@@ -115,12 +132,25 @@ def comparison_section(run: RunRecord) -> Markup:
     text = format_comparison(frame)
     bpb = frame["val_bpb"]
     bars = {"bits per byte": list(bpb / bpb.max())}
-    text.columns = ["model", "parameters", "val loss (nats/token)", "bits per byte", "perplexity", "training tok/s", "training (s)"]
+    text = text[
+        ["model", "val_bpb", "val_loss", "val_ppl", "parameters", "tok_per_sec", "seconds"]
+    ]  # a phone shows the first few
+    text.columns = [
+        "model",
+        "bits per byte",
+        "val loss (nats/token)",
+        "perplexity",
+        "parameters",
+        "training tok/s",
+        "training (s)",
+    ]
     notes = ["Bits per byte compares models of any vocabulary; loss and perplexity only those of one. Lower is better."]
-    interval, evaluation = interval_text(run.done("evaluate")), run.done("evaluate")
+    interval, evaluation = intervalnumber(run.done("evaluate")), run.done("evaluate")
     if interval and evaluation:
         unit = evaluation.result.get("interval_unit", "held-out text")
-        notes.append(f"{run.model_name}: {interval} over {_text(evaluation.number('bytes'), ',.0f')} bytes, from resampling {unit}. It does not hold the spread between seeds.")
+        notes.append(
+            f"{run.model_name}: {interval} over {number(evaluation.number('bytes'), ',.0f')} bytes, from resampling {unit}. It does not hold the spread between seeds."
+        )
     notes += _int8_note(run)
     caption = "All models on the same held-out text; n = 1 training run of each"
     return page.section("Models compared", page.html_table(text, caption, bars=bars, notes=notes))
@@ -140,13 +170,18 @@ def learning_section(run: RunRecord) -> Markup:
     blocks = []
     if curves:
         figure = line_figure(
-            curves, x_title="tokens seen", y_title="loss (nats per token)", reference=("uniform guess, ln V", uniform) if uniform else None
+            curves,
+            x_title="tokens seen",
+            y_title="loss (nats per token)",
+            reference=("uniform guess, ln V", uniform) if uniform else None,
         )
         eval_tokens = run.section("train").get("eval_tokens")
         caption = "Thick: held-out text. Thin: training batches. Click a name to hide it, drag to zoom, double-click to return."
         if isinstance(eval_tokens, int) and eval_tokens > 0:
             caption += f" Held-out points on the way use at most the first {eval_tokens:,} validation tokens, the last one all of them."
-        blocks.append(page.figure_block(figure, "Loss over tokens", caption, alt=_curves_alt(curves), scale_toggle=True))
+        blocks.append(
+            page.figure_block(figure, "Loss over tokens", caption, alt=_curves_alt(curves), scale_toggle=True)
+        )
     small = [_small_figure(run.steps["train"], *spec) for spec in _SMALL]
     if any(small):
         blocks.append(page.figure_row(*(figure for figure in small if figure)))
@@ -161,7 +196,11 @@ def time_section(run: RunRecord) -> Markup:
     if run.seconds:
         total = sum(run.seconds.values())
         trained = run.seconds.get("train")
-        share = f"{trained / total:.0%} of the time was training" if trained is not None and total else "No training in this time"
+        share = (
+            f"{100 * trained / total:.0f} % of the time was training"
+            if trained is not None and total
+            else "No training in this time"
+        )
         intro = f"{share}: {duration(trained or 0)} of {duration(total)} in all steps together."
         parts = time_parts(run)
         alt = "Seconds by step: " + ", ".join(f"{name} {duration(value)}" for name, value in run.seconds.items()) + "."
@@ -176,8 +215,12 @@ def time_section(run: RunRecord) -> Markup:
 
 def studies_section(run: RunRecord) -> Markup:
     """The research items: their tables and what follows from them."""
-    blocks = [study_block(run.steps[name]) for name in ("quantization", "accumulation") if run.steps[name].status in ("done", "failed")]
-    if rnn := _rnn_block(run):
+    blocks = [
+        study_block(run.steps[name])
+        for name in ("quantization", "accumulation")
+        if run.steps[name].status in ("done", "failed")
+    ]
+    if rnn := rnn_block(run):
         blocks.append(rnn)
     return page.section("Studies", *blocks) if blocks else Markup()
 
@@ -190,19 +233,33 @@ def check_section(run: RunRecord) -> Markup:
         untrained, uniform = step.number("untrained_loss"), step.number("uniform_loss")
         if untrained is not None and uniform is not None:
             passed = abs(untrained - uniform) <= UNTRAINED_TOLERANCE
-            rows.append((_model_name(run, step_name), f"{untrained:.4f}", f"{uniform:.4f}", f"{untrained - uniform:+.4f}", "pass" if passed else "fail"))
+            verdict = "pass" if passed else "fail"
+            rows.append(
+                (
+                    _model_name(run, step_name),
+                    verdict,
+                    f"{untrained:.4f}",
+                    f"{uniform:.4f}",
+                    f"{untrained - uniform:+.4f}",
+                )
+            )
     if not rows:
         return Markup()
-    frame = pd.DataFrame(rows, columns=["model", "untrained loss", "−ln(1/V)", "difference", "verdict"])
-    failed = [row[0] for row in rows if row[-1] == "fail"]
-    verdict = (
-        page.callout("Fail.", f"{' and '.join(failed)}: the first guess is off by more than {UNTRAINED_TOLERANCE} nats; look at the initialisation.")
+    frame = pd.DataFrame(rows, columns=["model", "verdict", "untrained loss", "−ln(1/V)", "difference"])
+    failed = [row[0] for row in rows if row[1] == "fail"]
+    message = (
+        page.callout(
+            "Fail.",
+            f"{' and '.join(failed)}: the first guess is off by more than {UNTRAINED_TOLERANCE} nats; look at the initialisation.",
+        )
         if failed
         else page.callout("Pass.", f"Every model starts within {UNTRAINED_TOLERANCE} nats of a uniform guess.", "good")
     )
-    table = page.html_table(frame, f"Loss before the first step, nats per token; tolerance ±{UNTRAINED_TOLERANCE}", text_columns=["verdict"])
+    table = page.html_table(
+        frame, f"Loss before the first step, nats per token; tolerance ±{UNTRAINED_TOLERANCE}", text_columns=["verdict"]
+    )
     intro = "Before training, every token of the vocabulary should look equally likely. A larger loss means confident nonsense at the start."
-    return page.section("Does it start from nothing?", verdict, table, intro=intro)
+    return page.section("Does it start from nothing?", message, table, intro=intro)
 
 
 def samples_section(run: RunRecord) -> Markup:
@@ -211,9 +268,15 @@ def samples_section(run: RunRecord) -> Markup:
     if not isinstance(samples, list) or not samples:
         return Markup()
     settings = run.section("evaluate")
-    how = [f"{name.replace('_', '-')} {settings[name]}" for name in ("temperature", "top_k", "seed") if settings.get(name) is not None]
+    how = [
+        f"{name.replace('_', '-')} {settings[name]}"
+        for name in ("temperature", "top_k", "seed")
+        if settings.get(name) is not None
+    ]
     prompt = settings.get("prompt")
-    intro = f"As generated{': ' + ', '.join(how) if how else ''}. " + (f"Every sample starts with “{prompt}”." if prompt else "Each starts where a document starts.")
+    intro = f"As generated{': ' + ', '.join(how) if how else ''}. " + (
+        f"Every sample starts with “{prompt}”." if prompt else "Each starts where a document starts."
+    )
     blocks = page.text_blocks([str(sample) for sample in samples], "Sample")
     return page.section("What it writes", Markup('<div class="samples">{}</div>').format(blocks), intro=intro)
 
@@ -223,9 +286,17 @@ def data_section(run: RunRecord) -> Markup:
     if not run.dataset:
         return Markup()
     profile = run.dataset.get("profile")
-    values: dict[str, Any] = {"name": run.dataset.get("name"), "corpus id": run.dataset.get("digest"), "source": run.dataset.get("source")}
+    values: dict[str, Any] = {
+        "name": run.dataset.get("name"),
+        "corpus id": run.dataset.get("digest"),
+        "source": run.dataset.get("source"),
+    }
     values |= _flat(profile) if isinstance(profile, dict) else {}
-    shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in values.items() if value not in (None, "")}
+    shown = {
+        key: f"{value:,}" if isinstance(value, int) else value
+        for key, value in values.items()
+        if value not in (None, "")
+    }
     return page.section("Data", page.facts({key.replace("_", " "): value for key, value in shown.items()}))
 
 
@@ -252,37 +323,31 @@ def _small_figure(step: StepRecord, key: str, title: str, caption: str, style: s
     values = step.series(key)
     if values.empty:
         return Markup()
-    figure = line_figure([Curve(title, values)], x_title="tokens seen", y_title="", height=220)
+    figure = line_figure([Curve(title, values)], x_title="tokens seen", y_title="", height=220, from_zero=True)
     span = f"from {values.iloc[0]:{style}} to {values.iloc[-1]:{style}}, between {values.min():{style}} and {values.max():{style}}"
-    return page.figure_block(figure, title, f"{caption}; median {values.median():{style}}, n = {len(values)}", alt=f"{title} over tokens seen: {span}.")
+    return page.figure_block(
+        figure,
+        title,
+        f"{caption}; median {values.median():{style}}, n = {len(values)}",
+        alt=f"{title} over tokens seen: {span}.",
+    )
 
 
 def _position_block(run: RunRecord) -> Markup:
     losses = run.steps["evaluate"].result.get("loss_by_position")
-    if not isinstance(losses, list) or len(losses) < 2 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in losses):
+    if (
+        not isinstance(losses, list)
+        or len(losses) < 2
+        or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in losses)
+    ):
         return Markup()
     values = pd.Series(losses, index=range(1, len(losses) + 1), dtype=float)
-    figure = line_figure([Curve("loss", values)], x_title="tokens of context", y_title="loss (nats per token)", height=300)
+    figure = line_figure(
+        [Curve("loss", values)], x_title="tokens of context", y_title="loss (nats per token)", height=300
+    )
     half = len(values) // 2
-    caption = f"Held-out loss by how much of the window the model has read: {values.iloc[0]:.2f} nats with one token, {values.iloc[half:].mean():.2f} in the window's second half."
+    caption = f"Held-out loss by how much of the window the model has read: {values.iloc[0]:.2f} nats with one token, {sum(losses[half:]) / len(losses[half:]):.2f} in the window's second half."
     return page.figure_block(figure, "What context is worth", caption, alt=caption, scale_toggle=True)
-
-
-def _rnn_block(run: RunRecord) -> Markup:
-    rnn, train = run.steps["rnn"], run.done("train")
-    if rnn.status == "failed":
-        return page.subsection("LSTM baseline", page.callout("This study failed.", rnn.reason))
-    if rnn.status != "done" or train is None:
-        return Markup()
-    ours, theirs = train.number("val_bpb"), rnn.number("val_bpb")
-    sizes = f"{_text(rnn.number('parameters'), ',.0f')} parameters against {_text(train.number('parameters'), ',.0f')}, {short_count(rnn.number('tokens_seen'))} tokens against {short_count(train.number('tokens_seen'))}"
-    if ours is None or theirs is None:
-        return Markup()
-    words = "ahead of" if ours < theirs else "behind"
-    speed, base = training_speed(train), training_speed(rnn)
-    pace = f" It trains at {base:,.0f} tok/s, the {run.model_name} at {speed:,.0f}." if speed and base else ""
-    text = f"With {sizes}, the {run.model_name} is {abs(theirs - ours):.3f} bits per byte {words} the LSTM ({ours:.3f} and {theirs:.3f}; n = 1 of each).{pace}"
-    return page.subsection("LSTM baseline", page.paragraph(text))
 
 
 def _gap(run: RunRecord, bpb: float, step_name: str, name: str) -> str:
@@ -318,20 +383,6 @@ def _curves_alt(curves: list[Curve]) -> str:
 
 def _model_name(run: RunRecord, step_name: str) -> str:
     return {"train": run.model_name, "rnn": "LSTM", "floor": "bigram"}[step_name]
-
-
-def _text(value: float | None, style: str) -> str:
-    return MISSING if value is None else format(value, style)
-
-
-def short_count(value: float | None) -> str:
-    """4,096,000 → 4.1 M; a dash for nothing."""
-    if value is None:
-        return MISSING
-    for size, letter in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.0f}"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from gptcore.report import page
-from gptcore.report.record import MISSING, RunRecord, StepRecord, study_rows
+from gptcore.report.record import RunRecord, StepRecord, study_rows, training_speed
+from gptcore.report.wording import MISSING, number, short_count
 
 TITLES = {
     "timing": "Inside a training step",
@@ -32,7 +33,14 @@ LABELS = {
     "grad_difference": "gradient difference",
     "peak_mib": "peak memory (MiB)",
 }
-STYLES = {"val_bpb": ".4f", "bpb_delta": "+.4f", "share": ".1%", "tok_per_sec": ",.0f", "peak_mib": ",.1f", "size_mib": ",.2f"}
+STYLES = {
+    "val_bpb": ".4f",
+    "bpb_delta": "+.4f",
+    "ms": ",.1f",
+    "tok_per_sec": ",.0f",
+    "peak_mib": ",.1f",
+    "size_mib": ",.2f",
+}
 
 
 def study_block(step: StepRecord) -> Markup:
@@ -48,6 +56,24 @@ def study_block(step: StepRecord) -> Markup:
         bars = {"share": [row.get("share", math.nan) for row in rows]} if "share" in frame.columns else None
         blocks.append(page.html_table(frame, _caption(step), text_columns=words, bars=bars))
     return page.subsection(title, *blocks)
+
+
+def rnn_block(run: RunRecord) -> Markup:
+    """The LSTM beside the model, in a sentence: both are trainings, so their numbers stand in the comparison."""
+    rnn, train = run.steps["rnn"], run.done("train")
+    if rnn.status == "failed":
+        return page.subsection("LSTM baseline", page.callout("This study failed.", rnn.reason))
+    if rnn.status != "done" or train is None:
+        return Markup()
+    ours, theirs = train.number("val_bpb"), rnn.number("val_bpb")
+    sizes = f"{number(rnn.number('parameters'), ',.0f')} parameters against {number(train.number('parameters'), ',.0f')}, {short_count(rnn.number('tokens_seen'))} tokens against {short_count(train.number('tokens_seen'))}"
+    if ours is None or theirs is None:
+        return Markup()
+    words = "ahead of" if ours < theirs else "behind"
+    speed, base = training_speed(train), training_speed(rnn)
+    pace = f" It trains at {base:,.0f} tok/s, the {run.model_name} at {speed:,.0f}." if speed and base else ""
+    text = f"With {sizes}, the {run.model_name} is {abs(theirs - ours):.3f} bits per byte {words} the LSTM ({ours:.3f} and {theirs:.3f}; n = 1 of each).{pace}"
+    return page.subsection("LSTM baseline", page.paragraph(text))
 
 
 def study_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -80,7 +106,11 @@ def _section_shares(timing: StepRecord | None) -> dict[str, float]:
     """Each section's share of a step, at most 1 together."""
     if timing is None:
         return {}
-    times = {str(row.get("section")): row["ms"] for row in study_rows(timing) if isinstance(row.get("ms"), (int, float)) and row["ms"] > 0}
+    times = {
+        str(row.get("section")): row["ms"]
+        for row in study_rows(timing)
+        if isinstance(row.get("ms"), (int, float)) and row["ms"] > 0
+    }
     whole = max(timing.number("wall_ms") or 0.0, sum(times.values()))
     return {name: ms / whole for name, ms in times.items()}
 
@@ -102,7 +132,10 @@ def _named_ranges(step: StepRecord) -> list[dict[str, Any]]:
 def _caption(step: StepRecord) -> str:
     ranged = any(key.endswith("low") for row in study_rows(step) for key in row)
     wall = step.number("wall_ms")
-    facts = [f"a whole step takes {wall:,.1f} ms" if wall is not None else "", "median (fastest–slowest)" if ranged else ""]
+    facts = [
+        f"a whole step takes {wall:,.1f} ms" if wall is not None else "",
+        "median (fastest–slowest)" if ranged else "",
+    ]
     return "; ".join(fact for fact in facts if fact) or "measured on this run's model and device"
 
 
@@ -122,6 +155,8 @@ def _number(value: Any, key: str) -> str:
         return MISSING if value is None else str(value)
     if not math.isfinite(value):
         return MISSING
+    if key == "share":
+        return f"{100 * value:.1f} %"
     if key in STYLES:
         return format(value, STYLES[key])
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -129,4 +164,3 @@ def _number(value: Any, key: str) -> str:
 
 def _label(key: str) -> str:
     return LABELS.get(key, key.replace("_", " "))
-

@@ -38,13 +38,14 @@ section { margin-top: 3.25rem; padding-top: 1.5rem; border-top: 1px solid var(--
 .scroll { overflow-x: auto; margin: 1.1rem 0 .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .94rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .87rem; padding-bottom: .5rem; }
+caption span { display: block; position: sticky; left: 0; max-width: min(46rem, calc(100vw - 2rem)); }
+tbody th, thead th:first-child { position: sticky; left: 0; background: var(--paper); }
 th, td { padding: .5rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 th:first-child { padding-left: 0; } td:last-child, th:last-child { padding-right: 0; }
-td.long { white-space: normal; min-width: 14rem; }
 thead th { color: var(--soft); font-weight: 500; font-size: .85rem; border-bottom-color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 600; }
 .text { text-align: left; } .number { text-align: right; }
-.bar { display: block; height: 4px; margin-top: .25rem; min-width: 6rem; background: var(--line); border-radius: 2px; overflow: hidden; }
+.bar { display: block; height: 4px; margin: .25rem 0 0 auto; width: 6.5rem; background: var(--line); border-radius: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--accent); border-radius: 2px; }
 .tablenote, figcaption { color: var(--soft); font-size: .87rem; margin: .3rem 0; max-width: 46rem; }
 figure { margin: 1.6rem 0 0; min-width: 0; }
@@ -59,12 +60,15 @@ figure { margin: 1.6rem 0 0; min-width: 0; }
 .facts dt { color: var(--soft); font-size: .82rem; } .facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 pre { font: .875rem/1.55 ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; background: var(--panel); border-radius: .6rem; padding: 1rem 1.2rem; margin: .4rem 0 0; }
-.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); gap: 0 1.25rem; }
 details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; }
 footer { margin-top: 3.5rem; color: var(--soft); font-size: .82rem; overflow-wrap: anywhere; }
 @media (max-width: 36rem) { main { padding: 1.5rem 1rem 3rem; } section { margin-top: 2.25rem; }
-  .tiles { grid-template-columns: 1fr 1fr; gap: .5rem; } .tile { padding: .6rem .75rem; } .tile dd { font-size: 1.25rem; } }
-@media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; } .toggle { display: none; } .scroll { overflow: visible; }
+  .tiles { grid-template-columns: 1fr 1fr; gap: .5rem; } .tile { padding: .6rem .75rem; } .tile dd { font-size: 1.25rem; }
+  th, td { padding: .45rem .5rem; } tbody th { white-space: normal; min-width: 5.5rem; } .bar { width: 4.5rem; } }
+@media print { body { font-size: 10.5pt; } main { width: 680px; padding: 0; } .row { grid-template-columns: repeat(3, 1fr); }
+  .tiles { grid-template-columns: repeat(3, 1fr); } .toggle { display: none; } .scroll { overflow: visible; }
+  table { font-size: 8.5pt; } th, td { padding: .3rem .4rem; white-space: normal; } .number { white-space: nowrap; } thead .number { white-space: normal; } tbody th, thead th:first-child { position: static; }
   figure, table, .tile, .callout, pre { break-inside: avoid; } h2, h3 { break-after: avoid; } section { margin-top: 1.5rem; } }
 """
 
@@ -75,28 +79,34 @@ SCRIPT = """
   const colours = () => dark.matches && !printing
     ? {ink: '#c6ccd2', grid: '#2b3138', line: '#4a525b', paper: '#1c2126'}
     : {ink: '#3c434a', grid: '#e7eaee', line: '#aab1b9', paper: '#ffffff'};
-  const theme = layout => {
+  // Plots are drawn for the screen's width; paper has its own, the one of main in the style sheet.
+  const paperWidth = plot => plot.closest('.row') ? 210 : 680;
+  const theme = (plot, layout) => {
     const c = colours(), change = {'font.color': c.ink, 'hoverlabel.bgcolor': c.paper, 'hoverlabel.font.color': c.ink};
+    if (matchMedia('(hover: none)').matches) change.dragmode = false; // a finger on a plot scrolls the page
     for (const axis of Object.keys(layout).filter(key => /^[xy]axis/.test(key))) {
       change[axis + '.gridcolor'] = c.grid;
       change[axis + '.linecolor'] = c.line;
     }
-    return change;
+    return Object.assign(change, printing ? {width: paperWidth(plot)} : {width: null, autosize: true});
   };
   const plots = new Map();
   for (const plot of document.querySelectorAll('.plot')) {
     const figure = JSON.parse(plot.nextElementSibling.textContent);
-    plots.set(plot, figure);
-    Plotly.newPlot(plot, figure.data, figure.layout, {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['select2d', 'lasso2d']})
-      .then(() => Plotly.relayout(plot, theme(figure.layout)));
+    plots.set(plot, {layout: figure.layout, x: figure.data.map(trace => trace.x)});
+    Plotly.newPlot(plot, figure.data, figure.layout, {responsive: true, displayModeBar: false})
+      .then(() => Plotly.relayout(plot, theme(plot, figure.layout)));
   }
-  const recolour = () => plots.forEach((figure, plot) => Plotly.relayout(plot, theme(figure.layout)));
+  const recolour = () => plots.forEach(({layout}, plot) => Plotly.relayout(plot, theme(plot, layout)));
   dark.addEventListener('change', recolour);
   addEventListener('beforeprint', () => { printing = true; recolour(); });
   addEventListener('afterprint', () => { printing = false; recolour(); });
   for (const button of document.querySelectorAll('.toggle button')) {
     button.addEventListener('click', () => {
-      Plotly.relayout(button.closest('figure').querySelector('.plot'), {'xaxis.type': button.dataset.scale, 'xaxis.autorange': true});
+      const plot = button.closest('figure').querySelector('.plot'), log = button.dataset.scale === 'log';
+      // A logarithmic axis has no zero: without this, plotly draws a flat line from it.
+      const x = plots.get(plot).x.map(values => log ? values.map(value => value > 0 ? value : null) : values);
+      Plotly.update(plot, {x}, {'xaxis.type': button.dataset.scale, 'xaxis.autorange': true, 'xaxis.dtick': log ? 'D2' : null});
       for (const other of button.parentElement.children) other.setAttribute('aria-pressed', String(other === button));
     });
   }

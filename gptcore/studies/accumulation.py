@@ -1,6 +1,6 @@
 """One batch in 1 and in several micro-steps: are the gradients the same, what does it save, what does it cost?
 
-    python -m gptcore.studies.accumulation CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
+python -m gptcore.studies.accumulation CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
 """
 
 from __future__ import annotations

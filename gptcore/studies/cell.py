@@ -40,7 +40,9 @@ def run_study(name: str, doc: str | None, measure: Callable[[Cell], Outcome], ar
     parser.add_argument("--checkpoint", type=Path, help="trained model: a step_NNNNNN directory")
     args = parser.parse_args(argv)
     if args.shards is None or args.out is None or args.checkpoint is None:
-        raise UserError(f"the {name} study needs --shards DIR, --out DIR and --checkpoint DIR; `gptloom run` gives it all three")
+        raise UserError(
+            f"the {name} study needs --shards DIR, --out DIR and --checkpoint DIR; `gptloom run` gives it all three"
+        )
     cell = Cell(load_config(args.config), ShardSet.open(args.shards), args.checkpoint, args.out)
     start = time.perf_counter()
     with recording(args.out, args.run, args.parent) as journal:

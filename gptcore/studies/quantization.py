@@ -1,6 +1,6 @@
 """What int8 weights cost and give: size on disk, decoding speed, bits per byte on the same tokens.
 
-    python -m gptcore.studies.quantization CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
+python -m gptcore.studies.quantization CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
 """
 
 from __future__ import annotations
@@ -63,7 +63,12 @@ def measure(cell: Cell) -> Outcome:
         f"and decode at {int8['tok_per_sec'] / full['tok_per_sec']:.2f} times the speed of fp32 "
         f"({int8['tok_per_sec']:.0f} against {full['tok_per_sec']:.0f} tok/s at batch 1, n={repeats})."
     )
-    metrics = {"quant/size_mib": int8["size_mib"], "quant/bpb_delta": int8["bpb_delta"], "quant/tok_per_sec": int8["tok_per_sec"], "quant/fp32_tok_per_sec": full["tok_per_sec"]}
+    metrics = {
+        "quant/size_mib": int8["size_mib"],
+        "quant/bpb_delta": int8["bpb_delta"],
+        "quant/tok_per_sec": int8["tok_per_sec"],
+        "quant/fp32_tok_per_sec": full["tok_per_sec"],
+    }
     return Outcome(rows, conclusion, metrics, {})
 
 

@@ -25,7 +25,9 @@ def baseline_config(config: ExperimentConfig, vocab_size: int, n_layer: int = 2)
     width = 2
     while estimate_lstm_parameters(n_layer, width + 1, rows) <= wanted:
         width += 1
-    if estimate_lstm_parameters(n_layer, width + 1, rows) - wanted < wanted - estimate_lstm_parameters(n_layer, width, rows):
+    if estimate_lstm_parameters(n_layer, width + 1, rows) - wanted < wanted - estimate_lstm_parameters(
+        n_layer, width, rows
+    ):
         width += 1
     return with_changes(config, model={"family": "lstm", "n_layer": n_layer, "n_embd": width})
 

@@ -21,7 +21,13 @@ from gptcore.studies.cell import Cell, Outcome, run_study
 from gptcore.timing import PhaseClock, measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 
-MODULES = {"attn": "forward: attention", "mlp": "forward: feed-forward", "lm_head": "forward: head", "wte": "forward: embedding", "lstm": "forward: lstm"}
+MODULES = {
+    "attn": "forward: attention",
+    "mlp": "forward: feed-forward",
+    "lm_head": "forward: head",
+    "wte": "forward: embedding",
+    "lstm": "forward: lstm",
+}
 
 
 def time_modules(model: LanguageModel, clock: PhaseClock) -> ExitStack:
@@ -48,7 +54,10 @@ def time_modules(model: LanguageModel, clock: PhaseClock) -> ExitStack:
 def measure(cell: Cell) -> Outcome:
     repeats = cell.config.studies.repeats
     steps = 2 * repeats + 2
-    config = with_changes(cell.config, train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps), "compile": "off"})
+    config = with_changes(
+        cell.config,
+        train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps), "compile": "off"},
+    )
     trainer = build_trainer(config, cell.shards)
     undisturbed = measure_ms(lambda: train_step(trainer), trainer.device.synchronize, repeats)
     samples = profile_steps(trainer, repeats)
@@ -57,7 +66,16 @@ def measure(cell: Cell) -> Outcome:
     for section in samples[0]:
         values = [sample[section] for sample in samples]
         median = statistics.median(values)
-        rows.append({"section": section, "ms": median, "share": median / wall, "low": min(values), "high": max(values), "n": repeats})
+        rows.append(
+            {
+                "section": section,
+                "ms": median,
+                "share": median / wall,
+                "low": min(values),
+                "high": max(values),
+                "n": repeats,
+            }
+        )
     rows.sort(key=lambda row: -row["ms"])
     top = rows[0]
     conclusion = (
@@ -65,8 +83,21 @@ def measure(cell: Cell) -> Outcome:
         f"{top['section']} is the largest part with {100 * top['share']:.0f} % "
         f"({top['low']:.0f} to {top['high']:.0f} ms, n={repeats})."
     )
-    metrics = {f"timing/{row['section'].replace(': ', '_')}_ms": row["ms"] for row in rows} | {"timing/step_ms": undisturbed.median}
-    return Outcome(rows, conclusion, metrics, {"wall_ms": wall, "step_ms": undisturbed.median, "step_ms_low": undisturbed.low, "step_ms_high": undisturbed.high, "n": repeats})
+    metrics = {f"timing/{row['section'].replace(': ', '_')}_ms": row["ms"] for row in rows} | {
+        "timing/step_ms": undisturbed.median
+    }
+    return Outcome(
+        rows,
+        conclusion,
+        metrics,
+        {
+            "wall_ms": wall,
+            "step_ms": undisturbed.median,
+            "step_ms_low": undisturbed.low,
+            "step_ms_high": undisturbed.high,
+            "n": repeats,
+        },
+    )
 
 
 def profile_steps(trainer: Trainer, repeats: int) -> list[dict[str, float]]:

@@ -1,0 +1,309 @@
+"""The `gptloom` command. Output for people goes to stderr; the last line on stdout is one JSON object, also after a failure.
+
+gptloom run experiments/shakespeare.yaml train.max_steps=200
+gptloom up          # Prefect and MLflow with their UIs, until Ctrl-C or `gptloom down`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - for whoever runs this file with another Python than the installed one
+    _message = "gptloom needs Python 3.11 to 3.13, found " + sys.version.split()[0]
+    sys.stderr.write("error: " + _message + "\n")
+    sys.stdout.write(json.dumps({"error": _message}) + "\n")
+    raise SystemExit(2)
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.entry import (
+    EXIT_BUG,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER,
+    DeviceMemoryError,
+    NonFinite,
+    Stopped,
+    describe_error,
+    exit_code,
+)
+from gptcore.store import home_dir
+
+CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
+EPILOG = """\
+exit codes: 0 done, 2 a mistake in the call or its input, 75 stopped, 76 the loss became infinite, 77 out of memory.
+state lives under $GPTLOOM_HOME (default ./.gptloom): data, runs, mlflow.db, prefect."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code. Whatever writes to stdout meanwhile is sent to stderr, so that the last line is ours."""
+    args = build_parser().parse_args(argv)
+    result: dict[str, Any] = {}
+    with _stdout_to_stderr() as stdout, _sigterm_interrupts():
+        try:
+            code = args.verb(args, result)
+        except BaseException as error:
+            code = _explain(error, result)
+        if args.prints_json:
+            stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+            stdout.flush()
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gptloom",
+        description="From raw text to a trained, evaluated language model: one pipeline, Prefect to run it, MLflow to compare it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    run = verbs.add_parser(
+        "run",
+        help="run an experiment file from text to report",
+        description="Run the whole pipeline of an experiment file. Finished data steps are found again by their content.\n"
+        "Uses the servers of `gptloom up` if they run; otherwise a temporary Prefect server and MLflow in a SQLite file.",
+        epilog=f"fields (default in brackets):\n{describe_fields()}\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("experiment", metavar="EXPERIMENT.yaml", help="experiment file, e.g. experiments/smoke.yaml")
+    run.add_argument(
+        "overrides",
+        metavar="section.field=value",
+        nargs="*",
+        default=[],
+        help="change a field, e.g. data.source=my.txt train.max_steps=200",
+    )
+    run.set_defaults(verb=run_experiment, prints_json=True)
+
+    up = verbs.add_parser(
+        "up",
+        help="start Prefect, MLflow and a worker, until Ctrl-C",
+        description="Start the servers and a worker, register the deployments, print the URLs; Ctrl-C or `gptloom down` stops all of it.",
+    )
+    up.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+    )
+    up.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: %(default)s)")
+    up.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: %(default)s)")
+    up.set_defaults(verb=start_servers, prints_json=False)
+
+    down = verbs.add_parser(
+        "down", help="stop what `gptloom up` started", description="Stop the servers and the worker of `gptloom up`."
+    )
+    down.set_defaults(verb=stop_servers, prints_json=False)
+    return parser
+
+
+def describe_fields() -> str:
+    """Every section.field with default and meaning, from the classes that check them."""
+    lines = []
+    for section, info in ExperimentConfig.model_fields.items():
+        fields = getattr(info.annotation, "model_fields", None)
+        if fields is None:
+            continue
+        lines.append(f"\n  {section}: {(info.annotation.__doc__ or '').strip().splitlines()[0]}")
+        for name, field in fields.items():
+            default = str(field.default).partition("#")[0]
+            text = f"{field.description} [{default}]"
+            lines.append(
+                textwrap.fill(
+                    text, 116, initial_indent=f"    {section}.{name:<{28 - len(section)}} ", subsequent_indent=" " * 34
+                )
+            )
+    return "\n".join(lines) + "\n"
+
+
+# --- run ---------------------------------------------------------------------------------------------------------------
+
+
+def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom run`: check what can be checked in a moment, then the flow."""
+    config = load_config(args.experiment, args.overrides)
+    check_source(config.data.source)
+    home = prepare_home()
+    use_servers()
+    from tasks.tracking import check_store
+
+    check_store()
+    _start_prefect_server()
+    from flows.pipeline import Overrides, new_run_name, pipeline
+
+    _quiet_expected_errors()
+    result["run"] = new_run_name(config.name)
+    flow = pipeline.with_options(flow_run_name=result["run"])
+    outcome = flow(experiment=args.experiment, overrides=Overrides(more=args.overrides))
+    result.update({key: outcome[key] for key in CONTRACT})
+    _print_results(home / "runs" / result["run"])
+    return EXIT_OK
+
+
+def check_source(source: str) -> None:
+    """Refuse a local source that is not there or is empty before any server is started. Raises UserError."""
+    if source.startswith("package:"):
+        return
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"data.source={source}: no such file or folder; give a UTF-8 text file or a folder of .txt files"
+        )
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"data.source={source}: the file is empty; give a UTF-8 text file")
+
+
+def prepare_home() -> Path:
+    """GPTLOOM_HOME, made if need be. Raises UserError when it cannot be."""
+    home = home_dir()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
+        ) from None
+    return home
+
+
+def use_servers() -> None:
+    """Prefect's environment, before its first import: the user's own, else `gptloom up`'s server, else a temporary one."""
+    from tasks.tracking import answers, read_servers
+
+    defaults = {
+        "GPTLOOM_HOME": str(home_dir()),
+        "PREFECT_HOME": str(home_dir() / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    if theirs := os.environ.get("PREFECT_API_URL"):
+        if not answers(f"{theirs}/health"):
+            raise UserError(
+                f"PREFECT_API_URL={theirs}: no Prefect server answers there; start it, or unset the variable to use a temporary one"
+            )
+    elif (ours := read_servers().get("prefect_api_url")) and answers(f"{ours}/health"):
+        defaults["PREFECT_API_URL"] = str(ours)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _start_prefect_server() -> None:
+    """Start Prefect's temporary server, where one is needed, deaf to Ctrl-C: it has to record how the run ended.
+
+    A terminal sends SIGINT to us and to all our children; a blocked signal mask is inherited. Prefect itself ends the server
+    at our exit, by SIGTERM, after the last log lines.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        SubprocessASGIServer().start()  # one per process: Prefect's client finds this one
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _print_results(directory: Path) -> None:
+    from gptcore.report import comparison_table, format_comparison, headline
+
+    table = format_comparison(comparison_table(directory)).to_string(index=False)
+    print(f"\n{table}\n\n{headline(directory)}\nreport: {directory / 'report.html'}", file=sys.stderr)
+
+
+# --- up, down ------------------------------------------------------------------------------------------------------------
+
+
+def start_servers(args: argparse.Namespace, _result: dict[str, Any]) -> int:
+    prepare_home()
+    from flows import servers
+
+    return servers.up(args.host, args.prefect_port, args.mlflow_port)
+
+
+def stop_servers(_args: argparse.Namespace, _result: dict[str, Any]) -> int:
+    from flows import servers
+
+    return servers.down()
+
+
+# --- how it ends ---------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: BaseException, result: dict[str, Any]) -> int:
+    """The exit code of what went wrong, with one sentence on stderr; a traceback only for bugs."""
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ in ("CancelledRun", "TerminationSignal"):
+        code, message = EXIT_STOPPED, "stopped on request"
+    else:
+        code, message = exit_code(error), describe_error(error)
+    if code == EXIT_BUG:
+        logging.getLogger("gptloom").error("this is a bug", exc_info=error)
+    print(f"error: {message}", file=sys.stderr)
+    result["error"] = message
+    return code
+
+
+def _quiet_expected_errors() -> None:
+    """Keep Prefect's tracebacks of mistakes that we explain in one sentence out of the terminal; its UI still has them."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError))
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(is_news)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[Any]:
+    """Nothing but what is written to the yielded stream reaches stdout, not even from child processes."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stdout, contextlib.redirect_stdout(sys.stderr):
+            yield stdout
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends us as Ctrl-C does: children stopped, runs closed, JSON printed."""
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong call also ends in a JSON line on stdout."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        print(f"error: {message}; `{self.prog} --help` explains", file=sys.stderr)
+        print(json.dumps({"error": message}))
+        raise SystemExit(EXIT_USER)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

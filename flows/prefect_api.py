@@ -1,0 +1,71 @@
+"""Prefect's REST API for the few calls `gptloom up` makes: a GET costs milliseconds, importing Prefect costs seconds.
+
+python -c "from flows.prefect_api import request; print(request('http://127.0.0.1:4200/api/health'))"
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import time
+import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+AUTH_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
+
+
+def request(url: str, body: dict[str, Any] | None = None) -> Any:
+    """GET, or POST with a body. Raises OSError (urllib's errors are) when the server does not answer with success."""
+    headers = {"Content-Type": "application/json"}
+    if auth := os.environ.get(AUTH_VARIABLE):
+        headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
+    message = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's proxy
+    with direct.open(message, timeout=10) as response:
+        text = response.read()
+    return json.loads(text) if text.startswith((b"{", b"[")) else None
+
+
+def answers(url: str) -> bool:
+    try:
+        request(url)
+    except (OSError, HTTPException):  # HTTPException: something listens there that does not speak HTTP
+        return False
+    return True
+
+
+def cancel_flow_runs(prefect_url: str, pools: list[str], seconds: float) -> None:
+    """Cancel what our workers run and wait for it, at most so many seconds; a server that does not answer is only reported."""
+    api = f"{prefect_url}/api/flow_runs"
+    active = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+
+    def ours() -> list[dict[str, Any]]:
+        return [run for run in request(f"{api}/filter", active) or [] if run["work_pool_name"] in pools]
+
+    try:
+        for run in request(f"{api}/filter", active) or []:
+            if run["work_pool_name"] in pools:
+                log.info("cancelling flow run %s", run["name"])
+                request(f"{api}/{run['id']}/set_state", {"state": {"type": "CANCELLING", "message": "gptloom down"}})
+            elif run["parent_task_run_id"] is None:
+                log.warning("flow run %s was not started by a worker here; it goes on without its servers", run["name"])
+        if not wait_for(lambda: not ours(), seconds):
+            log.warning("still running after %.0f s, killed now: %s", seconds, ", ".join(run["name"] for run in ours()))
+    except OSError as error:
+        log.warning("Prefect does not answer (%s); flow runs are ended without being cancelled first", error)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Ask five times a second until it is true; False when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

@@ -1,0 +1,119 @@
+"""What several test files share: a home of one's own, a migrated MLflow database, one Prefect server, and honest skips."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REQUIRE_VARIABLE = "GPTLOOM_REQUIRE_SERVICES"  # set to 1 in CI, where a missing service is a failure
+
+# Prefect reads its settings once per process, at its import by the first test file: nothing may reach a server or a home of the user.
+_prefect_home = tempfile.TemporaryDirectory(prefix="gptloom-tests-")
+os.environ.update(
+    PREFECT_HOME=_prefect_home.name,
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    DO_NOT_TRACK="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+)
+for _name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty GPTLOOM_HOME for every test."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("GPTLOOM_HOME", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def _migrated_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One SQLite file with MLflow's tables: making them takes over a second, copying the file nothing."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
+@pytest.fixture
+def mlflow_store(home: Path, _migrated_mlflow: Path) -> str:
+    """The URI of an empty MLflow store at its default place in this test's home."""
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_migrated_mlflow, home / "mlflow.db")
+    return f"sqlite:///{home / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server with a temporary database, about ten seconds once per session; for integration tests only."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 kB of made-up English-like prose in paragraphs, the same every time."""
+    rng = random.Random(0)
+    syllables = [
+        "ba",
+        "be",
+        "bi",
+        "bo",
+        "da",
+        "de",
+        "di",
+        "do",
+        "ka",
+        "ke",
+        "la",
+        "le",
+        "li",
+        "lo",
+        "ma",
+        "me",
+        "mi",
+        "mo",
+        "na",
+        "ne",
+        "no",
+        "ra",
+        "re",
+        "ri",
+        "ro",
+        "sa",
+        "se",
+        "so",
+        "ta",
+        "te",
+        "to",
+    ]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(400)]
+    paragraphs: list[str] = []
+    while sum(map(len, paragraphs)) < 60_000:
+        sentences = (" ".join(rng.choices(words, k=rng.randint(4, 12))).capitalize() for _ in range(rng.randint(2, 6)))
+        paragraphs.append(". ".join(sentences) + ".\n\n")
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text("".join(paragraphs), encoding="utf-8")
+    return path
+
+
+def require(binary: str, reason: str) -> str:
+    """The path of a program that a test needs; without it the test is skipped, or fails where CI promised the program."""
+    path = shutil.which(binary)
+    if path is None:
+        message = f"{binary} is not installed: {reason}"
+        if os.environ.get(REQUIRE_VARIABLE) == "1":
+            pytest.fail(f"{message} ({REQUIRE_VARIABLE}=1)")
+        pytest.skip(message)
+    return path

@@ -1,0 +1,143 @@
+"""One direction: gptcore knows no orchestrator, its rooms import only lower ones, one file knows MLflow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SIDE = ("config", "store", "journal", "entry", "device", "timing")  # may be imported from anywhere in gptcore
+# A token's journey, in order; a room imports only rooms before it.
+ROOMS = (
+    "corpus",
+    "vocab",
+    "shards",
+    "batches",
+    "models",
+    "optim",
+    "checkpoint",
+    "evaluate",
+    "train",
+    "generate",
+    "quantize",
+    "serve",
+    "report",
+    "studies",
+)
+# What training alone may need: a bare GPU box has no more.
+BARE = {"torch", "numpy", "pydantic", "yaml", "safetensors"}
+
+
+def source_files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of all imports in a file, at any depth of nesting."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_modules(path)}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "gptcore").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", source_files("gptcore"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_gptcore_imports_no_layer_above_it(path: Path) -> None:
+    assert not tops(path) & {"prefect", "mlflow", "tasks", "flows"}
+
+
+@pytest.mark.parametrize("path", source_files("gptcore"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_lower_rooms(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    assert room in ROOMS + SIDE, f"{path}: give the room {room} its place in a token's journey"
+    wanted = {name.split(".")[1] for name in imported_modules(path) if name.startswith("gptcore.")} & set(ROOMS) - {
+        room
+    }
+    rank = ROOMS.index(room) if room in ROOMS else -1
+    above = {other for other in wanted if ROOMS.index(other) > rank}
+    # The trainer samples nothing, the evaluator trains nothing: where two rooms want each other, the lower takes an argument.
+    assert not above, f"{path.relative_to(ROOT)} imports {sorted(above)} from above"
+
+
+def test_only_tracking_imports_mlflow() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for package in ("gptcore", "tasks", "flows")
+        for path in source_files(package)
+        if "mlflow" in tops(path)
+    }
+    assert users <= {"tasks/tracking.py"}
+
+
+@pytest.mark.parametrize("path", source_files("tasks"), ids=lambda path: path.name)
+def test_tasks_import_no_flows(path: Path) -> None:
+    assert "flows" not in tops(path)
+
+
+def test_no_pickle() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for package in ("gptcore", "tasks", "flows")
+        for path in source_files(package)
+        if tops(path) & {"pickle", "cloudpickle", "joblib"}
+    }
+    assert not users
+
+
+def test_training_needs_five_packages_only() -> None:
+    """The module graph that `import gptcore.train` loads at once, by ast, so that no installed package can hide a new one."""
+    seen: set[Path] = set()
+    foreign: set[str] = set()
+    queue = [ROOT / "gptcore" / "train.py"]
+    while queue:
+        path = queue.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # the top level: lazy imports are the point
+            modules = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for module in modules:
+                top = module.partition(".")[0]
+                if top == "gptcore":
+                    queue += [
+                        p
+                        for p in (
+                            ROOT / (module.replace(".", "/") + ".py"),
+                            ROOT / module.replace(".", "/") / "__init__.py",
+                        )
+                        if p.exists()
+                    ]
+                elif top not in sys.stdlib_module_names:
+                    foreign.add(top)
+    assert foreign <= BARE, f"training would need {sorted(foreign - BARE)} too"
+
+
+@pytest.mark.integration
+def test_flow_signature_is_light() -> None:
+    """The Prefect worker imports the flow for every run: torch and mlflow there cost seconds each time."""
+    code = "import sys, flows.pipeline; sys.exit(bool({'torch', 'mlflow', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -1,0 +1,221 @@
+"""Children of tasks: they report, they fail with a reason, and none is left behind. Stand-in children, real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from gptcore.config import UserError
+from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
+from gptcore.journal import FILE_NAME, read_journal
+from tasks import process
+from tasks.process import run_device_process
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parent.parent
+
+# A device process in small: journal, result, or one of the ways to end badly. No torch, so it starts in a moment.
+CHILD = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from gptcore import entry
+from gptcore.config import UserError
+
+def main(argv):
+    how, out = argv[0], Path(argv[1])
+    stop = entry.StopFlag()
+    stop.install()
+    (out / "pid").write_text(str(os.getpid()))
+    with entry.recording(out, "toy/train") as journal:
+        for step in (1, 2, 3):
+            journal.metrics({"train/loss": 3.0 / step, "perf/tok_per_sec": 9.0}, tokens_seen=step * 8, step=step)
+        if how == "user":
+            raise UserError("data.source=x: no such file")
+        if how == "bug":
+            raise ZeroDivisionError("oh no")
+        if how == "nan":
+            raise entry.NonFinite("loss inf at step 3")
+        if how == "memory":
+            raise entry.DeviceMemoryError("too large")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how in ("wait", "family", "deaf"):
+            if how == "family":
+                grandchild = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+                grandchild.stdout.read(1)
+                (out / "grandchild").write_text(str(grandchild.pid))
+            (out / "ready").touch()
+            while not stop or how == "deaf":
+                time.sleep(0.02)
+            raise entry.Stopped("stopped at step 3; checkpoint kept")
+    print('{"not": "the result"}')
+    return {"val_loss": 1.5}
+
+raise SystemExit(entry.run_process(main))
+"""
+
+
+@pytest.fixture
+def out(home: Path, mlflow_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a step, with the stand-in importable as `standin` by a child."""
+    (tmp_path / "standin.py").write_text(CHILD)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    directory = home / "runs" / "toy" / "train"
+    directory.mkdir(parents=True)
+    return directory
+
+
+def run(how: str, out: Path) -> dict[str, Any]:
+    return run_device_process(["standin", how, str(out)], out, experiment="toy", max_steps=4)
+
+
+def mlflow_status(store: str) -> str:
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.get_experiment_by_name("toy")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    return str(found.info.status)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state != "Z"
+
+
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def interrupt_when_ready(out: Path, number: int = signal.SIGINT) -> None:
+    """Ctrl-C for this very process, once the child works."""
+
+    def work() -> None:
+        wait_for((out / "ready").exists)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_result_log_and_records(out: Path, mlflow_store: str) -> None:
+    assert run("well", out) == {"val_loss": 1.5}  # the last JSON line, not the stray one before it
+    assert "not" in (out / process.LOG_NAME).read_text()
+    assert mlflow_status(mlflow_store) == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("user", UserError, "data.source=x: no such file"),
+        ("nan", NonFinite, "loss inf at step 3"),
+        ("memory", DeviceMemoryError, "too large"),
+        ("bug", RuntimeError, "exit code 1.*ZeroDivisionError: oh no"),
+    ],
+)
+def test_exit_codes_become_exceptions(out: Path, how: str, kind: type[Exception], message: str) -> None:
+    """The command's exit code and sentence depend on it: 2, 76, 77, and a bug with the end of its log."""
+    with pytest.raises(kind, match=f"(?s){message}"):
+        run(how, out)
+
+
+def test_killed_child_leaves_no_run_open(out: Path, mlflow_store: str) -> None:
+    """The kernel's out-of-memory killer gives no chance to close the journal; the task has to."""
+    with pytest.raises(RuntimeError, match="SIGKILL"):
+        run("kill", out)
+    last = read_journal(out / FILE_NAME)[0][-1]
+    assert (last["kind"], last["status"]) == ("close", "FAILED")
+    assert "SIGKILL" in last["reason"]
+    assert mlflow_status(mlflow_store) == "FAILED"
+
+
+def test_interrupt_stops_child_and_grandchild(out: Path, mlflow_store: str) -> None:
+    """The grandchild ignores SIGTERM, as a compiler or data worker may: it has to go with its group."""
+    interrupt_when_ready(out)
+    with pytest.raises(KeyboardInterrupt):
+        run("family", out)
+    assert not is_alive(int((out / "pid").read_text()))
+    grandchild = int((out / "grandchild").read_text())
+    wait_for(lambda: not is_alive(grandchild), 5)
+    last = read_journal(out / FILE_NAME)[0][-1]
+    assert (last["status"], last["reason"]) == ("KILLED", "stopped at step 3; checkpoint kept")
+    assert mlflow_status(mlflow_store) == "KILLED"
+
+
+def test_deaf_child_is_killed_after_the_grace(out: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "GRACE_S", 0.3)
+    interrupt_when_ready(out)
+    with pytest.raises(KeyboardInterrupt):
+        run("deaf", out)
+    assert not is_alive(int((out / "pid").read_text()))
+    assert mlflow_status(mlflow_store) == "KILLED"
+
+
+def test_child_stopped_by_someone_else(out: Path) -> None:
+    """A SIGTERM to the child alone is a stop with a checkpoint (exit 75), not a failure."""
+
+    def work() -> None:
+        wait_for((out / "ready").exists)
+        os.kill(int((out / "pid").read_text()), signal.SIGTERM)
+
+    threading.Thread(target=work, daemon=True).start()
+    with pytest.raises(Stopped, match="checkpoint kept"):
+        run("wait", out)
+
+
+def test_child_started_from_a_short_lived_thread_lives_on(out: Path) -> None:
+    """The parent-death signal fires when the forking *thread* ends; pool threads of Prefect do end."""
+    process._start(["standin", "wait", str(out)], out)  # makes the launcher's thread
+    wait_for((out / "ready").exists)
+    os.kill(int((out / "pid").read_text()), signal.SIGTERM)
+    (out / "ready").unlink()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(process._start(["standin", "wait", str(out)], out))
+        wait_for((out / "ready").exists)  # only now the child has asked for the signal
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    try:
+        time.sleep(0.3)
+        assert started[0].poll() is None, "died with the thread that asked for it"
+    finally:
+        process._end(started[0])
+
+
+def test_child_dies_with_its_killed_parent(out: Path) -> None:
+    """A power-cut of the parent (SIGKILL: no handler runs) must still free the device."""
+    code = "import sys; from pathlib import Path; from tasks.process import run_device_process as run; run(['standin', 'deaf', sys.argv[1]], Path(sys.argv[1]), experiment='toy')"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT)
+    try:
+        wait_for((out / "ready").exists, 60)
+        pid = int((out / "pid").read_text())
+        assert is_alive(pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not is_alive(pid), 5)
+
+
+def test_progress_line(out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(process, "REPORT_S", 0.0)
+    with caplog.at_level("INFO"):
+        run("well", out)
+    assert "step 3/4, loss 1.000, 9 tok/s, about 0 s left" in caplog.text

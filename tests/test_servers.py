@@ -1,0 +1,374 @@
+"""One real `gptloom up` from start to end: what it registers, what a worker runs, and that nothing stays behind.
+
+.venv/bin/pytest tests/test_servers.py        # about four minutes; the tests build on each other, in this order
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import require
+
+from flows.prefect_api import answers, request
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="counts processes in /proc (Linux)"),
+]
+TINY = {
+    "model": {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32},
+    "train": {"max_steps": 30, "global_batch_size": 8, "warmup_steps": 2, "eval_tokens": 512, "seed": 7},
+    "evaluate": {"samples": 1, "sample_tokens": 20, "bootstrap": 0},
+    "studies": {"floor": False, "timing": False, "quantization": False, "accumulation": False, "rnn": False},
+}
+
+
+@dataclass
+class Stack:
+    """A `gptloom up` and where it listens."""
+
+    home: Path
+    prefect_port: int
+    mlflow_port: int
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.prefect_port}/api"
+
+    @property
+    def mlflow_url(self) -> str:
+        return f"http://127.0.0.1:{self.mlflow_port}"
+
+    @property
+    def state(self) -> Path:
+        return self.home / "servers.json"
+
+    def start(self) -> None:
+        """Start it and wait until it says that all is healthy."""
+        output = open(self.home / "up.txt", "w")  # noqa: SIM115 (closed with the child's copy)
+        self.process = subprocess.Popen(self.command("up"), cwd=ROOT, env=self.env, stdout=output, stderr=output)
+        output.close()
+        if not wait_for(lambda: self.state.exists() or self.process.poll() is not None, 180) or not self.state.exists():
+            pytest.fail(f"gptloom up did not come up:\n{(self.home / 'up.txt').read_text()}")
+
+    def command(self, verb: str) -> list[str]:
+        ports = ["--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
+        return [sys.executable, "-m", "flows.cli", verb, *(ports if verb == "up" else [])]
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**os.environ, "GPTLOOM_HOME": str(self.home)}
+
+    def call(self, verb: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(verb), cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=150)
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        return request(f"{self.api}/deployments/name/{name}")
+
+    def start_run(self, deployment: str, parameters: dict[str, Any]) -> str:
+        """A flow run as the UI makes it; returns its id. The key lets a 503 (SQLite is busy) be tried again."""
+        url = f"{self.api}/deployments/{self.deployment(deployment)['id']}/create_flow_run"
+        key = f"{deployment}-{time.monotonic_ns()}"
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "idempotency_key": key}
+        return retried(lambda: request(url, body))["id"]
+
+    def wait_for_run(self, run: str, states: set[str], seconds: float) -> dict[str, Any]:
+        """The flow run once it is in one of these states, or in any final one."""
+        final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+        found: dict[str, Any] = {}
+
+        def arrived() -> bool:
+            found.update(retried(lambda: request(f"{self.api}/flow_runs/{run}")))
+            return found["state_type"] in states | final
+
+        assert wait_for(arrived, seconds), f"still {found['state_type']} after {seconds} s\n{self.worker_log()}"
+        assert found["state_type"] in states, f"{found['state']}\n{self.worker_log()}"
+        return found
+
+    def worker_log(self) -> str:
+        return "\n".join((self.home / "servers" / "worker-cpu.log").read_text().splitlines()[-40:])
+
+    def processes(self) -> dict[int, str]:
+        """Whatever runs with this home in its environment: id and command."""
+        entry = f"GPTLOOM_HOME={self.home}".encode()
+        found = {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                if int(directory.name) != os.getpid() and entry in (directory / "environ").read_bytes().split(b"\0"):
+                    found[int(directory.name)] = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+        return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.3)
+    return True
+
+
+def retried(call: Callable[[], Any]) -> Any:
+    for _ in range(5):
+        try:
+            return call()
+        except OSError:
+            time.sleep(1)
+    return call()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("up"), free_port(), free_port())
+    stack.start()
+    yield stack
+    if stack.process is not None and stack.process.poll() is None:
+        stack.process.terminate()
+        stack.process.wait(120)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Path:
+    """An experiment of seconds on the small text."""
+    path = tmp_path_factory.mktemp("experiments") / "tiny.yaml"
+    path.write_text(json.dumps({**TINY, "data": {"source": str(small_text)}}))  # JSON is YAML
+    return path
+
+
+def test_up_tells_where_it_listens_once_it_is_healthy(stack):
+    """servers.json written too early sends `gptloom run` to servers that refuse it."""
+    state = json.loads(stack.state.read_text())
+    assert state["prefect_api_url"] == stack.api
+    assert state["mlflow_url"] == stack.mlflow_url
+    assert state["pid"] == stack.process.pid
+    assert answers(f"{stack.api}/health")
+    assert answers(f"{stack.mlflow_url}/health")
+    said = (stack.home / "up.txt").read_text()
+    assert f"http://127.0.0.1:{stack.prefect_port}" in said
+    assert stack.mlflow_url in said
+    # One process more per server would be MLflow's eight job runners (2 GB) again.
+    assert len(stack.processes()) <= 7, stack.processes()
+
+
+def test_schedules_fire(stack):
+    """With two known package sets everything starts and the nightly run is never scheduled, or no deployment is made."""
+    scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+
+    def runs() -> list[dict[str, Any]]:
+        return retried(lambda: request(f"{stack.api}/flow_runs/filter", scheduled))
+
+    assert wait_for(lambda: bool(runs()), 20), (stack.home / "servers" / "prefect.log").read_text()[-3000:]
+    nightly = stack.deployment("nightly/nightly")
+    assert all(run["auto_scheduled"] and run["deployment_id"] == nightly["id"] for run in runs())
+    assert all("T02:30:00" in run["expected_start_time"] for run in runs())  # UTC in prefect.yaml
+
+
+def test_deployments_are_registered(stack):
+    for name in ("pipeline/shakespeare", "pipeline/smoke", "nightly/nightly"):
+        assert stack.deployment(name)["work_pool_name"] == "cpu"
+    assert stack.deployment("pipeline/shakespeare-gpu")["work_pool_name"] == "gpu"
+    assert stack.deployment("nightly/nightly")["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+def test_port_in_use_is_the_users_to_mend(stack, tmp_path):
+    """A traceback, or half the servers left running, when another program has the port."""
+    other = Stack(tmp_path, stack.prefect_port, free_port())
+    result = other.call("up")
+    assert result.returncode == 2
+    assert f"port {stack.prefect_port}" in result.stderr
+    assert "gptloom down" in result.stderr
+    assert "--prefect-port" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not other.processes()
+
+
+def test_second_up_for_one_home_is_refused(stack):
+    """Two `up`s on one database and one servers.json: `down` would stop only one of them."""
+    second = Stack(stack.home, free_port(), free_port()).call("up")
+    assert second.returncode == 2
+    assert str(stack.process.pid) in second.stderr
+    assert stack.state.exists()
+
+
+def test_other_hosts_need_a_password(stack, tmp_path):
+    """Prefect runs code for whoever reaches it."""
+    other = Stack(tmp_path, free_port(), free_port())
+    env = {key: value for key, value in other.env.items() if key != "PREFECT_SERVER_API_AUTH_STRING"}
+    command = [*other.command("up"), "--host", "0.0.0.0"]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "PREFECT_SERVER_API_AUTH_STRING" in result.stderr
+
+
+def test_run_form_describes_its_fields(stack, tmp_path):
+    """The form is made from the flow's types; a change there can silently leave a bare JSON box."""
+    chromium = require("chromium", "shows Prefect's run form")
+    page = (
+        f"http://127.0.0.1:{stack.prefect_port}/deployments/deployment/{stack.deployment('pipeline/smoke')['id']}/run"
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1440,1300", "--virtual-time-budget=20000"]
+
+    def text() -> str:
+        shown = subprocess.run([chromium, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=90)
+        return re.sub(r"<[^>]+>", " ", shown.stdout)
+
+    # The page fills itself after loading: on a busy machine the first look can be too early.
+    assert wait_for(lambda: "optimizer steps" in text(), 60)
+    form = text()
+    for words in ("Max Steps", "experiments/smoke.yaml", "Path of an experiment file", "a folder of .txt files"):
+        assert words in form
+
+
+def test_wrong_value_is_refused_by_the_form(stack):
+    """A value outside its bounds must be refused before a worker starts anything."""
+    url = f"{stack.api}/deployments/{stack.deployment('pipeline/smoke')['id']}/create_flow_run"
+    with pytest.raises(OSError, match="HTTP Error 4"):
+        request(url, {"parameters": {"overrides": {"max_steps": -1}}, "state": {"type": "SCHEDULED"}})
+
+
+def test_run_from_the_ui_completes(stack, small_text):
+    """The way from the form through the worker to MLflow: working directory, environment, parameters, tracking."""
+    run = stack.start_run("pipeline/smoke", {"overrides": {"data_source": str(small_text)}})
+    ended = stack.wait_for_run(run, {"COMPLETED"}, 180)
+    found = mlflow_runs(stack, "smoke")
+    parent = next(entry for entry in found if entry.data.tags["gptloom.run"] == ended["name"])
+    assert parent.data.tags["prefect.flow_run_id"] == run
+    nested = [entry for entry in found if entry.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(nested) >= 5
+    assert {entry.info.status for entry in found} == {"FINISHED"}
+
+
+def test_nightly_runs_once_for_one_text(stack, tiny):
+    """A nightly run that always skips never retrains; one that never skips burns a night for nothing."""
+    parameters = {"experiment": str(tiny)}
+    first = stack.wait_for_run(stack.start_run("nightly/nightly", parameters), {"COMPLETED"}, 180)
+    assert first["state_name"] == "Completed"
+    second = stack.wait_for_run(stack.start_run("nightly/nightly", parameters), {"COMPLETED"}, 120)
+    assert second["state_name"] == "Skipped"
+    remembered = json.loads((stack.home / "nightly" / "tiny.json").read_text())
+    assert second["state"]["message"] == f"corpus {remembered['corpus']} unchanged since run {remembered['run']}"
+    assert (stack.home / "runs" / remembered["run"]).is_dir()
+
+
+def start_long_run(stack: Stack, tiny: Path) -> str:
+    """A flow run that would train for hours, once it trains."""
+    run = stack.start_run("pipeline/smoke", {"experiment": str(tiny), "overrides": {"max_steps": 10_000_000}})
+    stack.wait_for_run(run, {"RUNNING"}, 60)
+    assert wait_for(lambda: any("gptcore.train" in command for command in stack.processes().values()), 60)
+    return run
+
+
+def test_down_cancels_and_stops_everything(stack, tiny):
+    """An orphaned worker, flow run or MLflow child keeps port, memory and GPU; a run must not stay RUNNING in MLflow."""
+    start_long_run(stack, tiny)
+    result = stack.call("down")
+    assert result.returncode == 0, result.stderr
+    assert stack.process.wait(10) == 0, (stack.home / "up.txt").read_text()
+    assert not stack.processes()
+    assert not stack.state.exists()
+    assert {entry.info.status for entry in mlflow_runs(stack, "tiny")} <= {"FINISHED", "KILLED"}
+    assert stack.call("down").returncode == 0  # nothing to stop is no mistake
+
+
+def test_killed_up_leaves_nothing(stack, tiny):
+    """Without a last word from `up`: the servers' own children and a flow run in its own session must go too."""
+    stack.start()  # also: a second start on the databases of the first
+    start_long_run(stack, tiny)
+    stack.process.send_signal(signal.SIGKILL)
+    stack.process.wait()
+    assert wait_for(lambda: not stack.processes(), 20), stack.processes()
+
+
+def mlflow_runs(stack: Stack, experiment: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{stack.home / 'mlflow.db'}")
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None, f"MLflow has no experiment {experiment}"
+    return list(client.search_runs([found.experiment_id]))
+
+
+# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of our own on a free port, as another user when we are root (it refuses to run as root)."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
+    search = os.pathsep.join([str(installed[-1])] if installed else []) or None
+    initdb = shutil.which("initdb", path=search) or require("initdb", "MLflow on PostgreSQL")
+    control = str(Path(initdb).with_name("pg_ctl"))
+    directory, port = tmp_path_factory.mktemp("postgres"), free_port()
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        as_user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(directory, "postgres")
+        for parent in directory.parents[:3]:  # pytest's folders are closed to other users
+            parent.chmod(parent.stat().st_mode | 0o011)
+    data = str(directory / "data")
+    settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={directory} -c fsync=off"
+    make = [initdb, "-D", data, "-U", "gptloom", "--auth=trust", "-E", "UTF8"]
+    subprocess.run([*as_user, *make], check=True, capture_output=True, cwd="/")
+    start = [control, "-D", data, "-w", "-l", str(directory / "log"), "-o", settings, "start"]
+    subprocess.run([*as_user, *start], check=True, stdout=subprocess.DEVNULL, cwd="/")
+    yield f"postgresql+psycopg2://gptloom@127.0.0.1:{port}/postgres"
+    stop = [control, "-D", data, "-m", "immediate", "-w", "stop"]
+    subprocess.run([*as_user, *stop], check=True, stdout=subprocess.DEVNULL, cwd="/")
+
+
+def test_journal_goes_to_postgresql(postgres_uri, home, monkeypatch):
+    """docker-compose.yml keeps MLflow in PostgreSQL, which is stricter than SQLite about types, lengths and duplicates."""
+    from mlflow import MlflowClient
+
+    from gptcore.journal import Journal
+    from tasks.tracking import forward_tree
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres_uri)
+    directory = home / "runs" / "night-1"
+    journal = Journal(directory)
+    journal.open("night-1")
+    journal.params({"train.lr": 0.01, "evaluate.prompt": "“Ärger” 🎭", "data.source": "x" * 5000})
+    journal.dataset("words", "0123456789abcdef", "words.txt", "training", {"documents": 3})
+    for step in range(50):
+        journal.metrics({"train/loss": 4.0 - step / 100, "perf/tok_per_sec": 1e6}, step=step, tokens_seen=step * 1024)
+    (directory / "config.yaml").write_text("name: night\n")
+    journal.artifact("config.yaml")
+    journal.close()
+    assert forward_tree(directory, "night") == []
+    assert forward_tree(directory, "night") == []  # again: nothing may be doubled
+
+    client = MlflowClient(tracking_uri=postgres_uri)
+    experiment = client.get_experiment_by_name("night")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["evaluate.prompt"] == "“Ärger” 🎭"
+    points = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in points] == [step * 1024 for step in range(50)]
+    assert points[-1].value == pytest.approx(3.51)
+    assert run.inputs.dataset_inputs[0].dataset.digest == "0123456789abcdef"
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["config.yaml"]

@@ -1,0 +1,233 @@
+"""The trainer: it learns, its batches are exact, it resumes to the bit, it stops before a bad step."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptcore import train as train_module
+from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model
+from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
+from gptcore.device import choose_device
+from gptcore.entry import NonFinite, StopFlag, Stopped, recording
+from gptcore.evaluate import bootstrap_bpb, evaluate_loss
+from gptcore.journal import read_journal
+from gptcore.shards import ShardSet, prepare
+from gptcore.train import accumulate_gradients, build_trainer, train_loop, train_step
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def config(small_text) -> ExperimentConfig:
+    return check_config(
+        {
+            "data": {"source": str(small_text)},
+            "model": {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16},
+            "train": {
+                "global_batch_size": 8,
+                "max_steps": 6,
+                "warmup_steps": 2,
+                "log_interval": 2,
+                "eval_interval": 3,
+                "eval_tokens": 512,
+                "save_interval": 3,
+                "device": "cpu",
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(config, tmp_path_factory) -> ShardSet:
+    return ShardSet.open(prepare(config, tmp_path_factory.mktemp("home")).shards)
+
+
+def run(config, shards, out, stop=None):
+    trainer = build_trainer(config, shards)
+    with recording(out, "toy") as journal:
+        train_module.resume(trainer, out)
+        return train_loop(trainer, journal, out, stop or StopFlag())
+
+
+def test_a_short_run_learns_and_reports(config, shards, tmp_path):
+    longer = with_changes(
+        config, train={"max_steps": 60, "eval_interval": 30, "save_interval": 30, "keep_checkpoints": 1}
+    )
+    result = run(longer, shards, tmp_path)
+    assert result["untrained_loss"] == pytest.approx(result["uniform_loss"], rel=0.05)
+    assert result["val_loss"] < 0.75 * result["untrained_loss"]
+    assert [c.name for c in list_checkpoints(tmp_path / "checkpoints")] == ["step_000060"]
+    metrics = [r for r in read_journal(tmp_path / "metrics.jsonl")[0] if r["kind"] == "metrics"]
+    losses = [r for r in metrics if "train/loss" in r["values"]]
+    assert [r["step"] for r in losses] == list(range(2, 61, 2))
+    assert all(r["tokens_seen"] == r["step"] * 8 * 16 for r in losses)
+    assert metrics[-1]["values"].keys() >= {"time/forward_seconds", "time/optimizer_seconds"}
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(config, shards):
+    """The mean over micro-batch means would only agree by luck of equal sizes; the sum over targets always does."""
+    grads = []
+    for micro in (8, 2, 1):
+        trainer = build_trainer(with_changes(config, train={"micro_batch_size": micro}), shards)
+        trainer.model.double()
+        loss = accumulate_gradients(trainer)
+        grads.append((loss, [p.grad.clone() for p in trainer.model.parameters()]))
+    for loss, other in grads[1:]:
+        torch.testing.assert_close(loss, grads[0][0])
+        for a, b in zip(other, grads[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)  # the loss itself is summed in float32
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(config, shards, monkeypatch):
+    plain = build_trainer(config, shards)
+    squeezed = build_trainer(config, shards)
+    forward = squeezed.forward
+
+    def small_memory(x, y, **kwargs):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("too many rows")
+        return forward(x, y, **kwargs)
+
+    squeezed.forward = small_memory
+    train_step(plain)
+    train_step(squeezed)
+    assert squeezed.micro_batch_size == 2
+    for a, b in zip(plain.model.parameters(), squeezed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(config, shards, tmp_path):
+    config = with_changes(config, model={"dropout": 0.1})  # so that the random state matters too
+    whole = run(config, shards, tmp_path / "whole")
+
+    class AfterFour(StopFlag):
+        def __bool__(self):
+            return trainer.step >= 4
+
+    trainer = build_trainer(config, shards)
+    with pytest.raises(Stopped, match="step 4 of 6"), recording(tmp_path / "parts", "toy") as journal:
+        train_loop(trainer, journal, tmp_path / "parts", AfterFour())
+    torch.manual_seed(99)
+    parts = run(config, shards, tmp_path / "parts")
+    one, two = (load_checkpoint(Path(r["checkpoint"])).model for r in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert parts["val_loss"] == whole["val_loss"]
+
+
+def test_another_config_is_not_resumed(config, shards, tmp_path):
+    run(config, shards, tmp_path)
+    with pytest.raises(UserError, match="another config"):
+        run(with_changes(config, train={"lr": 0.5}), shards, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(config, shards):
+    trainer = build_trainer(config, shards)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = float("inf")
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    with pytest.raises(NonFinite, match=r"step 0 with train\.lr=0\.02"):
+        train_step(trainer)
+    assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+
+
+def test_evaluation_is_the_mean_over_every_token_whatever_the_batch(config, shards):
+    model = build_trainer(config, shards).model
+    device = choose_device("cpu", "fp32")
+    one, many = (evaluate_loss(model, shards, device, size) for size in (1, 64))
+    assert one.tokens == many.tokens == shards.n_tokens["val"] - 1
+    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+    tokens = torch.as_tensor(shards.tokens("val")[:17].astype("int64"))
+    with torch.no_grad():
+        first = model(tokens[None, :-1], tokens[None, 1:])[1].item()
+    assert evaluate_loss(model, shards, device, 1, max_tokens=16).loss == pytest.approx(first, rel=1e-6)
+
+
+def test_bits_per_byte_of_a_uniform_guess(config, shards):
+    """log2 V bits a character, and characters are bytes in this text: the yardstick on a case one can do by hand."""
+    model = build_trainer(config, shards).model
+    torch.nn.init.zeros_(model.lm_head.weight)
+    evaluation = evaluate_loss(model, shards, choose_device("cpu", "fp32"), 16)
+    assert evaluation.bpb == pytest.approx(math.log2(shards.vocab_size), rel=1e-6)
+    low, high, unit = bootstrap_bpb(evaluation, shards.index("val")[:, 1], 100, 0)
+    assert (unit, low, high) == ("sections", pytest.approx(evaluation.bpb), pytest.approx(evaluation.bpb))
+
+
+def test_a_loaded_model_is_the_saved_one(config, shards, tmp_path):
+    result = run(config, shards, tmp_path)
+    model, _ = load_model(Path(result["checkpoint"]))
+    evaluation = evaluate_loss(model, shards, choose_device("cpu", "fp32"), 64)
+    assert evaluation.loss == pytest.approx(result["val_loss"], rel=1e-6)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused(config, shards, tmp_path):
+    weights = Path(run(config, shards, tmp_path)["checkpoint"]) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_checkpoint(weights.parent)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"train\.device=cuda"):
+        choose_device("cuda")
+
+
+BLOCKED = """
+import runpy, sys
+for name in ("prefect", "mlflow", "pyarrow", "pandas", "tokenizers"):
+    sys.modules[name] = None  # an import of it now raises
+sys.argv = ["train", *sys.argv[1:]]
+runpy.run_module("gptcore.train", run_name="__main__")
+"""
+
+
+def test_the_process_trains_with_prefect_and_mlflow_blocked(config, shards, tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text(dump_yaml(config))
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(path), "train.max_steps=4", "--shards", str(shards.directory), "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["steps"] == 4
+    assert Path(result["checkpoint"]).name == "step_000004"
+    assert "step 4/4" in done.stderr
+
+
+def test_sigterm_commits_a_checkpoint_and_exits_75(config, shards, tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text(dump_yaml(config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptcore.train", str(path), "train.max_steps=100000", "--shards", str(shards.directory), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 10/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "stopped at step" in json.loads(out.splitlines()[-1])["error"]
+    assert len(list_checkpoints(tmp_path / "out" / "checkpoints")) >= 1
+    assert read_journal(tmp_path / "out" / "metrics.jsonl")[0][-1]["status"] == "KILLED"
+
+
+def test_a_users_mistake_is_one_line_and_exit_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "gptcore.train", "nowhere.yaml"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"GPTLOOM_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "nowhere.yaml" in json.loads(done.stdout)["error"]
+    assert "Traceback" not in done.stderr
