@@ -136,7 +136,9 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     use_servers()
     from tasks.tracking import check_store
 
-    check_store()
+    store = check_store()
+    where = os.environ.get("PREFECT_API_URL", "a temporary server")
+    print(f"experiment {args.experiment}: Prefect at {where}, MLflow at {store}", file=sys.stderr)
     _start_prefect_server()
     from flows.pipeline import Overrides, new_run_name, pipeline
 

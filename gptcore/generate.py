@@ -95,7 +95,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         vocab_size=vocab.size,
     )
     seconds = time.perf_counter() - start
-    result = {
+    result: dict[str, Any] = {
         "samples": [prompt + vocab.decode(row) for row in out.cpu().numpy()],
         "tok_per_sec": out.numel() / seconds,
         "seconds": seconds,

@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 REQUIRE_VARIABLE = "GPTLOOM_REQUIRE_SERVICES"  # set to 1 in CI, where a missing service is a failure
 
+os.environ["OMP_NUM_THREADS"] = "1"  # toy models: a second thread only waits for the first
+
 # Prefect reads its settings once per process, at its import by the first test file: nothing may reach a server or a home of the user.
 _prefect_home = tempfile.TemporaryDirectory(prefix="gptloom-tests-")
 os.environ.update(

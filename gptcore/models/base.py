@@ -54,7 +54,7 @@ def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
             f"model.padded_vocab_size={rows} is smaller than the vocabulary of {vocab_size} ids; raise it or leave it out"
         )
     families: dict[str, type[LanguageModel]] = {"gpt": GPT, "lstm": LSTM, "bigram": Bigram}
-    return families[config.family](config, rows)  # type: ignore[arg-type, call-arg]
+    return families[config.family](config, rows)
 
 
 def without_src(src: Tensor | None) -> None:

@@ -93,6 +93,8 @@ class GPT(LanguageModel):
     """Token ids (B, T) to logits (B, T, V)."""
 
     has_positions = True
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -125,7 +127,7 @@ class GPT(LanguageModel):
         reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         without_src(src)
-        B, T = idx.shape
+        T = idx.size(1)
         start = cache.length if cache is not None else 0
         assert start + T <= self.block_size, f"{start + T} tokens do not fit block_size={self.block_size}"
         rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each

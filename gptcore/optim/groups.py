@@ -80,6 +80,6 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> Optimizers:
         fused=True,
     )
     grouped = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     assert len(grouped) == len(set(grouped)) == len(names), "every parameter belongs to exactly one group"
     return Optimizers(optimizers, names)

@@ -62,7 +62,7 @@ def measure(cell: Cell) -> Outcome:
     undisturbed = measure_ms(lambda: train_step(trainer), trainer.device.synchronize, repeats)
     samples = profile_steps(trainer, repeats)
     wall = statistics.median(sum(sample.values()) for sample in samples)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for section in samples[0]:
         values = [sample[section] for sample in samples]
         median = statistics.median(values)
