@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config
 from gptcore.entry import (
     EXIT_BUG,
     EXIT_OK,
@@ -46,15 +46,17 @@ state lives under $GPTLOOM_HOME (default ./.gptloom): data, runs, mlflow.db, pre
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code. Whatever writes to stdout meanwhile is sent to stderr, so that the last line is ours."""
+    """Run one verb; returns the exit code."""
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
-    with _stdout_to_stderr() as stdout, _sigterm_interrupts():
+    # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
+    stdout_for_us = _stdout_to_stderr() if args.verb is run_experiment else contextlib.nullcontext(sys.stdout)
+    with stdout_for_us as stdout, _sigterm_interrupts():
         try:
             code = args.verb(args, result)
         except BaseException as error:
             code = _explain(error, result)
-        if args.prints_json:
+        if result:
             stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
             stdout.flush()
     return code
@@ -85,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="change a field, e.g. data.source=my.txt train.max_steps=200",
     )
-    run.set_defaults(verb=run_experiment, prints_json=True)
+    run.set_defaults(verb=run_experiment)
 
     up = verbs.add_parser(
         "up",
@@ -97,12 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     up.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: %(default)s)")
     up.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: %(default)s)")
-    up.set_defaults(verb=start_servers, prints_json=False)
+    up.set_defaults(verb=start_servers)
 
     down = verbs.add_parser(
         "down", help="stop what `gptloom up` started", description="Stop the servers and the worker of `gptloom up`."
     )
-    down.set_defaults(verb=stop_servers, prints_json=False)
+    down.set_defaults(verb=stop_servers)
     return parser
 
 
@@ -131,7 +133,7 @@ def describe_fields() -> str:
 def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom run`: check what can be checked in a moment, then the flow."""
     config = load_config(args.experiment, args.overrides)
-    check_source(config.data.source)
+    check_source(config.data)
     home = prepare_home()
     use_servers()
     from tasks.tracking import check_store
@@ -151,17 +153,15 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     return EXIT_OK
 
 
-def check_source(source: str) -> None:
-    """Refuse a local source that is not there or is empty before any server is started. Raises UserError."""
-    if source.startswith("package:"):
-        return
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"data.source={source}: no such file or folder; give a UTF-8 text file or a folder of .txt files"
-        )
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"data.source={source}: the file is empty; give a UTF-8 text file")
+def check_source(data: DataConfig) -> None:
+    """Read a local source once, so that one that is missing, empty or not text is refused before anything is started or written.
+
+    Raises UserError. A package is looked at by the pipeline, which fetches it with retries.
+    """
+    if not data.source.startswith("package:"):
+        from gptcore.corpus import locate_corpus
+
+        locate_corpus(data, home_dir())
 
 
 def prepare_home() -> Path:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from prefect import Task, flow
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic.json_schema import SkipJsonSchema
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
 from gptcore.journal import Journal
@@ -33,27 +34,42 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+# "Left empty" as a type that Prefect's form shows as an empty input, not as a choice between a value and None. The switches
+# of the studies keep that choice: an empty switch would look switched off.
+Unset = SkipJsonSchema[None]
+
+
+def _without_nulls(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        if "anyOf" not in field and field.get("default", ...) is None:
+            del field["default"]
+
+
 class Overrides(BaseModel):
     """What differs from the experiment file; empty fields keep the file's values."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_without_nulls)
 
-    data_source: str | None = Field(
+    data_source: str | Unset = Field(
         None, description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX."
     )
-    max_steps: int | None = Field(None, ge=1, description="train.max_steps: optimizer steps.")
-    n_layer: int | None = Field(None, ge=1, description="model.n_layer: depth.")
-    n_head: int | None = Field(None, ge=1, description="model.n_head: attention heads; must divide n_embd.")
-    n_embd: int | None = Field(None, ge=2, description="model.n_embd: width in channels.")
-    block_size: int | None = Field(None, ge=2, description="model.block_size: context in tokens.")
-    lr: float | None = Field(None, gt=0, description="train.lr: peak learning rate.")
-    global_batch_size: int | None = Field(
-        None, ge=1, description="train.global_batch_size: sequences per optimizer step."
+    max_steps: Annotated[int, Field(ge=1)] | Unset = Field(None, description="train.max_steps: optimizer steps.")
+    n_layer: Annotated[int, Field(ge=1)] | Unset = Field(None, description="model.n_layer: depth.")
+    n_head: Annotated[int, Field(ge=1)] | Unset = Field(
+        None, description="model.n_head: attention heads; must divide n_embd."
     )
-    device: Literal["auto", "cpu", "cuda"] | None = Field(
+    n_embd: Annotated[int, Field(ge=2)] | Unset = Field(None, description="model.n_embd: width in channels.")
+    block_size: Annotated[int, Field(ge=2)] | Unset = Field(None, description="model.block_size: context in tokens.")
+    lr: Annotated[float, Field(gt=0)] | Unset = Field(None, description="train.lr: peak learning rate.")
+    global_batch_size: Annotated[int, Field(ge=1)] | Unset = Field(
+        None, description="train.global_batch_size: sequences per optimizer step."
+    )
+    device: Literal["auto", "cpu", "cuda"] | Unset = Field(
         None, description="train.device: auto takes a GPU if there is one."
     )
-    seed: int | None = Field(None, ge=0, description="train.seed: weights, order of samples, dropout.")
+    seed: Annotated[int, Field(ge=0)] | Unset = Field(
+        None, description="train.seed: weights, order of samples, dropout."
+    )
     floor: bool | None = Field(None, description="studies.floor: train the bigram floor.")
     timing: bool | None = Field(None, description="studies.timing: map where a step's time goes.")
     quantization: bool | None = Field(None, description="studies.quantization: int8 weights.")
@@ -62,6 +78,10 @@ class Overrides(BaseModel):
     more: list[str] = Field(
         default_factory=list, description="Any other field as section.field=value, e.g. train.warmup_steps=50."
     )
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
 
     def as_list(self) -> list[str]:
         """The form as `section.field=value`, in the order in which they are applied."""
@@ -77,6 +97,9 @@ class Overrides(BaseModel):
         ] + self.more
 
 
+NO_OVERRIDES = Overrides()
+
+
 def new_run_name(experiment: str) -> str:
     """`<experiment>-<date>-<time>-<4 hex>`: a run's one name in Prefect, in MLflow and on disk."""
     return f"{experiment}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -85,21 +108,21 @@ def new_run_name(experiment: str) -> str:
 def _flow_run_name() -> str:
     parameters = flow_run.get_parameters()
     try:
-        name = load_config(parameters["experiment"], (parameters.get("overrides") or Overrides()).as_list()).name
+        name = load_config(parameters["experiment"], parameters["overrides"].as_list()).name
     except UserError:  # the flow itself says what is wrong
         name = Path(parameters["experiment"]).stem
     return new_run_name(name)
 
 
 @flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False)
-def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides | None = None) -> dict[str, Any]:
+def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
     """From raw text to a trained, evaluated model and a report.
 
     Args:
         experiment: Path of an experiment file (YAML), as seen from the repository's folder.
         overrides: What differs from that file.
     """
-    config = load_config(experiment, (overrides or Overrides()).as_list())
+    config = load_config(experiment, overrides.as_list())
     check_store()
     home = home_dir()
     try:

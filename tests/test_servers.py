@@ -1,6 +1,6 @@
 """One real `gptloom up` from start to end: what it registers, what a worker runs, and that nothing stays behind.
 
-.venv/bin/pytest tests/test_servers.py        # about four minutes; the tests build on each other, in this order
+.venv/bin/pytest tests/test_servers.py        # about three minutes; the tests build on each other, in this order
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Stack:
         return self.home / "servers.json"
 
     def start(self) -> None:
-        """Start it and wait until it says that all is healthy."""
+        """Start it, unless it runs, and wait until it says that all is healthy."""
+        if self.process is not None and self.process.poll() is None:
+            return
         output = open(self.home / "up.txt", "w")  # noqa: SIM115 (closed with the child's copy)
         self.process = subprocess.Popen(self.command("up"), cwd=ROOT, env=self.env, stdout=output, stderr=output)
         output.close()
@@ -278,7 +280,9 @@ def start_long_run(stack: Stack, tiny: Path) -> str:
     """A flow run that would train for hours, once it trains."""
     run = stack.start_run("pipeline/smoke", {"experiment": str(tiny), "overrides": {"max_steps": 10_000_000}})
     stack.wait_for_run(run, {"RUNNING"}, 60)
-    assert wait_for(lambda: any("gptcore.train" in command for command in stack.processes().values()), 60)
+    name = request(f"{stack.api}/flow_runs/{run}")["name"]
+    journal = stack.home / "runs" / name / "train" / "metrics.jsonl"
+    assert wait_for(lambda: journal.exists() and "train/loss" in journal.read_text(), 60), stack.worker_log()
     return run
 
 
@@ -290,13 +294,38 @@ def test_down_cancels_and_stops_everything(stack, tiny):
     assert stack.process.wait(10) == 0, (stack.home / "up.txt").read_text()
     assert not stack.processes()
     assert not stack.state.exists()
-    assert {entry.info.status for entry in mlflow_runs(stack, "tiny")} <= {"FINISHED", "KILLED"}
+    statuses = [entry.info.status for entry in mlflow_runs(stack, "tiny")]
+    assert statuses.count("KILLED") == 2, statuses  # the pipeline's run and its training
+    assert "RUNNING" not in statuses
     assert stack.call("down").returncode == 0  # nothing to stop is no mistake
+
+
+def test_dead_server_ends_the_rest(stack):
+    """Half a stack looks alive and loses every record; whoever restarts it needs to know what died, and why."""
+    stack.start()  # also: a second start on the databases of the first
+    os.kill(json.loads(stack.state.read_text())["pids"]["mlflow"], signal.SIGKILL)
+    assert stack.process.wait(60) == 1
+    said = (stack.home / "up.txt").read_text()
+    assert "mlflow ended by itself" in said
+    assert str(stack.home / "servers" / "mlflow.log") in said
+    assert "Traceback" not in said
+    assert not stack.processes()
+    assert not stack.state.exists()
+
+
+def test_ctrl_c_while_starting_leaves_nothing(stack):
+    """The first seconds of `up` have children too, and no servers.json to find them by."""
+    early = Stack(stack.home, stack.prefect_port, stack.mlflow_port)
+    early.process = subprocess.Popen(early.command("up"), cwd=ROOT, env=early.env, stderr=subprocess.DEVNULL)
+    assert wait_for(lambda: any("mlflow server" in command for command in early.processes().values()), 30)
+    early.process.send_signal(signal.SIGINT)
+    assert early.process.wait(60) == 0
+    assert not early.processes()
 
 
 def test_killed_up_leaves_nothing(stack, tiny):
     """Without a last word from `up`: the servers' own children and a flow run in its own session must go too."""
-    stack.start()  # also: a second start on the databases of the first
+    stack.start()
     start_long_run(stack, tiny)
     stack.process.send_signal(signal.SIGKILL)
     stack.process.wait()
