@@ -18,6 +18,9 @@ down: .venv/.installed
 lint: .venv/.installed
 	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 
+bench: .venv/.installed
+	.venv/bin/python benchmarks/main_job.py
+
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
@@ -27,4 +30,4 @@ clean:
 	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.PHONY: run test up down lint clean
+.PHONY: run test up down lint bench clean

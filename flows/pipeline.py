@@ -149,7 +149,7 @@ def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overri
                 run.process(rnn_baseline, config, shards)
 
             report = run.step(build_report, run.directory)
-            run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples.json")
+            run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples/samples.json")
     except KeyboardInterrupt:
         return Cancelled(message="stopped by the user")  # type: ignore[return-value]
     return {

@@ -63,7 +63,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     groups = [int(line) for line in sys.stdin if line.strip()]  # ends when the writer does
-    pass
+    end_processes(sys.argv[1], groups)
     return 0
 
 

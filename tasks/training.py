@@ -12,6 +12,8 @@ from gptcore.store import write_json
 from tasks.process import run_device_process
 from tasks.tracking import common_tags
 
+CHECKPOINT_FIRST = ("gptcore.evaluate", "gptcore.generate")  # their first argument; the others take the config first
+
 
 def run_step(
     module: str, config: ExperimentConfig, shards: Path, run: str, directory: Path, *, checkpoint: Path | None = None
@@ -25,7 +27,7 @@ def run_step(
     config_file = directory / "config.yaml"
     config_file.write_text(dump_yaml(config), encoding="utf-8")
     is_training = module == "gptcore.train"
-    if module == "gptcore.evaluate":
+    if module in CHECKPOINT_FIRST:
         positional = [str(checkpoint), "--config", str(config_file)]
     else:
         positional = [str(config_file), *(["--checkpoint", str(checkpoint)] if checkpoint else [])]

@@ -150,6 +150,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if stack.process is not None and stack.process.poll() is None:
         stack.process.terminate()
         stack.process.wait(120)
+    for pid in stack.processes():  # only after a test that failed for it
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
