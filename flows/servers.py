@@ -27,7 +27,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from flows.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
 from flows.warden import MARK_VARIABLE
@@ -82,24 +82,27 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
 
 def down() -> int:
     """Stop the `up` of this home and wait until it is gone; prints one JSON object. Returns 0 also when none runs."""
+    print(json.dumps(stop()), flush=True)
+    return 0
+
+
+def stop() -> dict[str, Any]:
+    """What `down` does, without printing: {"stopped": was one running, "pid": its process id or None, "home"}."""
     _log_to_stderr()
     home = home_dir()
     pid = _lock_holder(home)
     if pid is None:
-        (home / STATE_FILE).unlink(missing_ok=True)
         log.info("nothing to stop: no `gptloom up` runs for %s", home)
-        print(json.dumps({"stopped": False, "home": str(home)}), flush=True)
-        return 0
-    log.info("stopping `gptloom up` (process %d); running flow runs get %.0f s", pid, CANCEL_S)
-    os.kill(pid, signal.SIGTERM)
-    if not wait_for(lambda: _lock_holder(home) is None, DOWN_S):
-        log.error("process %d did not stop within %.0f s; it is killed now", pid, DOWN_S)
-        os.kill(pid, signal.SIGKILL)  # flows/warden.py ends the rest
-        wait_for(lambda: _lock_holder(home) is None, 10.0)
+    else:
+        log.info("stopping `gptloom up` (process %d); running flow runs get %.0f s", pid, CANCEL_S)
+        os.kill(pid, signal.SIGTERM)
+        if not wait_for(lambda: _lock_holder(home) is None, DOWN_S):
+            log.error("process %d did not stop within %.0f s; it is killed now", pid, DOWN_S)
+            os.kill(pid, signal.SIGKILL)  # flows/warden.py ends the rest
+            wait_for(lambda: _lock_holder(home) is None, 10.0)
+        log.info("stopped")
     (home / STATE_FILE).unlink(missing_ok=True)
-    log.info("stopped")
-    print(json.dumps({"stopped": True, "pid": pid, "home": str(home)}), flush=True)
-    return 0
+    return {"stopped": pid is not None, "pid": pid, "home": str(home)}
 
 
 class _Stack:

@@ -53,6 +53,10 @@ class Device:
         """Dense bf16 peak in FLOP/s; None for a device whose data sheet is not in PEAKS."""
         return next((tflops * 1e12 for part, (tflops, _) in PEAKS.items() if part in self.name), None)
 
+    def tags(self) -> dict[str, str]:
+        """What a run's journal says of where it was computed."""
+        return {"gptloom.device": self.name, "gptloom.precision": self.precision}
+
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.torch.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 

@@ -99,8 +99,13 @@ def evaluate_loss(
     return Evaluation(nats, seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1))
 
 
-def bootstrap_bpb(evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int) -> tuple[float, float, str]:
-    """95 % percentile interval of bits per byte, and what was resampled.
+FEWEST_CLUSTERS = 5  # an interval from fewer would say more about luck than about the model
+
+
+def bootstrap_bpb(
+    evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float, str] | None:
+    """95 % percentile interval of bits per byte, and what was resampled; None where too little can be resampled.
 
     Whole documents are drawn (sections of one text are alike), or sections where fewer than 10 documents have any.
     documents: (records,) number of each record's document.
@@ -109,6 +114,8 @@ def bootstrap_bpb(evaluation: Evaluation, documents: np.ndarray, resamples: int,
     cluster = np.unique(documents, return_inverse=True)[1] if unit == "documents" else np.arange(len(documents))
     nats = np.bincount(cluster, evaluation.record_nats)
     sizes = np.bincount(cluster, evaluation.record_bytes)
+    if len(nats) < FEWEST_CLUSTERS or not resamples:
+        return None
     draws = np.random.default_rng(seed).integers(0, len(nats), (resamples, len(nats)))
     bpb = nats[draws].sum(1) / (math.log(2) * sizes[draws].sum(1))
     low, high = np.quantile(bpb, [0.025, 0.975])
@@ -144,13 +151,13 @@ def main(argv: list[str]) -> dict[str, Any]:
             "checkpoint": str(args.checkpoint.resolve()),
         }
         metrics = evaluation.metrics()
-        if config.evaluate.bootstrap:
-            low, high, unit = bootstrap_bpb(
-                evaluation, shards.index("val")[:, 1], config.evaluate.bootstrap, config.evaluate.seed
-            )
+        interval = bootstrap_bpb(evaluation, shards.index("val")[:, 1], config.evaluate.bootstrap, config.evaluate.seed)
+        if interval is not None:
+            low, high, unit = interval
             result |= {"val_bpb_low": low, "val_bpb_high": high, "interval_unit": unit}
             metrics |= {"val/bpb_low": low, "val/bpb_high": high}
         result["seconds"] = time.perf_counter() - start
+        journal.tags(device.tags())
         journal.params(
             {"checkpoint_step": checkpoint.state["step"], "tokens": evaluation.tokens, "bytes": result["bytes"]}
         )

@@ -103,6 +103,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     if args.out is not None:
         with recording(args.out, args.run, args.parent) as journal:
             write_json(args.out / "samples.json", result)
+            journal.tags(device.tags())
             journal.params(
                 {
                     "checkpoint_step": checkpoint.state["step"],

@@ -320,6 +320,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         stack.enter_context(reserve_device(trainer.device))
         (out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         resume(trainer, out)
+        journal.tags(trainer.device.tags())
         journal.params(
             flatten(config)
             | {

@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +61,12 @@ def prefect_states(home: Path, table: str, flow_run_id: str | None = None) -> di
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Iterator[tuple[Path, dict[str, Any], str]]:
+def first(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> tuple[Path, dict[str, Any], str]:
     """A whole run in a new home: (home, result, stderr)."""
     home = tmp_path_factory.mktemp("pipeline") / "home"
     code, result, err = gptloom_run(home, small_text)
     assert code == 0, err
-    yield home, result, err
+    return home, result, err
 
 
 @pytest.mark.integration

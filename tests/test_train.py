@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
 from gptcore.device import choose_device
 from gptcore.entry import NonFinite, StopFlag, Stopped, recording
-from gptcore.evaluate import bootstrap_bpb, evaluate_loss
+from gptcore.evaluate import Evaluation, bootstrap_bpb, evaluate_loss
 from gptcore.journal import read_journal
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import accumulate_gradients, build_trainer, train_loop, train_step
@@ -155,8 +156,19 @@ def test_bits_per_byte_of_a_uniform_guess(config, shards):
     torch.nn.init.zeros_(model.lm_head.weight)
     evaluation = evaluate_loss(model, shards, choose_device("cpu", "fp32"), 16)
     assert evaluation.bpb == pytest.approx(math.log2(shards.vocab_size), rel=1e-6)
-    low, high, unit = bootstrap_bpb(evaluation, shards.index("val")[:, 1], 100, 0)
-    assert (unit, low, high) == ("sections", pytest.approx(evaluation.bpb), pytest.approx(evaluation.bpb))
+
+
+def test_the_interval_resamples_documents_and_needs_enough_of_them():
+    nats, sizes = np.array([1.0, 2.0, 3.0, 4.0] * 6), np.full(24, 2.0)
+    evaluation = Evaluation(nats.sum(), 24, nats, sizes, np.zeros(1))
+    interval = bootstrap_bpb(evaluation, np.arange(24) // 2, 500, 0)
+    assert interval is not None
+    low, high, unit = interval
+    assert unit == "documents"
+    assert low < evaluation.bpb < high
+    assert bootstrap_bpb(evaluation, np.zeros(24), 500, 0)[2] == "sections"  # one document says nothing about others
+    few = Evaluation(6.0, 3, nats[:3], sizes[:3], np.zeros(1))
+    assert bootstrap_bpb(few, np.zeros(3), 500, 0) is None
 
 
 def test_a_loaded_model_is_the_saved_one(config, shards, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording
 from gptcore.shards import ShardSet
 from gptcore.store import write_json
@@ -46,6 +47,8 @@ def run_study(name: str, doc: str | None, measure: Callable[[Cell], Outcome], ar
     cell = Cell(load_config(args.config), ShardSet.open(args.shards), args.checkpoint, args.out)
     start = time.perf_counter()
     with recording(args.out, args.run, args.parent) as journal:
+        train = cell.config.train
+        journal.tags(choose_device(train.device, train.precision).tags())
         journal.params({"study": name, "checkpoint": str(args.checkpoint), "repeats": cell.config.studies.repeats})
         outcome = measure(cell)
         result = {
