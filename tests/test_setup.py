@@ -68,7 +68,10 @@ def test_bounds_keep_out_what_breaks_prefect(broken, requirements):
 
 
 @pytest.fixture
-def bare_checkout(tmp_path):
+def bare_checkout(tmp_path, monkeypatch):
+    """The files that `make` reads, in a folder of their own; `make test` must not pass its own flags on to it."""
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON"):
+        monkeypatch.delenv(name, raising=False)
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
