@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
     stdout_for_us = _stdout_to_stderr() if args.verb is run_experiment else contextlib.nullcontext(sys.stdout)
-    with stdout_for_us as stdout, _sigterm_interrupts():
+    with stdout_for_us as stdout, _signals_interrupt():
         try:
             code = args.verb(args, result)
         except BaseException as error:
@@ -284,17 +284,21 @@ def _stdout_to_stderr() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends us as Ctrl-C does: children stopped, runs closed, JSON printed."""
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGINT both end us as Ctrl-C does: children stopped, runs closed, JSON printed.
+
+    SIGINT has to be asked for too: a shell script starts its background jobs with SIGINT ignored, and Python keeps that.
+    """
 
     def interrupt(_number: int, _frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):
