@@ -6,6 +6,7 @@
 `new_cache(batch_size)`) `idx` continues what the cache has seen. `src` is for encoder–decoders; the others refuse it.
 """
 
-from gptcore.models.base import LanguageModel, build_model, cross_entropy
+from gptcore.models.base import LanguageModel, cross_entropy
+from gptcore.models.build import build_model
 
 __all__ = ["LanguageModel", "build_model", "cross_entropy"]

@@ -1,4 +1,4 @@
-"""What every language model here shares: the contract, its size and cost, and the choice by `model.family`."""
+"""What every language model here shares: the contract, its size and its cost."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from gptcore.config import ModelConfig, UserError
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -37,24 +35,6 @@ class LanguageModel(nn.Module):
 
     def count_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-
-def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
-    """The model of `model.family` for a vocabulary of `vocab_size` ids, freshly initialised from torch's global seed.
-
-    Raises UserError when `model.padded_vocab_size` does not hold the vocabulary.
-    """
-    from gptcore.models.bigram import Bigram
-    from gptcore.models.gpt import GPT
-    from gptcore.models.rnn import LSTM
-
-    rows = config.padded_vocab_size or vocab_size
-    if rows < vocab_size:
-        raise UserError(
-            f"model.padded_vocab_size={rows} is smaller than the vocabulary of {vocab_size} ids; raise it or leave it out"
-        )
-    families: dict[str, type[LanguageModel]] = {"gpt": GPT, "lstm": LSTM, "bigram": Bigram}
-    return families[config.family](config, rows)
 
 
 def without_src(src: Tensor | None) -> None:
