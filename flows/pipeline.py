@@ -114,7 +114,7 @@ def _flow_run_name() -> str:
     return new_run_name(name)
 
 
-@flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False)
+@flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
 def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
     """From raw text to a trained, evaluated model and a report.
 
