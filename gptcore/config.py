@@ -72,12 +72,62 @@ class DataConfig(Section):
         "strict",
         description="A file that is not UTF-8 text: stop with an error, replace the bad bytes, or skip the file.",
     )
+    order: Literal["epochs", "random_chunk"] = Field(
+        "epochs",
+        description="Order of training samples. epochs: every token once per epoch, in a seeded order; random_chunk: "
+        "a study arm, batches from random places of the file, as courses do it.",
+    )
+    dask_address: str | None = Field(
+        None,
+        min_length=1,
+        description="Scheduler of a Dask cluster that prepares the data, e.g. tcp://10.0.0.5:8786; its workers must see "
+        "the same GPTLOOM_HOME and source. Empty: all cores of this machine.",
+    )
 
 
 class VocabConfig(Section):
     """How text becomes integers."""
 
-    kind: Literal["char"] = Field("char", description="char: one id per character of the training split.")
+    kind: Literal["char", "byte", "bpe"] = Field(
+        "char",
+        description="char: one id per character of the training split; byte: one per byte; bpe: byte-level byte pairs "
+        "learnt from the training split.",
+    )
+    size: int | None = Field(
+        None,
+        ge=3,
+        le=1 << 24,
+        description="bpe: how many ids to learn (empty: 32000); char: at most so many, the commonest characters first.",
+    )
+    coverage: float = Field(
+        1.0,
+        gt=0.5,
+        le=1,
+        description="char: share of the training text whose characters get ids of their own; the rest becomes <unk>.",
+    )
+    unknown: Literal["replace", "error"] = Field(
+        "replace",
+        description="Text that the vocabulary lacks: replace it by <unk>, counted and reported, or stop with an error.",
+    )
+    sample_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        description="bpe: learn from about so many bytes of the training split, whole records chosen by hash; 0: all.",
+    )
+    source: str | None = Field(
+        None,
+        min_length=1,
+        description="An existing tokenizer.json, or a directory with one, to use as it is; the other fields are unused.",
+    )
+
+    @model_validator(mode="after")
+    def _size_fits_kind(self) -> VocabConfig:
+        if self.source is None and self.size is not None:
+            if self.kind == "byte":
+                raise ValueError(f"vocab.size={self.size}: a byte vocabulary has 257 ids; leave vocab.size out")
+            if self.kind == "bpe" and self.size < 257:
+                raise ValueError(f"vocab.size={self.size}: bpe needs at least 257 ids, the bytes and <|endoftext|>")
+        return self
 
 
 class ModelConfig(Section):
@@ -322,6 +372,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     # A source or a prompt is text even where YAML would read a number or a date in it.
     if not isinstance(value, (int, float, bool, type(None), list)) or (section, field) in {
         ("data", "source"),
+        ("data", "dask_address"),
+        ("vocab", "source"),
         ("evaluate", "prompt"),
     }:
         value = text
