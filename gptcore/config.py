@@ -415,7 +415,7 @@ def check_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConf
     except ValidationError as error:
         errors = error.errors()
         # A list of sources fails twice, as a list and as a string; only the first says something.
-        told = [e for e in errors if not (e["loc"][-1] == "str" and isinstance(e["input"], tuple))] or errors
+        told = [e for e in errors if not (e["loc"][-1:] == ("str",) and isinstance(e["input"], tuple))] or errors
         raise UserError(f"{origin}: " + "; ".join(_describe(e, tree) for e in told)) from None
 
 
