@@ -123,7 +123,7 @@ class DataConfig(Section):
         0.1,
         ge=0,
         le=1,
-        description="Share of the validation text's 50-byte sequences that may also stand in the training text (0 to 1); "
+        description="Share of the validation text's 48-byte sequences that may also stand in the training text (0 to 1); "
         "above it the log and the manifest raise an alarm.",
     )
     max_document_bytes: int = Field(
@@ -141,6 +141,17 @@ class DataConfig(Section):
     )
     processes: int = Field(
         0, ge=0, le=1024, description="Processes that read and clean; 0: one for each core. Changes no result."
+    )
+    order: Literal["epochs", "random_chunk"] = Field(
+        "epochs",
+        description="Order of training samples. epochs: every token once per epoch, in a seeded order; random_chunk: "
+        "a study arm, batches from random places of the file, as courses do it.",
+    )
+    dask_address: str | None = Field(
+        None,
+        min_length=1,
+        description="Scheduler of a Dask cluster that encodes the text, e.g. tcp://10.0.0.5:8786; its workers must see "
+        "the same GPTLOOM_HOME. Empty: all cores of this machine. Changes no result.",
     )
 
     @field_validator("source", mode="before")

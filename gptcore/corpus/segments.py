@@ -79,7 +79,7 @@ def read_batches(directory: Path, split: str | None, columns: list[str] | None =
     before = 0
     for segment in segment_dirs(directory):
         with pq.ParquetFile(segment / FILE_NAME) as file:
-            wanted = [group for group in range(file.num_row_groups) if split in (None, _split_of(file, group))]
+            wanted = [group for group in range(file.num_row_groups) if split in (None, split_of(file, group))]
             for group in wanted:
                 for batch in file.read_row_group(group, columns=columns, use_threads=False).to_batches():
                     if before and "document" in columns:
@@ -110,9 +110,11 @@ def load_arrays(directory: Path, name: str) -> list[np.ndarray]:
     return [np.load(path, allow_pickle=False) for path in paths if path.exists()]
 
 
-def _split_of(file: Any, group: int) -> str:
+def split_of(file: Any, group: int) -> str:
+    """The split of a row group of an open `pyarrow.parquet.ParquetFile`."""
     statistics = file.metadata.row_group(group).column(file.schema_arrow.names.index("split")).statistics
-    assert statistics is not None and statistics.min == statistics.max, "a row group holds one split"
+    assert statistics is not None, "a row group states its split"
+    assert statistics.min == statistics.max, "a row group holds one split"
     return str(statistics.min)
 
 
