@@ -130,7 +130,9 @@ class DataConfig(Section):
         64 << 20, ge=1 << 10, le=1 << 31, description="Largest single document, line or cell, in bytes."
     )
     max_members: int = Field(1_000_000, ge=1, description="Most files in one archive.")
-    max_member_bytes: int = Field(64 << 30, ge=1, description="Largest file, or file in an archive, uncompressed, in bytes.")
+    max_member_bytes: int = Field(
+        64 << 30, ge=1, description="Largest file, or file in an archive, uncompressed, in bytes."
+    )
     max_total_bytes: int = Field(4 << 40, ge=1, description="Most text of all sources together, in bytes.")
     max_expansion: int = Field(
         200, ge=2, description="Most bytes that one byte of a file may become (counted from 16 MiB on): a bomb's mark."

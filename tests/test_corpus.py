@@ -20,7 +20,7 @@ import pytest
 
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus import build_corpus, corpus_statistics, locate_corpus, package_index, read_documents, read_records
-from gptcore.corpus.sections import cut_sections, record_key
+from gptcore.corpus.sections import cut_sections, hash_document, section_key
 from gptcore.store import is_committed, read_manifest
 
 
@@ -49,7 +49,7 @@ def texts(corpus: Path) -> dict[str, list[str]]:
 
 
 def key_of(rule: str, record: bytes) -> int:
-    return record_key(rule, record, hashlib.sha256(record).digest())
+    return section_key(record) if rule == "section" else hash_document(record)[1]
 
 
 def whole_text(corpus: Path) -> str:

@@ -23,7 +23,7 @@ from gptcore.config import DataConfig, UserError
 from gptcore.corpus import package_index
 from gptcore.corpus.estimate import estimate_files, refuse_impossible
 from gptcore.corpus.families import NO_DIGESTS, Family, Note
-from gptcore.corpus.ingest import Base, Pass, restore_plan
+from gptcore.corpus.ingest import Base, Pass
 from gptcore.corpus.overlap import measure_overlap
 from gptcore.corpus.pool import count_processes, read_units
 from gptcore.corpus.records import BATCH_BYTES, Batch, CleanText, make_batch, read_texts
@@ -38,7 +38,7 @@ AUTO_DOCUMENTS = 1000  # from here on data.split=auto holds out whole documents
 SMALL_BYTES = 16 << 20  # files of so much together are read once, into memory
 SMALL_TEXT = 64 << 20  # unless they become more than this
 
-Batches = Callable[[str], Iterator[Batch]]
+Batches = Callable[[SplitPlan], Iterator[Batch]]
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Build:
         files = list(enumerate(self.files))
         size = sum(file.size for file in self.files)
         batches, distinct = self._batches(files)
-        inherited = restore_plan(read_manifest(self.base_dir)) if self.base_dir else None
+        inherited = SplitPlan.restore(read_manifest(self.base_dir)) if self.base_dir else None
         if distinct is not None:
             rules = self._rules(distinct, inherited)
         else:
@@ -130,7 +130,9 @@ class Build:
             if rules[0] != "tail":
                 done = self._pass(_start(rules[0], self.data, inherited), batches, size)
                 rules = self._rules(done.documents, inherited)
-                if done.plan.rule == rules[0] and is_balanced(done.splits["val"]["bytes"], done.bytes, self.data.val_fraction):
+                if done.plan.rule == rules[0] and is_balanced(
+                    done.splits["val"]["bytes"], done.bytes, self.data.val_fraction
+                ):
                     return self._describe(done, None, done.finish())
                 done.abort()
                 logger.info("the estimate was not good enough for the split; reading once more")
@@ -149,10 +151,12 @@ class Build:
             return [inherited.rule, "tail"] if inherited.rule == "section" else ["document", "section", "tail"]
         return ["document", "section", "tail"] if documents >= AUTO_DOCUMENTS else ["section", "tail"]
 
-    def _plan(self, rule: str, batches: Batches, size: int, inherited: SplitPlan | None) -> tuple[SplitPlan | None, Pass]:
+    def _plan(
+        self, rule: str, batches: Batches, size: int, inherited: SplitPlan | None
+    ) -> tuple[SplitPlan | None, Pass]:
         """The split by one rule, None if that cannot be; and the pass that counted for it."""
         start = _start(rule, self.data, inherited)
-        counted = Pass(self.data, start, collect=True).run(batches(rule), size)
+        counted = Pass(self.data, start, collect=True).run(batches(start), size)
         if not counted.documents:
             raise self._nothing(counted)
         if rule == "tail":
@@ -188,18 +192,18 @@ class Build:
             else:
                 self._log_left_out(counts)
                 distinct = len({hashlib.sha256(text.utf8).digest() for text in texts})
-                return lambda rule: self._from_memory(texts, counts, rule), distinct
+                return lambda plan: self._from_memory(texts, counts, plan), distinct
         processes = count_processes(self.data)
-        return lambda rule: read_units(plan_units(files, self.data), self.data, rule, processes), None
+        return lambda plan: read_units(plan_units(files, self.data), self.data, plan, processes), None
 
-    def _from_memory(self, texts: list[CleanText], counts: dict[int, Counter[str]], rule: str) -> Iterator[Batch]:
+    def _from_memory(self, texts: list[CleanText], counts: dict[int, Counter[str]], plan: SplitPlan) -> Iterator[Batch]:
         begin = size = 0
         for end, text in enumerate(texts, 1):
             size += len(text.utf8)
             if size >= BATCH_BYTES or end == len(texts):
-                yield make_batch(texts[begin:end], self.data, rule)
+                yield make_batch(texts[begin:end], self.data, plan)
                 begin, size = end, 0
-        last = make_batch([], self.data, rule)
+        last = make_batch([], self.data, plan)
         last.counts = {file: rules for file, rules in counts.items() if rules}
         yield last
 
@@ -215,7 +219,7 @@ class Build:
             folder = self.home / "data" / "segments" / f".{uuid.uuid4().hex[:16]}.tmp"
             folder.mkdir(parents=True)
             self.folders.append(folder)
-        return Pass(self.data, plan, base, folder).run(batches(plan.rule), size)
+        return Pass(self.data, plan, base, folder).run(batches(plan), size)
 
     # --- what it comes to ------------------------------------------------------------------------------------------
 
@@ -260,7 +264,9 @@ class Build:
         """Title and licence: what the settings say, else what the source itself does."""
         source = self.data.sources[number].source
         package = [file for file in self.files if file.source == number and file.package]
-        known = package_index.describe(package[0].path, package_index.PackageSource.parse(source)) if package else {}
+        known = (
+            package_index.describe(Path(package[0].path), package_index.PackageSource.parse(source)) if package else {}
+        )
         return known | self.facts[number]
 
     def _same_sources(self, manifest: dict[str, Any]) -> bool:
@@ -322,7 +328,9 @@ def _start(rule: str, data: DataConfig, inherited: SplitPlan | None) -> SplitPla
 
 
 def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Base | None, segment: dict[str, Any] | None, notes: list[Note]) -> dict[str, Any]:  # fmt: skip
-    parts = [read_manifest(build.home / "data" / "segments" / old) for old in (base.manifest["segments"] if base else [])]
+    parts = [
+        read_manifest(build.home / "data" / "segments" / old) for old in (base.manifest["segments"] if base else [])
+    ]
     parts += [segment] if segment else []
     rules: list[Counter[str]] = [Counter() for _ in build.data.sources]
     read = [0] * len(rules)
@@ -353,13 +361,7 @@ def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Ba
         "near_duplicates": near,
         "skipped": sum(total[rule] for rule in LEFT_OUT),
         "rules": dict(sorted(total.items())),
-        "split": plan.rule,
-        "selection": plan.selection,
-        "split_exceptions": {
-            side: [f"{int(key):016x}" for key in keys]
-            for side, keys in (("val", plan.val_keys), ("train", plan.train_keys))
-        },
-        "val_fraction": build.data.val_fraction,
+        **plan.as_json(),
         "section_bytes": build.data.section_bytes,
         "splits": {
             split: {key: sum(part["splits"][split][key] for part in parts) for key in parts[0]["splits"][split]}
@@ -372,7 +374,9 @@ def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Ba
 
 def _add_overlap(build: Build, located: Located, manifest: dict[str, Any]) -> None:
     folders = [build.home / "data" / "segments" / name for name in manifest["segments"]]
-    val, train = ([rows for folder in folders for rows in load_arrays(folder, f"ngrams_{side}")] for side in ("val", "train"))
+    val, train = (
+        [rows for folder in folders for rows in load_arrays(folder, f"ngrams_{side}")] for side in ("val", "train")
+    )
     overlap = measure_overlap(val, train)
     manifest["overlap"] = round(overlap, 6)
     manifest["overlap_alarm"] = overlap > build.data.max_overlap

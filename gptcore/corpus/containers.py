@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
@@ -64,17 +65,19 @@ class Kind:
 
     @classmethod
     def of(cls, name: str) -> Kind:
-        lower = name.rsplit("/", 1)[-1].lower()
-        for short, full in SHORT_NAMES.items():
-            lower = lower.removesuffix(f".{short}") + f".{full}" if lower.endswith(f".{short}") else lower
-        compressions = []
+        lower = name[name.rfind("/") + 1 :].lower()
         extension = _extension(lower)
+        if extension not in COMPRESSIONS and extension not in SHORT_NAMES:
+            return _plain_kind(extension)
+        if extension in SHORT_NAMES:
+            lower = lower[: -len(extension)] + SHORT_NAMES[extension]
+            extension = _extension(lower)
+        compressions = []
         while extension in COMPRESSIONS:
             compressions.append(COMPRESSIONS[extension])
             lower = lower[: -len(extension) - 1]
             extension = _extension(lower)
-        inner = ALIASES.get(extension, extension)
-        return cls(tuple(compressions), inner if inner in FORMATS + ARCHIVES else "", extension)
+        return cls(tuple(compressions), _plain_kind(extension).inner, extension)
 
     def is_wanted(self, formats: tuple[str, ...]) -> bool:
         """Is such a file of a folder or an archive read? Archives and bare compressed files are looked into."""
@@ -83,6 +86,12 @@ class Kind:
         if not self.extension:
             return bool(self.compressions)
         return (self.inner or self.extension) in formats or self.extension in formats
+
+
+@lru_cache(maxsize=1024)
+def _plain_kind(extension: str) -> Kind:
+    inner = ALIASES.get(extension, extension)
+    return Kind((), inner if inner in FORMATS + ARCHIVES else "", extension)
 
 
 @dataclass
@@ -186,7 +195,9 @@ def _tar_members(
         raise DamagedError("the tar ends without its end mark")
 
 
-def _zip_members(name: str, file: BinaryIO, data: DataConfig, count: Callable[[str], None], depth: int) -> Iterator[Member]:
+def _zip_members(
+    name: str, file: BinaryIO, data: DataConfig, count: Callable[[str], None], depth: int
+) -> Iterator[Member]:
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         _check_count(name, len(infos), data)
@@ -233,8 +244,8 @@ def _is_safe(name: str) -> bool:
 
 
 def _extension(name: str) -> str:
-    stem, dot, extension = name.rpartition(".")
-    return extension if dot and stem and len(extension) <= 16 and " " not in extension else ""
+    dot = name.rfind(".")
+    return name[dot + 1 :] if dot > 0 and len(name) - dot <= 17 and " " not in name[dot:] else ""
 
 
 def _is_tar(stream: BinaryIO) -> bool:
@@ -292,4 +303,3 @@ def seekable(name: str, stream: BinaryIO, data: DataConfig) -> Iterator[BinaryIO
             file.write(piece)
         file.seek(0)
         yield cast(BinaryIO, file)
-

@@ -2,7 +2,7 @@
 
     python -c "from gptcore import corpus, config; print(corpus.estimate(config.load_config('EXPERIMENT.yaml').data))"
 
-Up to 24 files, spread evenly, are read from their beginning for up to 1 MiB of text each.
+Up to 200 files, spread evenly, are read from their beginning for up to 1 MiB of text each, for about a quarter of a second.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from gptcore.config import DataConfig, UserError
 from gptcore.corpus.containers import Kind
 from gptcore.corpus.pool import count_processes
 from gptcore.corpus.records import make_batch, read_texts
+from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import SourceFile, list_files, plan_units
 
-SAMPLE_FILES = 24
-SAMPLE_BYTES = 1 << 20
+MAX_FILES, MIN_FILES = 200, 8
+SAMPLE_BYTES = 1 << 20  # of text from each
+SAMPLE_SECONDS = 0.25
 SHARD_TOKENS = 100_000_000
 DOCUMENT_MEMORY = 100  # bytes: digests and ledger
 PROCESS_MEMORY = 160 << 20  # a worker with pyarrow and its batches
@@ -62,15 +64,15 @@ def estimate(data: DataConfig, home: Path) -> Estimate:
 
 def estimate_files(files: list[SourceFile], data: DataConfig, home: Path) -> Estimate:
     """`estimate` for files that are listed already."""
-    step = max(1, -(-len(files) // SAMPLE_FILES))
-    documents, text, read, stored = 0.0, 0.0, 0.0, 0
+    documents = text = 0.0
+    read = sampled = stored = looked = 0
+    plan = SplitPlan("section" if data.split == "section" else "document", "threshold", data.val_fraction)
+    make_batch([], data, plan)  # the libraries are loaded before the clock runs
     started = time.perf_counter()
-    sampled = 0
-    for number in range(0, len(files), step):
+    for number in _spread(len(files)):
         entries = next(plan_units([(number, files[number])], data), [])
         texts, held = [], 0
-        counts = {number: Counter[str]()}
-        for item in islice(read_texts(entries, data, counts), 20_000):
+        for item in islice(read_texts(entries, data, {number: Counter()}), 20_000):
             texts.append(item)
             held += len(item.utf8)
             if held >= SAMPLE_BYTES:
@@ -78,14 +80,15 @@ def estimate_files(files: list[SourceFile], data: DataConfig, home: Path) -> Est
         share = _share_read(files[number], held)
         documents += len(texts) / share
         text += held / share
-        read += files[number].size
-        sampled += held
+        read, sampled, looked = read + files[number].size, sampled + held, looked + 1
         stored += _parquet_bytes(b"".join(item.utf8 for item in texts)[:SAMPLE_BYTES])
-        make_batch(texts, data, "section" if data.split == "section" else "document")
+        make_batch(texts, data, plan)
+        if time.perf_counter() - started > SAMPLE_SECONDS and looked >= MIN_FILES:
+            break
     seconds = time.perf_counter() - started
-    scale = sum(file.size for file in files) / max(read, 1)
+    text_bytes = int(text * sum(file.size for file in files) / max(read, 1))
+    n_documents = int(documents * len(files) / looked)
     processes = count_processes(data)
-    text_bytes, n_documents = int(text * scale), int(documents * scale)
     compressed = text_bytes * (stored / max(sampled, 1))
     home.mkdir(parents=True, exist_ok=True)
     return Estimate(
@@ -112,6 +115,12 @@ def refuse_impossible(estimate: Estimate) -> None:
         raise UserError(
             f"data.source: not enough memory: {estimate}; lower data.processes, or give less text with data.source"
         )
+
+
+def _spread(count: int) -> list[int]:
+    """Up to MAX_FILES distinct numbers below `count` such that any first few of them are spread over it."""
+    golden = (5**0.5 - 1) / 2
+    return list(dict.fromkeys(int(i * golden % 1 * count) for i in range(min(count, MAX_FILES))))
 
 
 def _share_read(file: SourceFile, held: int) -> float:

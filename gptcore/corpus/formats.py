@@ -26,7 +26,23 @@ HTML_TAG = re.compile(rb"<(/?)([a-zA-Z][a-zA-Z0-9-]*)[^<>]*?(/?)>")
 FLAT_TAGS = frozenset(
     b"area base br col embed hr img input link meta source track wbr p li dd dt option tr td th tbody thead tfoot".split()
 )
-INLINE_TAGS = ["a", "abbr", "acronym", "b", "bdi", "bdo", "big", "cite", "code", "data", "del", "dfn", "em", "font", "i"]
+INLINE_TAGS = [
+    "a",
+    "abbr",
+    "acronym",
+    "b",
+    "bdi",
+    "bdo",
+    "big",
+    "cite",
+    "code",
+    "data",
+    "del",
+    "dfn",
+    "em",
+    "font",
+    "i",
+]
 INLINE_TAGS += ["ins", "kbd", "mark", "q", "s", "samp", "small", "span", "strike", "strong", "sub", "sup", "time", "tt"]
 INLINE_TAGS += ["u", "var", "wbr"]
 UNSEEN_TAGS = ["script", "style", "noscript", "template", "svg", "head"]
@@ -55,8 +71,8 @@ def read_member(member: Member, text_column: str, data: DataConfig, file_bytes: 
     if member.format in ("txt", "md"):
         yield from read_text_parts(title, member.stream)
     elif member.format == "html":
-        raw = member.stream.read(data.max_document_bytes + 1)
-        yield title, too_long(raw, data) or raw
+        page = member.stream.read(data.max_document_bytes + 1)
+        yield title, too_long(page, data) or page
     elif member.format == "jsonl":
         for raw in read_json_lines(member.name, member.stream, None, text_column, data):
             yield title, raw

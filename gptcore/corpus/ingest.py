@@ -22,7 +22,7 @@ from gptcore.corpus.digests import DigestSet
 from gptcore.corpus.overlap import NgramSketch, sample_ngrams
 from gptcore.corpus.records import Batch
 from gptcore.corpus.sections import SplitPlan, character_start
-from gptcore.corpus.segments import FORMAT, SPLITS, SegmentWriter, load_arrays, segment_dirs
+from gptcore.corpus.segments import FORMAT, SPLITS, SegmentWriter, load_arrays
 from gptcore.store import content_id, read_manifest
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Base:
         known = DigestSet(2 * manifest["documents"])
         for digests in load_arrays(directory, "digests"):
             known.add(digests)
-        return cls(directory, manifest, restore_plan(manifest), known, np.zeros(len(known.table), dtype=bool))
+        return cls(directory, manifest, SplitPlan.restore(manifest), known, np.zeros(len(known.table), dtype=bool))
 
     def meet(self, digests: np.ndarray) -> np.ndarray:
         """(n,) bool: which of the documents the corpus has already."""
@@ -98,7 +98,8 @@ class Pass:
         self.signatures: list[bytes] = []
         self.near = _open_near(data, base) if data.near_duplicates != "off" else None
         self.collected: list[tuple[np.ndarray, np.ndarray]] | None = [] if collect else None
-        self._hash = hashlib.sha256()
+        # One hash per kind of fact, so that the id does not depend on where a batch happened to end.
+        self._hashes = {kind: hashlib.sha256() for kind in ("documents", "sources", *SPLITS)}
 
     def run(self, batches: Iterable[Batch], total_bytes: int) -> Pass:
         """All batches of a source whose files have `total_bytes`; logs how it goes. A failure leaves no open file."""
@@ -130,48 +131,35 @@ class Pass:
         import pyarrow as pa
 
         self.notes.add(batch)
-        documents = self._choose(batch)
-        owner = np.repeat(np.arange(len(batch.titles)), batch.records)  # (rows,) which document a record is of
-        section = np.arange(len(owner)) - np.repeat(np.cumsum(batch.records) - batch.records, batch.records)
-        rows = documents[owner]
-        table, owner, section = _take(batch.table, owner, section, rows)
-        if not len(owner):
-            return
+        chosen = self._choose(batch)
+        table = _take(batch.table, chosen[batch.table["owner"].to_numpy()])
         if self.plan.rule == "tail":
-            table, owner, section, val = self._cut_tail(table, owner, section)
-        else:
-            val = self.plan.is_val(table["key"].to_numpy())
+            table = self._cut_tail(table)
+        val = table["val"].to_numpy(zero_copy_only=False)
         if self.near is not None:
             like, val = self._follow(table, val)
-            if self.data.near_duplicates == "drop" and like.any():
-                table, owner, section = _take(table, owner, section, ~like)
-                val = val[~like]
-                if not len(owner):
-                    return
-        kept, number = np.unique(owner, return_inverse=True)  # documents with a record, and each record's rank among them
+            if self.data.near_duplicates == "drop":
+                table, val = _take(table, ~like), val[~like]
+        if not table.num_rows:
+            return
+        owner = table["owner"].to_numpy()
+        kept, number = np.unique(
+            owner, return_inverse=True
+        )  # documents with a record, and each record's rank among them
         sizes = table["bytes"].to_numpy()
         self._count(table, batch.sources[kept], number, sizes, val)
         self.digests.append(batch.digests[kept])
-        self._hash.update(batch.digests[kept].astype("<u8").tobytes() + batch.sources[kept].astype("<i2").tobytes())
-        self._hash.update(np.column_stack([sizes, val, number + self.documents]).astype("<i8").tobytes())
-        if self.writer:
-            digests = pa.array(batch.digests.astype("<u8").view("V16").ravel().tolist(), pa.binary(16))
-            columns = {
-                "document": pa.array(number + self.documents),
-                "section": pa.array(section.astype(np.int32)),
-                "source": pa.array(batch.sources[owner].astype(np.int16)),
-                "title": pa.array(batch.titles).take(pa.array(owner)),
-                "text": table["text"],
-                "bytes": table["bytes"],
-                "characters": table["characters"].cast(pa.int64()),
-                "digest": digests.take(pa.array(owner)),
-            }
-            for split, mask in (("train", ~val), ("val", val)):
-                if mask.any():
-                    part = {"split": pa.array([split] * len(owner))} | columns
-                    chosen = pa.RecordBatch.from_arrays([part[name] for name in self.writer.schema.names], schema=self.writer.schema)  # fmt: skip
-                    chosen = chosen if mask.all() else chosen.filter(pa.array(mask))
-                    self.writer.write(split, chosen, int(sizes[mask].sum()))
+        self._hashes["documents"].update(batch.digests[kept].astype("<u8").tobytes())
+        self._hashes["sources"].update(batch.sources[kept].astype("<i2").tobytes())
+        for split, mask in (("train", ~val), ("val", val)):
+            rows = np.flatnonzero(mask)
+            self._hashes[split].update(
+                np.column_stack([number[rows] + self.documents, sizes[rows]]).astype("<i8").tobytes()
+            )
+            if self.writer and len(rows):
+                whole = rows[-1] - rows[0] + 1 == len(rows)
+                part = table.slice(rows[0], len(rows)) if whole else table.filter(pa.array(mask))
+                self.writer.write(split, self._columns(batch, part, split, number[rows]), int(sizes[rows].sum()))
         self.documents += len(kept)
         self.bytes += int(sizes.sum())
         if self.bytes > self.data.max_total_bytes:
@@ -186,7 +174,9 @@ class Pass:
             self.writer.close(digests, self.sketches, self.signatures)
         settings = {"rule": self.plan.rule, "val_fraction": self.data.val_fraction}
         settings |= {"section_bytes": self.data.section_bytes} if self.plan.rule == "section" else {}
-        name = content_id({"format": FORMAT, "settings": settings, "records": self._hash.hexdigest()})
+        name = content_id(
+            {"format": FORMAT, "settings": settings, "records": [state.hexdigest() for state in self._hashes.values()]}
+        )
         return {
             "kind": "segment",
             "id": name,
@@ -213,25 +203,46 @@ class Pass:
             chosen[places[~self.seen.add(batch.digests[places])]] = False
         return chosen
 
-    def _cut_tail(self, table: pa.RecordBatch, owner: np.ndarray, section: np.ndarray) -> tuple[Any, ...]:
-        """Whole documents in; the one that the cut falls into becomes two records."""
+    def _columns(self, batch: Batch, table: pa.RecordBatch, split: str, number: np.ndarray) -> pa.RecordBatch:
+        """Records of one side as the file has them."""
+        import pyarrow as pa
+
+        assert self.writer is not None
+        owner = table["owner"]
+        digests = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16), len(batch.titles), [None, pa.py_buffer(batch.digests.astype("<u8").tobytes())]
+        )
+        columns = {
+            "document": pa.array(number + self.documents),
+            "section": table["section"],
+            "split": pa.array([split]).take(pa.array(np.zeros(len(number), dtype=np.int8))),
+            "source": pa.array(batch.sources[owner.to_numpy()].astype(np.int16)),
+            "title": pa.array(batch.titles, pa.string()).take(owner),
+            "text": table["text"],
+            "bytes": table["bytes"],
+            "characters": table["characters"].cast(pa.int64()),
+            "digest": digests.take(owner),
+        }
+        schema = self.writer.schema
+        return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+    def _cut_tail(self, table: pa.RecordBatch) -> pa.RecordBatch:
+        """Whole documents in, with their sides out; the one that the cut falls into becomes two records."""
         import pyarrow as pa
 
         ends = self.bytes + np.cumsum(table["bytes"].to_numpy())
         starts = ends - table["bytes"].to_numpy()
-        for row in np.flatnonzero((starts < self.plan.cut) & (self.plan.cut < ends)):
-            utf8 = table["text"][int(row)].as_py().encode()
+        parts = [table]
+        for row in np.flatnonzero((starts < self.plan.cut) & (self.plan.cut < ends)).tolist():
+            utf8 = table["text"][row].as_py().encode()
             at = character_start(utf8, int(self.plan.cut - starts[row]))
-            if not 0 < at < len(utf8):
-                continue
-            halves = [_row(table.schema, half) for half in (utf8[:at], utf8[at:])]
-            parts = [table.slice(0, int(row)), *halves, table.slice(int(row) + 1)]
-            table = pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
-            owner = np.insert(owner, row, owner[row])
-            section = np.insert(section, row + 1, 1)
-            starts = np.insert(starts, row + 1, self.plan.cut)
-            break
-        return table, owner, section, starts >= self.plan.cut
+            if 0 < at < len(utf8):
+                owner = table["owner"][row].as_py()
+                halves = [_row(table.schema, half, owner, number) for number, half in enumerate((utf8[:at], utf8[at:]))]
+                parts = [table.slice(0, row), *halves, table.slice(row + 1)]
+                starts = np.insert(starts, row + 1, self.plan.cut)
+        table = pa.Table.from_batches(parts).combine_chunks().to_batches()[0] if len(parts) > 1 else table
+        return table.set_column(table.schema.get_field_index("val"), "val", pa.array(starts >= self.plan.cut))
 
     def _follow(self, table: pa.RecordBatch, val: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(which records are like an earlier one, every record's side)."""
@@ -246,7 +257,9 @@ class Pass:
         self.near_duplicates += int(like.sum())
         return like, val
 
-    def _count(self, table: pa.RecordBatch, sources: np.ndarray, number: np.ndarray, sizes: np.ndarray, val: np.ndarray) -> None:
+    def _count(
+        self, table: pa.RecordBatch, sources: np.ndarray, number: np.ndarray, sizes: np.ndarray, val: np.ndarray
+    ) -> None:
         import pyarrow.compute as pc
 
         characters = table["characters"].to_numpy()
@@ -267,15 +280,6 @@ class Pass:
             self.collected.append((table["key"].to_numpy(), sizes))
 
 
-def restore_plan(manifest: dict[str, Any]) -> SplitPlan:
-    """The split of a corpus, from its manifest."""
-    exceptions = {
-        f"{side}_keys": np.array([int(key, 16) for key in keys], dtype=np.uint64)
-        for side, keys in manifest["split_exceptions"].items()
-    }
-    return SplitPlan(manifest["split"], manifest["selection"], manifest["val_fraction"], **exceptions)
-
-
 def _open_near(data: DataConfig, base: Base | None) -> NearIndex:
     from gptcore.corpus.near import NearIndex
 
@@ -286,19 +290,17 @@ def _open_near(data: DataConfig, base: Base | None) -> NearIndex:
     return index
 
 
-def _take(table: pa.RecordBatch, owner: np.ndarray, section: np.ndarray, rows: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+def _take(table: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
     import pyarrow as pa
 
-    return (table, owner, section) if rows.all() else (table.filter(pa.array(rows)), owner[rows], section[rows])
+    return table if rows.all() else table.filter(pa.array(rows))
 
 
-def _row(schema: pa.Schema, utf8: bytes) -> pa.RecordBatch:
+def _row(schema: pa.Schema, utf8: bytes, owner: int, section: int) -> pa.RecordBatch:
     """One record of its own; its key and signature are not looked at any more."""
     import pyarrow as pa
 
     grams = sample_ngrams(np.frombuffer(utf8, dtype=np.uint8), np.array([len(utf8)]))[0]
-    values = {"text": utf8.decode(), "bytes": len(utf8), "characters": len(utf8.decode()), "key": 0, "ngrams": grams.tolist()}
+    values = {"text": utf8.decode(), "bytes": len(utf8), "characters": len(utf8.decode()), "key": 0, "val": False}
+    values |= {"owner": owner, "section": section, "ngrams": grams.tolist()}
     return pa.RecordBatch.from_pylist([values], schema=schema)
-
-
-__all__ = ["Base", "Pass", "restore_plan", "segment_dirs"]

@@ -7,6 +7,7 @@ instead of filling the memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -20,9 +21,11 @@ from typing import Any
 import gptcore
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus.records import Batch, read_batches_of
+from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import Entry
 from gptcore.entry import EXIT_MEMORY, EXIT_USER
 
+PIPE_BYTES = 1 << 20  # Linux gives 64 KiB, and a process switch for each; 1 MiB is what it allows anyone
 BACKLOG = 2  # batches a worker may be ahead
 
 
@@ -30,16 +33,16 @@ def count_processes(data: DataConfig) -> int:
     return data.processes or len(os.sched_getaffinity(0))
 
 
-def read_units(units: Iterable[list[Entry]], data: DataConfig, rule: str, processes: int) -> Iterator[Batch]:
+def read_units(units: Iterable[list[Entry]], data: DataConfig, plan: SplitPlan, processes: int) -> Iterator[Batch]:
     """All batches of all units, in the units' order; with one process in this one.
 
     Raises UserError as `read_batches_of` does.
     """
     if processes == 1:
         for unit in units:
-            yield from read_batches_of(unit, data, rule)
+            yield from read_batches_of(unit, data, plan)
         return
-    pool = _Pool(units, data, rule, processes)
+    pool = _Pool(units, data, plan, processes)
     try:
         yield from pool.batches()
     finally:
@@ -47,12 +50,12 @@ def read_units(units: Iterable[list[Entry]], data: DataConfig, rule: str, proces
 
 
 class _Pool:
-    def __init__(self, units: Iterable[list[Entry]], data: DataConfig, rule: str, processes: int) -> None:
+    def __init__(self, units: Iterable[list[Entry]], data: DataConfig, plan: SplitPlan, processes: int) -> None:
         self.units = iter(units)
         self.lock = threading.Lock()
         self.turns: queue.SimpleQueue[queue.Queue[Any] | Exception | None] = queue.SimpleQueue()
         self.stopping = threading.Event()
-        settings = json.dumps({"data": data.model_dump(mode="json"), "rule": rule}) + "\n"
+        settings = json.dumps({"data": data.model_dump(mode="json"), "plan": plan.as_json()}) + "\n"
         root = str(Path(gptcore.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "gptcore.corpus.worker"]
@@ -60,7 +63,11 @@ class _Pool:
         self.threads: list[threading.Thread] = []
         for _ in range(processes):
             worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path},
+                pipesize=PIPE_BYTES,
             )
             self.workers.append(worker)
             self.threads.append(threading.Thread(target=self._serve, args=(worker, settings), daemon=True))
@@ -90,10 +97,8 @@ class _Pool:
             thread.join()
             for pipe in (worker.stdin, worker.stdout):
                 assert pipe is not None
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
 
     def _serve(self, worker: subprocess.Popen[bytes], settings: str) -> None:
         """One worker's thread: units in, batches out, until there are no more units."""

@@ -6,7 +6,6 @@ A batch is an Arrow table of records with a few facts about its documents, so it
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections import Counter
@@ -32,13 +31,13 @@ from gptcore.corpus.formats import (
     title_of,
 )
 from gptcore.corpus.overlap import sample_ngrams
-from gptcore.corpus.sections import cut_sections, record_key
+from gptcore.corpus.sections import SplitPlan, cut_sections, hash_document, section_key
 from gptcore.corpus.sources import Entry
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 2 << 20
 BATCH_DOCUMENTS = 20_000
 
 
@@ -56,11 +55,12 @@ class CleanText:
 class Batch:
     """Some documents, one after the other, as records."""
 
-    table: pa.RecordBatch  # a row per record: text, bytes, characters, key, ngrams (list), signature (near-duplicates only)
+    # A row per record, training records first: text, bytes, characters, key, val (its side), owner (number of its document
+    # in the batch), section, ngrams (list), signature (with near-duplicates only).
+    table: pa.RecordBatch
     digests: np.ndarray  # (documents, 2) uint64: the first half of a document's sha256
     files: np.ndarray  # (documents,) int32
     sources: np.ndarray  # (documents,) int16
-    records: np.ndarray  # (documents,) int32: rows of `table` per document
     titles: list[str]
     counts: dict[int, Counter[str]] = field(default_factory=dict)  # per file: how often each rule applied
     bytes_read: int = 0  # of files on disk, for the progress
@@ -73,7 +73,7 @@ class Batch:
             "bytes_read": self.bytes_read,
         }
         text = json.dumps(head).encode()
-        arrays = (self.digests.astype("<u8"), self.files.astype("<i4"), self.sources.astype("<i2"), self.records.astype("<i4"))
+        arrays = (self.digests.astype("<u8"), self.files.astype("<i4"), self.sources.astype("<i2"))
         return b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays)])
 
     @classmethod
@@ -81,17 +81,15 @@ class Batch:
         length = int.from_bytes(facts[:8], "little")
         head = json.loads(facts[8 : 8 + length])
         n, at = len(head["titles"]), 8 + length
-        arrays = []
-        for dtype, width in (("<u8", 2), ("<i4", 1), ("<i2", 1), ("<i4", 1)):
-            array = np.frombuffer(facts, dtype, n * width, at)
-            at += array.nbytes
-            arrays.append(array.reshape(n, width) if width > 1 else array)
+        digests = np.frombuffer(facts, "<u8", 2 * n, at).reshape(n, 2)
+        files = np.frombuffer(facts, "<i4", n, at + 16 * n)
+        sources = np.frombuffer(facts, "<i2", n, at + 20 * n)
         counts = {int(file): Counter(rules) for file, rules in head["counts"].items()}
-        return cls(table, *arrays, head["titles"], counts, head["bytes_read"])  # type: ignore[arg-type]
+        return cls(table, digests, files, sources, head["titles"], counts, head["bytes_read"])
 
 
-def read_batches_of(unit: list[Entry], data: DataConfig, rule: str) -> Iterator[Batch]:
-    """One unit of work as batches of about 4 MB. The last one has the counts; it may be empty.
+def read_batches_of(unit: list[Entry], data: DataConfig, plan: SplitPlan) -> Iterator[Batch]:
+    """One unit of work as batches of about 2 MB. The last one has the counts; it may be empty.
 
     Raises UserError for input that the settings do not allow.
     """
@@ -102,9 +100,9 @@ def read_batches_of(unit: list[Entry], data: DataConfig, rule: str) -> Iterator[
         pending.append(text)
         size += len(text.utf8)
         if size >= BATCH_BYTES or len(pending) >= BATCH_DOCUMENTS:
-            yield make_batch(pending, data, rule)
+            yield make_batch(pending, data, plan)
             pending, size = [], 0
-    last = make_batch(pending, data, rule)
+    last = make_batch(pending, data, plan)
     last.counts = {file: rules for file, rules in counts.items() if rules}
     last.bytes_read = sum(_disk_bytes(entry) for entry in unit)
     yield last
@@ -114,14 +112,13 @@ def read_texts(unit: list[Entry], data: DataConfig, counts: dict[int, Counter[st
     """Every document of a unit that the rules leave in, in order; `counts[file][rule]` is added to."""
     for entry in unit:
         counted = counts[entry.file]
-        is_html = Kind.of(entry.name).inner == "html"
-        for name, title, raw, html in _read_entry(entry, data, counted, is_html):
+        for name, title, raw, html in _read_entry(entry, data, counted):
             title, utf8 = clean(name, title, raw, html, data, counted)
             if utf8:
                 yield CleanText(entry.file, entry.source, title, utf8)
 
 
-def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str], is_html: bool) -> Iterator[tuple[str, str, Any, bool]]:
+def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str]) -> Iterator[tuple[str, str, Any, bool]]:
     """(name, title, raw, is HTML?) of everything in a file. A damaged one raises, or is counted and left, by policy."""
     import pyarrow as pa
 
@@ -130,11 +127,12 @@ def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str], is_html: b
         if entry.package:
             package = package_index.PackageSource.parse(entry.package)
             for name, raw in package_index.read_members(Path(entry.path), package):
-                yield name, title_of(name), raw, False
+                yield name, title_of(name), raw, Kind.of(name).inner == "html"
             return
         with open(entry.path, "rb") as file:
             if entry.part is not None:
-                yield from ((entry.name, title, raw, False) for title, raw in _read_part(entry, file, data, size))
+                for title, part in _read_part(entry, file, data, size):
+                    yield entry.name, title, part, False
                 return
             if size > data.max_member_bytes:
                 raise UserError(
@@ -142,10 +140,10 @@ def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str], is_html: b
                 )
             total = 0
             for member in open_members(entry.name, file, data, lambda rule: counts.update([rule] if rule else [])):
-                for title, raw in read_member(member, entry.text_column, data, size):
-                    total += len(raw) if isinstance(raw, bytes) else 0
+                for title, item in read_member(member, entry.text_column, data, size):
+                    total += len(item) if isinstance(item, bytes) else 0
                     check_expansion(total, size, entry.name, data)
-                    yield member.name, title, raw, member.format == "html"
+                    yield member.name, title, item, member.format == "html"
     except UserError:
         raise
     except (DamagedError, pa.ArrowException, *DECODING_ERRORS) as error:
@@ -182,42 +180,54 @@ def _disk_bytes(entry: Entry) -> int:
     return size if entry.part is None else min(PART_BYTES, max(size - entry.part * PART_BYTES, 0))
 
 
-def make_batch(texts: list[CleanText], data: DataConfig, rule: str) -> Batch:
-    """Cut documents into records by `rule` ("document" or "section"; "tail" leaves them whole) and hash both."""
+def make_batch(texts: list[CleanText], data: DataConfig, plan: SplitPlan) -> Batch:
+    """Cut documents into records by the plan's rule, hash both, and give each record its side.
+
+    A tail split is not made here: whole documents, all on the training side.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    digests = [hashlib.sha256(text.utf8).digest()[:16] for text in texts]
-    if rule == "section":
+    hashed = [hash_document(text.utf8) for text in texts]
+    if plan.rule == "section":
         cut = [cut_sections(text.utf8, data.section_bytes) for text in texts]
+        records = list(chain.from_iterable(cut))
+        per_document = np.fromiter(map(len, cut), dtype=np.int64, count=len(cut))
+        keys = np.array([section_key(section) for section in records], dtype=np.uint64)
     else:
-        cut = [[text.utf8] for text in texts]
-    keys = [
-        record_key(rule, record, digest) for records, digest in zip(cut, digests, strict=True) for record in records
-    ]
-    lengths = np.fromiter(map(len, chain.from_iterable(cut)), dtype=np.int64, count=len(keys))
+        records = [text.utf8 for text in texts]
+        per_document = np.ones(len(texts), dtype=np.int64)
+        keys = np.array([key for _, key in hashed], dtype=np.uint64)
+    owner = np.repeat(np.arange(len(texts)), per_document)
+    section = np.arange(len(owner)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+    val = np.zeros(len(keys), dtype=bool) if plan.rule == "tail" else plan.is_val(keys)
+    # Each side in one piece: later on a side is a slice, and its text is not copied again.
+    order = np.argsort(val, kind="stable")
+    ordered = [records[row] for row in order]
+    utf8 = b"".join(ordered)
+    lengths = np.fromiter(map(len, ordered), dtype=np.int64, count=len(ordered))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    utf8 = b"".join(text.utf8 for text in texts)
-    text = pa.LargeStringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(utf8))
-    hashes, owners = sample_ngrams(np.frombuffer(utf8, dtype=np.uint8), offsets[1:])
-    starts = np.searchsorted(owners, np.arange(len(keys) + 1)).astype(np.int32)
+    text = pa.LargeStringArray.from_buffers(len(ordered), pa.py_buffer(offsets), pa.py_buffer(utf8))
+    hashes, places = sample_ngrams(np.frombuffer(utf8, dtype=np.uint8), offsets[1:])
+    starts = np.searchsorted(places, np.arange(len(ordered) + 1)).astype(np.int32)
     columns = {
         "text": text,
         "bytes": pa.array(lengths),
         "characters": pc.utf8_length(text),
-        "key": pa.array(np.array(keys, dtype=np.uint64)),
+        "key": pa.array(keys[order]),
+        "val": pa.array(val[order]),
+        "owner": pa.array(owner[order].astype(np.int32)),
+        "section": pa.array(section[order].astype(np.int32)),
         "ngrams": pa.ListArray.from_arrays(pa.array(starts), pa.array(hashes)),
     }
     if data.near_duplicates != "off":
         from gptcore.corpus.near import SIGNATURE_BYTES, sign_text
 
-        signatures = [sign_text(record) for record in chain.from_iterable(cut)]
-        columns["signature"] = pa.array(signatures, pa.binary(SIGNATURE_BYTES))
+        columns["signature"] = pa.array(map(sign_text, ordered), pa.binary(SIGNATURE_BYTES))
     return Batch(
         pa.RecordBatch.from_pydict(columns),
-        np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
+        np.frombuffer(b"".join(digest for digest, _ in hashed), dtype="<u8").reshape(-1, 2),
         np.array([text.file for text in texts], dtype=np.int32),
         np.array([text.source for text in texts], dtype=np.int16),
-        np.fromiter(map(len, cut), dtype=np.int32, count=len(cut)),
         [text.title for text in texts],
     )

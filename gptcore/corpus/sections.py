@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -23,7 +24,7 @@ NO_KEYS = np.zeros(0, dtype=np.uint64)
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Which records are validation text. A record's key is 64 bits of its content (`record_key`).
+    """Which records are validation text. A record's key is 64 bits of its content (`hash_document`, `section_key`).
 
     By hash, keys below `val_fraction` of their range are; the exceptions, sorted, are what a small corpus needs to get
     its share, and stay with a corpus that grows. By tail, everything from byte `cut` on is.
@@ -35,6 +36,23 @@ class SplitPlan:
     val_keys: np.ndarray = field(default_factory=lambda: NO_KEYS)  # (n,) uint64, validation though above the threshold
     train_keys: np.ndarray = field(default_factory=lambda: NO_KEYS)  # (n,) uint64, training though below
     cut: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as a manifest has it; `restore` is the inverse."""
+        exceptions = {
+            side: [f"{int(key):016x}" for key in keys]
+            for side, keys in (("val", self.val_keys), ("train", self.train_keys))
+        }
+        plan = {"split": self.rule, "selection": self.selection, "val_fraction": self.val_fraction}
+        return plan | {"split_exceptions": exceptions}
+
+    @classmethod
+    def restore(cls, manifest: dict[str, Any]) -> SplitPlan:
+        val, train = (
+            np.array([int(key, 16) for key in manifest["split_exceptions"][side]], dtype=np.uint64)
+            for side in ("val", "train")
+        )
+        return cls(manifest["split"], manifest["selection"], manifest["val_fraction"], val, train)
 
     def is_val(self, keys: np.ndarray) -> np.ndarray:
         """(n,) bool for (n,) uint64 keys; not for a tail split, whose keys say nothing."""
@@ -89,67 +107,67 @@ def plan_tail_split(total_bytes: int, val_fraction: float) -> SplitPlan | None:
     return SplitPlan("tail", "tail", val_fraction, cut=cut)
 
 
-def record_key(rule: str, record: bytes, document_digest: bytes) -> int:
-    """64 bits that decide a record's side.
+def hash_document(utf8: bytes) -> tuple[bytes, int]:
+    """(16 bytes that stand for the document, its 64-bit key).
 
-    A document's are its hash without the white space around it. A section's are those of its distinct lines, without
-    the white space around them, so that sections that differ by a line end, by repetitions or in the order of their
-    lines are on one side, too.
+    The key is the hash of the text without the white space around it, so copies that differ in that are on one side.
     """
-    if rule == "section":
-        lines = sum(map(crc32, set(map(bytes.strip, record.splitlines()))))
-        return int.from_bytes(hashlib.sha256(lines.to_bytes(8, "little")).digest()[:8], "big")
-    stripped = record.strip()
-    digest = document_digest if len(stripped) == len(record) else hashlib.sha256(stripped).digest()
-    return int.from_bytes(digest[:8], "big")
+    stripped = utf8.rstrip()
+    state = hashlib.sha256(stripped)
+    head = state.digest()
+    if len(stripped) < len(utf8):
+        state.update(utf8[len(stripped) :])
+    key = head if not stripped[:1].isspace() else hashlib.sha256(stripped.lstrip()).digest()
+    return state.digest()[:16], int.from_bytes(key[:8], "big")
+
+
+def section_key(section: bytes) -> int:
+    """The 64 bits that decide a section's side: those of its distinct lines, without the white space around them.
+
+    So sections that differ by a line end, by repetitions or in the order of their lines are on one side.
+    """
+    lines = sum(map(crc32, set(map(bytes.strip, section.splitlines()))))
+    return int.from_bytes(hashlib.sha256(lines.to_bytes(8, "little")).digest()[:8], "big")
 
 
 def cut_sections(utf8: bytes, mean_bytes: int) -> list[bytes]:
     """Cut a text into sections of `mean_bytes` on average, mostly between a quarter and four times that.
 
-    A cut is made after a paragraph whose hash says so, with a chance proportional to its length, so the same text
+    What is never cut are paragraphs with the blank lines after them, where they are not overlong themselves. A cut is
+    made after one whose hash says so, with a chance proportional to its length, so the same text
     is cut at the same places whatever stands before it; only the size limits look back, and that fades at the next cut.
     """
     least, most = mean_bytes // 4, 4 * mean_bytes
     run = mean_bytes - least
     sections: list[bytes] = []
     begin = end = 0  # of the section so far
-    for unit in _units(utf8, mean_bytes, most):
-        size = len(unit)
-        if end > begin and end - begin + size > most:
-            sections.append(utf8[begin:end])
-            begin = end
-        end += size
-        # True for one in run / size units, by their content.
-        if end - begin >= least and crc32(unit.strip()) * run < size << 32:
-            sections.append(utf8[begin:end])
-            begin = end
+    ends = [match.end() for match in BLANK_LINES.finditer(utf8)]
+    if not ends or ends[-1] < len(utf8):
+        ends.append(len(utf8))
+    for paragraph_end in ends:
+        paragraph = utf8[end:paragraph_end]
+        for unit in (paragraph,) if len(paragraph) <= most else _units(paragraph, mean_bytes, most):
+            size = len(unit)
+            if end - begin + size > most and end > begin:
+                sections.append(utf8[begin:end])
+                begin = end
+            end += size
+            # True for one in run / size units, by their content.
+            if end - begin >= least and crc32(unit.strip()) * run < size << 32:
+                sections.append(utf8[begin:end])
+                begin = end
     if end > begin:
         sections.append(utf8[begin:end])
     return sections
 
 
-def _units(utf8: bytes, mean_bytes: int, most: int) -> Iterator[bytes]:
-    """What is never cut: paragraphs with the blank lines after them; lines of an overlong paragraph; pieces of an overlong line."""
-    for paragraph in _paragraphs(utf8):
-        if len(paragraph) <= most:
-            yield paragraph
-            continue
-        for line in paragraph.splitlines(keepends=True):
-            if len(line) <= most:
-                yield line
-            else:
-                yield from _pieces(line, mean_bytes)
-
-
-def _paragraphs(utf8: bytes) -> Iterator[bytes]:
-    start = 0
-    for match in BLANK_LINES.finditer(utf8):
-        end = match.end()
-        yield utf8[start:end]
-        start = end
-    if start < len(utf8):
-        yield utf8[start:]
+def _units(paragraph: bytes, mean_bytes: int, most: int) -> Iterator[bytes]:
+    """The lines of an overlong paragraph; the pieces of an overlong line."""
+    for line in paragraph.splitlines(keepends=True):
+        if len(line) <= most:
+            yield line
+        else:
+            yield from _pieces(line, mean_bytes)
 
 
 def _pieces(line: bytes, size: int) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ Documents are numbered along the segments. A corpus finds its segments beside it
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -177,10 +178,8 @@ class SegmentWriter:
     def abort(self) -> None:
         """End the thread and close the file, whatever state they are in; the folder is not to be used."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass
 
     def _flush(self, split: str) -> None:
         batches, self._pending[split], self._bytes[split] = self._pending[split], [], 0

