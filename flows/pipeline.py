@@ -129,8 +129,9 @@ def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overri
         with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
             corpus = run.step(ingest, config.data, home)
             run.describe_data(corpus)
-            vocab = run.step(build_vocabulary, config.vocab, corpus, home)
-            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size)
+            cluster = config.data.dask_address
+            vocab = run.step(build_vocabulary, config.vocab, corpus, home, cluster)
+            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, cluster)
 
             trained = run.process(train_model, config, shards)
             checkpoint = Path(trained["checkpoint"])
@@ -223,7 +224,7 @@ class PipelineRun:
             for key, value in manifest.items()
             if isinstance(value, (int, float, str)) or key in ("documents", "bytes", "splits")
         }
-        source = self.config.data.source
+        source = self.config.data.source_name
         self.journal.dataset(short_source(source), corpus.name, source, "training", profile)
 
     def compare(self, trained: dict[str, Any], evaluation: dict[str, Any]) -> None:

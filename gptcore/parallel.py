@@ -23,6 +23,7 @@ from typing import Any
 
 # function (importable by name), jobs (small, picklable values) → results in the order of the jobs
 ChunkMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+JOBS_PER_WORKER = 3  # a process for fewer is not worth its start
 AHEAD = 2  # jobs per worker under way or waiting to be taken
 
 
@@ -40,8 +41,8 @@ def map_here(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[An
 
 
 def map_processes(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    """The jobs on all cores, in processes that die with this one. A single job stays here: a process costs half a second."""
-    workers = min(count_cores(), len(jobs))
+    """The jobs on all cores, in processes that die with this one. Few jobs stay here: starting a process costs several."""
+    workers = min(count_cores(), len(jobs) // JOBS_PER_WORKER)
     if workers < 2:
         yield from map_here(function, jobs)
         return

@@ -267,7 +267,7 @@ def read_tree(path: str | Path) -> tuple[dict[str, Any], Path]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a tokenizer.json or its directory") from None
     except ValueError:
         tree = None
-    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or not tree["model"].get("vocab"):
         raise UserError(f"{path}: not a tokenizer.json; give one that `tokenizers` can open, or its directory")
     return tree, path
 
