@@ -298,12 +298,12 @@ def commit(build: Build, located: Located) -> Path:
         return located.directory
     if located.segment is not None:
         directory = build.home / "data" / "segments" / located.segment["id"]
-        if not is_committed(directory):
+        if not _is_whole(directory):
             assert located.folder is not None
             with commit_dir(directory, located.segment) as tmp:
                 for path in located.folder.iterdir():
                     path.rename(tmp / path.name)
-    if is_committed(located.directory):
+    if _is_whole(located.directory):
         logger.info("corpus %s: reused", located.directory.name)
     else:
         manifest = located.manifest
@@ -318,6 +318,19 @@ def commit(build: Build, located: Located) -> Path:
         )  # fmt: skip
     build.family.remember(located.directory, build.files, build.remembered, build.started)
     return located.directory
+
+
+def _is_whole(directory: Path) -> bool:
+    """Committed, with all files at their size; a damaged one is removed, to be made again."""
+    if not is_committed(directory):
+        return False
+    try:
+        read_manifest(directory)
+    except UserError as error:
+        logger.warning("%s; it is made again", str(error).partition(";")[0])
+        shutil.rmtree(directory)
+        return False
+    return True
 
 
 def _start(rule: str, data: DataConfig, inherited: SplitPlan | None) -> SplitPlan:

@@ -110,7 +110,6 @@ class Counted(io.RawIOBase):
     def __init__(self, inner: BinaryIO, bytes_in: Callable[[], int], name: str, data: DataConfig) -> None:
         self.inner, self.bytes_in, self.name, self.data = inner, bytes_in, name, data
         self.count = 0
-        self.tail = b""
 
     def readable(self) -> bool:
         return True
@@ -119,7 +118,6 @@ class Counted(io.RawIOBase):
         piece = self.inner.read(len(buffer))
         buffer[: len(piece)] = piece
         self.count += len(piece)
-        self.tail = (self.tail + bytes(piece[-512:]))[-512:]
         check_expansion(self.count, self.bytes_in(), self.name, self.data)
         if self.count > self.data.max_member_bytes:
             raise UserError(
@@ -154,7 +152,7 @@ def _open(
         raise UserError(f"{name}: archives nested more than {MAX_DEPTH} deep; unpack the outer ones")
     if len(kind.compressions) > MAX_DEPTH:
         raise UserError(f"{name}: compressed more than {MAX_DEPTH} times; unpack it")
-    stream, counted = raw, None
+    stream = raw
     for compression in kind.compressions:
         counted = Counted(_decompressed(stream, compression), size, name, data)
         stream = cast(BinaryIO, io.BufferedReader(counted, BLOCK))
@@ -162,7 +160,9 @@ def _open(
     if kind.compressions and not kind.extension and _is_tar(stream):
         inner = "tar"
     if inner == "tar":
-        yield from _tar_members(name, stream, counted, data, count, size, depth)
+        if not kind.compressions:
+            stream = cast(BinaryIO, io.BufferedReader(Counted(stream, size, name, data), BLOCK))
+        yield from _tar_members(name, stream, data, count, size, depth)
     elif inner == "zip":
         with seekable(name, stream, data) as file:
             yield from _zip_members(name, file, data, count, depth)
@@ -170,13 +170,25 @@ def _open(
         yield Member(name, stream, inner or "txt", kind.extension)
 
 
+class _Header(tarfile.TarInfo):
+    """tarfile takes a broken header, or none where the file was cut, for the end of the archive; here it is damage."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
+        try:
+            return cast(_Header, super().fromtarfile(archive))
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # the end mark
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise DamagedError("the tar ends without its end mark") from None
+        except tarfile.HeaderError as error:
+            raise DamagedError(f"the tar has a broken header: {error}") from None
+
+
 def _tar_members(
-    name: str, stream: BinaryIO, counted: Counted | None, data: DataConfig, count: Callable[[str], None], size: Callable[[], int], depth: int
+    name: str, stream: BinaryIO, data: DataConfig, count: Callable[[str], None], size: Callable[[], int], depth: int
 ) -> Iterator[Member]:  # fmt: skip
-    if counted is None:
-        counted = Counted(stream, size, name, data)
-        stream = cast(BinaryIO, io.BufferedReader(counted, BLOCK))
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK) as tar:
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK, tarinfo=_Header) as tar:
         for number, member in enumerate(tar):
             tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member: memory would grow
             _check_count(name, number + 1, data)
@@ -191,8 +203,6 @@ def _tar_members(
             file = tar.extractfile(member)
             assert file is not None, member.name
             yield from _open(f"{name}/{member.name}", cast(BinaryIO, file), kind, data, count, size, depth + 1)
-    if counted.tail.strip(b"\0"):
-        raise DamagedError("the tar ends without its end mark")
 
 
 def _zip_members(

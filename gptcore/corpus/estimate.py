@@ -86,6 +86,8 @@ def estimate_files(files: list[SourceFile], data: DataConfig, home: Path) -> Est
         if time.perf_counter() - started > SAMPLE_SECONDS and looked >= MIN_FILES:
             break
     seconds = time.perf_counter() - started
+    if not sampled and looked == len(files):
+        raise UserError(f"data.source={data.source_name!r}: no text in it; give a UTF-8 text file or a folder of them")
     text_bytes = int(text * sum(file.size for file in files) / max(read, 1))
     n_documents = int(documents * len(files) / looked)
     processes = count_processes(data)

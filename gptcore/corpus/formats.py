@@ -231,7 +231,7 @@ def read_parquet(
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+    with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as table:
         names = table.schema_arrow.names
         if column not in names:
             raise _no_column(name, column, names)

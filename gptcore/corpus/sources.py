@@ -134,9 +134,11 @@ def _folder_files(folder: str, where: str, formats: tuple[str, ...]) -> list[str
                     name = prefix + entry.name
                     if entry.is_dir(follow_symlinks=False):
                         todo.append(f"{name}/")
-                    elif not Kind.of(entry.name).is_wanted(formats) or not entry.is_file():
+                    elif not Kind.of(entry.name).is_wanted(formats):
                         continue
-                    elif not entry.is_symlink() or os.path.realpath(entry.path).startswith(f"{root}/"):
+                    elif entry.is_file(follow_symlinks=False) or (
+                        os.path.isfile(entry.path) and os.path.realpath(entry.path).startswith(f"{root}/")
+                    ):
                         found.append(name)
     except OSError as error:
         raise UserError(
