@@ -29,7 +29,9 @@ def find_directories(target: str, overrides: list[str]) -> dict[str, Path]:
         if overrides:
             raise UserError(f"{target} is a directory, which has no fields to change; leave {overrides[0]!r} out")
         if not is_committed(path):  # perhaps the user's own texts
-            raise UserError(f"{target}: holds no prepared data; give a directory below data/ in GPTLOOM_HOME, or an experiment file")
+            raise UserError(
+                f"{target}: holds no prepared data; give a directory below data/ in GPTLOOM_HOME, or an experiment file"
+            )
         kind = str(read_manifest(path).get("kind"))
         if kind == "shards":
             return {"shards": path.resolve()}
@@ -39,8 +41,8 @@ def find_directories(target: str, overrides: list[str]) -> dict[str, Path]:
             )
         return {kind: path.resolve()}
     config, home = load_config(target, overrides), home_dir()
-    corpus_dir = corpus.find_corpus(config.data, home)
-    if corpus_dir is None:
+    corpus_dir = corpus.find_corpus(config.data, home) or corpus.locate_corpus(config.data, home)
+    if not is_committed(corpus_dir):
         raise UserError(f"{target}: its data is not prepared, or its source changed; run `gptloom data {target}` first")
     found = {"corpus": corpus_dir, "vocab": vocab.locate_vocab(config.vocab, corpus_dir, home)}
     found["shards"] = shards.locate_shards(corpus_dir, found["vocab"], home)

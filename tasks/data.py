@@ -7,6 +7,7 @@ A directory that is already there is the cache: the task returns it at once, in 
 from __future__ import annotations
 
 import importlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from prefect.states import Completed
 
 from gptcore.config import DataConfig, UserError, VocabConfig
 from gptcore.parallel import AHEAD, ChunkMap, map_processes
-from gptcore.store import is_committed, read_manifest
+from gptcore.store import MARKER, is_committed, read_manifest
 from tasks.process import run_logger
 
 T = TypeVar("T")
@@ -58,12 +59,12 @@ def _ingest_name() -> str:
 )
 def ingest(data: DataConfig, home: Path) -> Path:
     """Read what is new in the source, clean it, drop duplicates, split it; returns the corpus directory. Raises UserError for bad input."""
-    from gptcore.corpus import build_corpus, find_corpus, summarise
+    from gptcore.corpus import build_corpus, summarise
 
-    found = find_corpus(data, home)
-    if found is not None:
-        return cached(found, found)
+    start = time.time()
     corpus = build_corpus(data, home)
+    if (corpus / MARKER).stat().st_mtime < start:
+        return cached(corpus, corpus)
     _show_table("corpus-statistics", summarise(corpus), f"corpus {corpus.name}, by source")
     return corpus
 
