@@ -25,7 +25,7 @@ from gptcore.store import content_id, write_json
 logger = logging.getLogger(__name__)
 
 # Settings that say how fast or how much, not what: they change no corpus.
-INCIDENTAL = {"processes", "dask_address", "timeout_seconds", "max_overlap"} | {
+INCIDENTAL = {"processes", "order", "dask_address", "timeout_seconds", "max_overlap"} | {
     f"max_{limit}" for limit in ("members", "member_bytes", "total_bytes", "expansion", "download_bytes")
 }
 RACY_SECONDS = 2.0  # a file written so shortly before it is read may change again within its clock's resolution
