@@ -17,7 +17,7 @@ from typing import Any
 
 from gptcore.config import DataConfig, UserError, load_config
 from gptcore.corpus.build import Build, commit
-from gptcore.corpus.estimate import Estimate, estimate
+from gptcore.corpus.preflight import Estimate, estimate
 from gptcore.corpus.segments import (
     FILE_NAME,
     FORMAT,

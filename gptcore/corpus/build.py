@@ -21,7 +21,7 @@ import numpy as np
 
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus import package_index
-from gptcore.corpus.estimate import estimate_files, refuse_impossible
+from gptcore.corpus.preflight import estimate_files, refuse_impossible
 from gptcore.corpus.families import NO_DIGESTS, Family, Note
 from gptcore.corpus.ingest import Base, Pass
 from gptcore.corpus.overlap import measure_overlap

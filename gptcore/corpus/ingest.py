@@ -248,7 +248,10 @@ class Pass:
         """(which records are like an earlier one, every record's side)."""
         assert self.near is not None
         like, val = np.zeros(len(val), dtype=bool), val.copy()
-        for row, signature in enumerate(table["signature"].to_pylist()):
+        signatures = table["signature"].to_pylist()
+        # A batch has its training records first; the first seen is the first in the source.
+        for row in np.lexsort((table["section"].to_numpy(), table["owner"].to_numpy())):
+            signature = signatures[row]
             side = self.near.follow(signature, bool(val[row]))
             if side is None:
                 self.signatures.append(signature + int(val[row]).to_bytes(4, "little"))

@@ -11,6 +11,7 @@ from zlib import crc32
 import numpy as np
 
 PERMUTATIONS = 64
+SCHEME = "affine32"  # datasketch's 32-bit permutations: what a signature is made with belongs to it
 WORDS = 5
 SIGNATURE_BYTES = 4 * PERMUTATIONS
 
@@ -21,7 +22,7 @@ def sign_text(utf8: bytes) -> bytes:
 
     words = utf8.lower().split()
     shingles = {b" ".join(words[at : at + WORDS]) for at in range(max(len(words) - WORDS + 1, 1))}
-    sketch = MinHash(num_perm=PERMUTATIONS, hashfunc=crc32)
+    sketch = MinHash(num_perm=PERMUTATIONS, hashfunc=crc32, scheme=SCHEME)
     sketch.update_batch(shingles)
     return sketch.hashvalues.astype("<u4").tobytes()
 
@@ -41,8 +42,8 @@ class NearIndex:
         """The side of the earlier record that this one is like; None, and from now on it is the first, if there is none."""
         from datasketch import MinHash
 
-        values = np.frombuffer(signature, dtype="<u4").astype(np.uint64)
-        sketch = MinHash(num_perm=PERMUTATIONS, hashvalues=values, hashfunc=crc32)
+        values = np.frombuffer(signature, dtype="<u4").astype(np.uint32)
+        sketch = MinHash(num_perm=PERMUTATIONS, hashvalues=values, hashfunc=crc32, scheme=SCHEME)
         # LSH proposes by chance: what it proposes is compared, the most similar wins, the first of equals.
         likeness = [
             (-float(np.mean(np.frombuffer(self.signatures[i], dtype="<u4") == values)), i)

@@ -1,12 +1,13 @@
 """How much of one text stands in another: shared 48-byte sequences, sampled by content.
 
-A sequence is looked at where three bytes in a row have a certain hash (about one place in 300), so the same passage is
+A sequence is looked at where its first eight bytes have a certain hash (about one place in 300), so the same passage is
 sampled at the same places wherever it stands. Of those, a split keeps the 131,072 with the smallest hashes (bottom-k
 sketch; Broder, 1997), so the memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,9 +16,10 @@ NGRAM_BYTES = 48
 SKETCH = 1 << 17
 ANCHOR = 0x9B
 BLOCK = 1 << 17
-MULTIPLIERS = np.random.default_rng(48).integers(1, 1 << 63, NGRAM_BYTES // 8, dtype=np.uint64) * np.uint64(
-    2
-) + np.uint64(1)
+# Fixed for ever: sketches of different years are compared.
+NOISE = [hashlib.sha256(bytes([i])).digest() for i in range(256)]
+SHUFFLE = bytes(sorted(range(256), key=NOISE.__getitem__))
+MULTIPLIERS = [np.uint64(int.from_bytes(NOISE[i][:8], "little") | 1) for i in range(2 * (NGRAM_BYTES // 8))]
 
 
 def sample_ngrams(utf8: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +36,11 @@ def sample_ngrams(utf8: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.nd
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
     found = []
     for start in range(0, len(utf8) - NGRAM_BYTES + 1, BLOCK):  # small enough for the cache: twice as fast
-        block = utf8[start : start + BLOCK + 2]
-        mixed = block[:-2] + block[1:-1]
-        mixed ^= block[2:]
-        found.append(np.flatnonzero(mixed == ANCHOR) + start)
+        block = utf8[start : start + BLOCK + 7]
+        noise = np.frombuffer(block.tobytes().translate(SHUFFLE), dtype=np.uint8)
+        pairs = noise[:-1] + noise[1:]
+        fours = pairs[:-2] ^ pairs[2:]
+        found.append(np.flatnonzero(fours[:-4] + fours[4:] == ANCHOR) + start)
     at = np.concatenate(found)
     at = at[at <= len(utf8) - NGRAM_BYTES]
     record = np.searchsorted(ends, at, side="right")
@@ -45,7 +48,10 @@ def sample_ngrams(utf8: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.nd
     at, record = at[inside], record[inside]
     windows = np.lib.stride_tricks.sliding_window_view(utf8, NGRAM_BYTES)[at]
     words = np.ascontiguousarray(windows).view("<u8")  # (k, 6)
-    return _mix(sum(_mix(words[:, i] * MULTIPLIERS[i]) * MULTIPLIERS[-1 - i] for i in range(words.shape[1]))), record
+    hashes = np.zeros(len(at), dtype=np.uint64)
+    for i in range(words.shape[1]):
+        hashes += _mix(words[:, i] * MULTIPLIERS[2 * i]) * MULTIPLIERS[2 * i + 1]
+    return _mix(hashes), record
 
 
 class NgramSketch:
