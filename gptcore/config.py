@@ -53,6 +53,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def hide_password(source: str) -> str:
+    """An address without `user:password@`."""
+    return re.sub(r"(?<=://)[^/@]*@", "", source)
+
+
 class SourceConfig(Section):
     """One source of a weighted list."""
 
@@ -104,7 +109,7 @@ class DataConfig(Section):
     drop_duplicates: bool = Field(True, description="Keep only the first of several equal documents.")
     near_duplicates: Literal["off", "follow", "drop"] = Field(
         "off",
-        description="Records like an earlier one (MinHash): off: not looked for (it is slow, about 2 MB/s); follow: kept on "
+        description="Records like an earlier one (MinHash): off: not looked for (it is slow, about 6 MB/s and core); follow: kept on "
         "the earlier one's side of the split; drop: left out.",
     )
     near_threshold: float = Field(
@@ -179,8 +184,8 @@ class DataConfig(Section):
 
     @property
     def source_name(self) -> str:
-        """All sources in one string, for people."""
-        return " + ".join(source.source for source in self.sources)
+        """All sources in one string, for people: without passwords."""
+        return " + ".join(hide_password(source.source) for source in self.sources)
 
 
 class VocabConfig(Section):

@@ -143,7 +143,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, content: bytes | 
 
 
 def test_folder_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file of data.formats"):
+    with pytest.raises(UserError, match=r"no file of data\.formats"):
         build(tmp_path, tmp_path / "home")
     write(tmp_path / "a.txt", "")
     with pytest.raises(UserError, match="no text in it"):

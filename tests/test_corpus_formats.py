@@ -20,8 +20,7 @@ import pytest
 
 from gptcore import corpus
 from gptcore.config import DataConfig, UserError
-from gptcore.corpus import preflight
-from gptcore.corpus import formats
+from gptcore.corpus import formats, preflight
 from gptcore.corpus.containers import Kind
 from gptcore.corpus.digests import DigestSet
 from gptcore.corpus.formats import html_text, read_json_lines, read_text_part, read_text_parts, title_of
@@ -393,9 +392,7 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("gptcore.corpus.build.SMALL_BYTES", 1000)
     built = [build(folder, tmp_path / f"home{n}", processes=n, val_fraction=0.2) for n in (1, 3)]
     assert built[0].name == built[1].name
-    hashes = [
-        [read_manifest(segment)["files"] for segment in corpus.segment_dirs(directory)] for directory in built
-    ]
+    hashes = [[read_manifest(segment)["files"] for segment in corpus.segment_dirs(directory)] for directory in built]
     assert hashes[0] == hashes[1]
     monkeypatch.undo()
     small = build(folder, tmp_path / "home", val_fraction=0.2)  # from memory

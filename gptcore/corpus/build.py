@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from gptcore.config import DataConfig, UserError
+from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.corpus import package_index
-from gptcore.corpus.preflight import estimate_files, refuse_impossible
 from gptcore.corpus.families import NO_DIGESTS, Family, Note
 from gptcore.corpus.ingest import Base, Pass
 from gptcore.corpus.overlap import measure_overlap
 from gptcore.corpus.pool import count_processes, read_units
+from gptcore.corpus.preflight import estimate_files, refuse_impossible
 from gptcore.corpus.records import BATCH_BYTES, Batch, CleanText, make_batch, read_texts
 from gptcore.corpus.sections import SplitPlan, is_balanced, plan_hash_split, plan_tail_split
 from gptcore.corpus.segments import FORMAT, SPLITS, load_arrays
@@ -354,7 +354,7 @@ def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Ba
     for number, source in enumerate(build.data.sources):
         held = {key: sum(part["sources"][number][key] for part in parts) for key in ("documents", "bytes", "val_bytes")}
         sources.append(
-            {"source": source.source, "weight": source.weight, **build.describe_source(number), **held, "files": sum(file.source == number for file in build.files)}
+            {"source": hide_password(source.source), "weight": source.weight, **build.describe_source(number), **held, "files": sum(file.source == number for file in build.files)}
             | {"read": read[number], "rules": dict(sorted(rules[number].items()))}
         )  # fmt: skip
     near = sum(part["near_duplicates"] for part in parts)

@@ -125,7 +125,7 @@ class _Fetch:
         except (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException) as error:
             if isinstance(error, ValueError) and not isinstance(error, requests.ConnectionError):
                 raise UserError(f"{self.where}: not a usable address ({type(error).__name__}); correct it") from None
-            raise Broken(f"{type(error).__name__} at {self._size()} bytes") from None
+            raise Broken(f"the connection broke at {self._size()} bytes ({type(error).__name__})") from None
         return self._accept(facts)
 
     def _check_status(self, answer: requests.Response) -> None:

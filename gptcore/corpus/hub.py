@@ -117,10 +117,8 @@ class _Explained:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             return
-        import httpx
         from huggingface_hub import errors
 
-        unreached = (httpx.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
         if isinstance(error, errors.LocalEntryNotFoundError) or type(error) is errors.HfHubHTTPError:
             reason = self._unreachable(error)
         elif isinstance(error, errors.GatedRepoError):
@@ -133,7 +131,7 @@ class _Explained:
             reason = "no such data set, or it is private; correct the name, or set HF_TOKEN"
         elif isinstance(error, (errors.HFValidationError, ValueError)):
             reason = f"not a usable name ({' '.join(str(error).split())[:200]}); correct it"
-        elif isinstance(error, unreached):
+        elif _is_network(error):
             reason = self._unreachable(error)
         elif isinstance(error, OSError) and "onsistency check" in str(error):
             reason = "the file arrived incomplete; run again"
@@ -146,6 +144,12 @@ class _Explained:
             f"the hub at {_endpoint()} cannot be reached ({type(error).__name__}); check the network, or give your own "
             "text with data.source=PATH"
         )
+
+
+def _is_network(error: BaseException) -> bool:
+    """An error of the library's HTTP client, which is httpx or its successor httpx2."""
+    clients = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return bool(clients & {"httpx", "httpx2"}) or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _endpoint() -> str:

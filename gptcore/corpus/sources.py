@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import DataConfig, SourceConfig, UserError
+from gptcore.config import DataConfig, SourceConfig, UserError, hide_password
 from gptcore.corpus import package_index
 from gptcore.corpus.containers import Kind
 from gptcore.corpus.formats import PART_BYTES
@@ -93,7 +93,7 @@ def _files_of(
         return [_file(number, name, str(path), where) for name, path in fetch_dataset(where, data, home, known)]
     if "://" in where:
         raise UserError(
-            f"data.source={where!r}: only http://, https://, hf:// and package: are fetched; download it and give its path"
+            f"data.source={hide_password(where)!r}: only http://, https://, hf:// and package: are fetched; download it and give its path"
         )
     return _local_files(number, where, data)
 
@@ -151,7 +151,9 @@ def _file(number: int, name: str, path: str, where: str, package: str = "") -> S
     try:
         signature = sign(path)
     except OSError as error:
-        raise UserError(f"data.source={where!r}: {path} cannot be read ({error.strerror}); make it readable") from None
+        raise UserError(
+            f"data.source={hide_password(where)!r}: {path} cannot be read ({error.strerror}); make it readable"
+        ) from None
     return SourceFile(number, name.encode(errors="replace").decode(), path, signature[2], signature, package)
 
 
