@@ -115,4 +115,3 @@ def _enter_worker(parent: int, alone: bool = False) -> None:
     else:
         os.dup2(2, 1)
         os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # gives memory back after each chunk

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gptcore.corpus.segments import FILE_NAME, segment_dirs, split_of
 from gptcore.store import read_manifest
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,23 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Texts:
-    """The records of a chunk: their texts, and (n,) int64 each: document number in the segment, UTF-8 bytes, source number."""
+    """The records of a chunk: an Arrow column of texts, and (n,) int64 each: document number in the segment, UTF-8 bytes,
+    source number."""
 
-    texts: list[str]
+    column: pyarrow.Array
     documents: np.ndarray
     bytes: np.ndarray
     sources: np.ndarray
+
+    def batches(self, n_bytes: int = 2 << 20) -> Iterator[list[str]]:
+        """The texts in order as lists of about `n_bytes` together: Python strings of few at a time."""
+        ends = np.cumsum(self.bytes)
+        begin = 0
+        while begin < len(ends):
+            before = int(ends[begin - 1]) if begin else 0
+            end = max(begin + 1, int(np.searchsorted(ends, before + n_bytes, side="right")))
+            yield self.column.slice(begin, end - begin).to_pylist()
+            begin = end
 
 
 def list_chunks(directory: Path) -> list[Chunk]:
@@ -53,4 +69,5 @@ def read_chunk(chunk: Chunk) -> Texts:
     with pq.ParquetFile(Path(chunk.segment) / FILE_NAME) as file:
         table = file.read_row_group(chunk.group, columns=["document", "source", "text", "bytes"], use_threads=False)
     numbers = [table[name].to_numpy().astype(np.int64) for name in ("document", "bytes", "source")]
-    return Texts(table["text"].to_pylist(), *numbers)
+    (column,) = table["text"].chunks if table["text"].num_chunks == 1 else [table["text"].combine_chunks()]
+    return Texts(column, *numbers)

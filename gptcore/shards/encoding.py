@@ -96,13 +96,20 @@ def encode_chunk(job: EncodeJob) -> Part:
     vocabulary = load_vocab(job.vocab_dir)
     vocabulary.require_engine()
     texts = read_chunk(job.chunk)
-    ids, offsets = vocabulary.encode_batch(texts.texts)
-    check_range(ids, vocabulary.size)
-    starts = offsets[:-1] + np.arange(len(texts.texts))
     path = Path(job.out) / f"part_{job.number:06d}"
-    _behind_ends(ids, offsets, vocabulary.eot_id, token_dtype(vocabulary.size)).tofile(path)
-    index = np.stack([starts, texts.documents, texts.bytes, texts.sources], axis=1)
-    return Part(str(path), index, vocabulary.count_unknown(ids))
+    starts: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    n_tokens = n_unknown = 0
+    with open(path, "wb") as file:
+        for batch in texts.batches():  # a few MB at a time: an encoder's working memory grows with what it is given
+            ids, offsets = vocabulary.encode_batch(batch)
+            check_range(ids, vocabulary.size)
+            starts.append(n_tokens + offsets[:-1] + np.arange(len(batch)))
+            n_unknown += vocabulary.count_unknown(ids)
+            whole = _behind_ends(ids, offsets, vocabulary.eot_id, token_dtype(vocabulary.size))
+            file.write(whole.data)
+            n_tokens += len(whole)
+    index = np.stack([np.concatenate(starts), texts.documents, texts.bytes, texts.sources], axis=1)
+    return Part(str(path), index, n_unknown)
 
 
 @lru_cache(maxsize=2)
@@ -124,9 +131,9 @@ class _SplitWriter:
         part.index[:, 0] += self.shards.n_tokens
         self._rows.append(part.index)
         self._n_unknown += part.n_unknown
-        path = Path(part.path)
-        self.shards.append(np.fromfile(path, dtype=self.shards.dtype))
-        path.unlink()
+        with open(part.path, "rb") as file:
+            self.shards.append_raw(file)
+        Path(part.path).unlink()
 
     def finish(self) -> dict[str, Any]:
         index = np.concatenate([np.empty((0, INDEX_COLUMNS), dtype=np.int64), *self._rows])

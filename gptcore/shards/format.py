@@ -6,6 +6,7 @@ token count; then, ours, the vocabulary's fingerprint in ints 3 to 10, which llm
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ HEADER_BYTES = 4 * HEADER_INTS
 FINGERPRINT = slice(3, 11)  # where in the header
 KINDS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # NumPy dtype of the ids → magic, version
 MAX_SHARD_TOKENS = 100_000_000
+COPY_BYTES = 1 << 20
 REMAKE = "delete its directory and run again to remake it"
 
 
@@ -60,15 +62,19 @@ class ShardWriter:
 
     def append(self, ids: np.ndarray) -> None:
         check_range(ids, self.vocab_size)
-        ids = ids.astype(self.dtype, copy=False)
-        while len(ids):
+        self.append_raw(io.BytesIO(ids.astype(self.dtype, copy=False).tobytes()))
+
+    def append_raw(self, source: BinaryIO) -> None:
+        """A stream of ids in this writer's `dtype`, which were checked when they were made."""
+        size = np.dtype(self.dtype).itemsize
+        while block := source.read(min(COPY_BYTES, self._room * size) or size):
             if not self._room:
                 self._next_file()
             assert self._file is not None
-            piece, ids = ids[: self._room], ids[self._room :]
-            self._file.write(piece.data)
-            self._room -= len(piece)
-            self.n_tokens += len(piece)
+            assert len(block) % size == 0, "half an id"
+            self._file.write(block)
+            self._room -= len(block) // size
+            self.n_tokens += len(block) // size
 
     def close(self) -> None:
         """Finish the last file's header; also ends the writer after an error."""

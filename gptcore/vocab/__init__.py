@@ -65,7 +65,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-SAMPLE_BYTES = 2 << 20  # of validation text, on which a vocabulary is measured
+SAMPLE_BYTES = 1 << 19  # of validation text, on which a vocabulary is measured
 LEAST_AGREEMENT = 0.999  # of documents whose ids are those of `tokenizers`
 
 
@@ -134,17 +134,17 @@ def _make(vocab: VocabConfig, corpus_dir: Path, tmp: Path, chunk_map: ChunkMap) 
                 f"{built.engine} encodes {documents - same} of {documents} documents differently from `tokenizers`; "
                 "uninstall it to use `tokenizers` instead"
             )
-    return built, facts | {"bytes_per_token": measure_compression(built, sample)}
+    return built, facts | {"bytes_per_token": measure_compression(built, sample, smaller=vocab.source is None)}
 
 
 def _make_char(vocab: VocabConfig, corpus_dir: Path, chunk_map: ChunkMap) -> tuple[Vocab, dict[str, Any]]:
-    counts = count_characters(corpus_dir, chunk_map)
+    counts = count_characters(corpus_dir, chunk_map, exact=vocab.coverage < 1 or vocab.size is not None)
     built = CharVocab(choose_characters(counts["train"], vocab.coverage, vocab.size))
     known = {ord(token) for token in built.tokens[2:]}
     unknown = {
         split: sum(count for code, count in counts[split].items() if code not in known) for split in corpus.SPLITS
     }
-    total = {split: sum(counts[split].values()) for split in corpus.SPLITS}
+    total = sum(counts["val"].values())
     if vocab.unknown == "error" and any(unknown.values()):
         rare = [chr(code) for split in corpus.SPLITS for code in counts[split] if code not in known][:5]
         raise UserError(
@@ -153,9 +153,9 @@ def _make_char(vocab: VocabConfig, corpus_dir: Path, chunk_map: ChunkMap) -> tup
         )
     logger.info(
         "%d of %d characters of the validation split are unknown (%.3g %%)",
-        unknown["val"], total["val"], 100 * unknown["val"] / max(total["val"], 1),
+        unknown["val"], total, 100 * unknown["val"] / max(total, 1),
     )  # fmt: skip
-    return built, {"val_characters": total["val"], "val_unknown": unknown["val"], "train_unknown": unknown["train"]}
+    return built, {"val_characters": total, "val_unknown": unknown["val"], "train_unknown": unknown["train"]}
 
 
 def main(argv: list[str]) -> dict[str, Any]:

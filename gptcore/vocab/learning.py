@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gptcore.parallel import ChunkMap, Progress, run_apart
 from gptcore.vocab.engines import default_engine, installed_version, open_engine
 from gptcore.vocab.kinds import (
     BYTES,
+    CODE_POINTS,
     END_OF_TEXT,
     NOTE,
     BytePairVocab,
@@ -48,13 +50,17 @@ LEAST_ROUND_TRIP = 0.99
 # --- characters ----------------------------------------------------------------------------------------------------------
 
 
-def count_characters(corpus_dir: Path, chunk_map: ChunkMap) -> dict[str, Counter[int]]:
-    """How often each code point occurs in each split."""
+def count_characters(corpus_dir: Path, chunk_map: ChunkMap, *, exact: bool) -> dict[str, Counter[int]]:
+    """How often each code point occurs in each split. Unless `exact`, the training text's are only found: 1 for each."""
     chunks = list_chunks(corpus_dir)
+    jobs = [(chunk, exact or chunk.split == "val") for chunk in chunks]
     totals: dict[str, Counter[int]] = {"train": Counter(), "val": Counter()}
     with Progress("counting characters", sum(chunk.bytes for chunk in chunks)) as progress:
-        for chunk, counts in zip(chunks, chunk_map(count_chunk, chunks), strict=True):
-            totals[chunk.split].update(counts)
+        for chunk, counts in zip(chunks, chunk_map(count_chunk, jobs), strict=True):
+            if exact or chunk.split == "val":
+                totals[chunk.split].update(counts)
+            else:
+                totals["train"] |= Counter(counts)
             progress.add(chunk.bytes)
     return totals
 
@@ -70,19 +76,26 @@ def choose_characters(counts: Mapping[int, int], coverage: float, size: int | No
     return [chr(code) for code in sorted(ranked[:keep])]
 
 
-def count_chunk(chunk: Chunk) -> dict[int, int]:
-    """How often each code point occurs in a chunk."""
-    ascii_counts = np.zeros(128, dtype=np.int64)
-    rest: list[np.ndarray] = [np.empty(0, dtype=np.uint32)]
-    for text in read_chunk(chunk).texts:
+def count_chunk(job: tuple[Chunk, bool]) -> dict[int, int]:
+    """How often each code point occurs in a chunk, or 1 for each that does."""
+    chunk, exact = job
+    if exact:
+        found: Counter[int] = Counter()
+        for batch in read_chunk(chunk).batches():
+            codes, counts = np.unique(code_points("".join(batch)), return_counts=True)
+            found.update(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
+        return dict(found)
+    seen = np.zeros(CODE_POINTS, dtype=bool)
+    known = b""  # ASCII that was met: deleting it from a text costs a fraction of looking at each character
+    for text in chain.from_iterable(read_chunk(chunk).batches()):
         if text.isascii():
-            ascii_counts += np.bincount(np.frombuffer(text.encode(), dtype=np.uint8), minlength=128)
+            news = text.encode().translate(None, known)
+            if news:
+                known += bytes(set(news))
         else:
-            rest.append(code_points(text))
-    codes, counts = np.unique(np.concatenate(rest), return_counts=True)
-    found = Counter({code: int(count) for code, count in enumerate(ascii_counts) if count})
-    found.update(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
-    return dict(found)
+            seen[code_points(text)] = True
+    seen[list(known)] = True
+    return dict.fromkeys(np.flatnonzero(seen).tolist(), 1)
 
 
 # --- byte pairs ----------------------------------------------------------------------------------------------------------
@@ -146,7 +159,7 @@ def _read_records(path: str) -> Iterator[str]:
 def sample_chunk(job: tuple[Chunk, float]) -> bytes:
     """The chosen training records, each followed by SEPARATOR. A record is chosen by its own text, so always or never."""
     chunk, share = job
-    chosen = (text.encode() for text in read_chunk(chunk).texts)
+    chosen = (text.encode() for text in chain.from_iterable(read_chunk(chunk).batches()))
     limit = int(share * (1 << 64))
     return b"".join(
         text + SEPARATOR
@@ -234,19 +247,17 @@ def measure_agreement(vocab: Vocab, texts: list[str]) -> dict[str, int]:
     return {"documents": len(texts), "same": same}
 
 
-def measure_compression(vocab: Vocab, texts: list[str]) -> dict[str, float]:
-    """Bytes of text per token at this size and, for byte pairs, at smaller ones: the first merges are a smaller vocabulary."""
+def measure_compression(vocab: Vocab, texts: list[str], *, smaller: bool) -> dict[str, float]:
+    """Bytes of text per token at this size and, for byte pairs of ours, at `smaller` ones: their first merges."""
     n_bytes = sum(len(text.encode()) for text in texts)
     if not n_bytes:
         return {}
     measured = {}
-    if (
-        isinstance(vocab, BytePairVocab) and vocab.eot_id == BYTES
-    ):  # one of ours: its ids are in the order of the merges
+    if smaller and isinstance(vocab, BytePairVocab):
         size = 512
         while size < vocab.size:
-            smaller = vocab_of(byte_pair_tree(vocab.merges[: size - BYTES - 1], vocab.engine), "smaller")
-            measured[str(size)] = round(n_bytes / max(len(smaller.encode_batch(texts)[0]), 1), 4)
+            shorter = vocab_of(byte_pair_tree(vocab.merges[: size - BYTES - 1], vocab.engine), "smaller")
+            measured[str(size)] = round(n_bytes / max(len(shorter.encode_batch(texts)[0]), 1), 4)
             size *= 2
     measured[str(vocab.size)] = round(n_bytes / max(len(vocab.encode_batch(texts)[0]), 1), 4)
     return measured
