@@ -336,17 +336,17 @@ def test_paths_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the message when permissions are missing (as root a file cannot be made unreadable, so open is told to refuse)."""
+    """Guards the message when permissions are missing (as root a file cannot be made unreadable, so os.open is told to refuse)."""
     source = tmp_path / "secret.txt"
     source.write_bytes(prose())
-    real = open
+    real = os.open
 
     def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
         if str(path) == str(source):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     message = refusal(source, tmp_path / "home")
     assert "Permission denied" in message
     assert str(source) in message
@@ -373,14 +373,14 @@ def test_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypat
     source.write_bytes(prose(1, 60_000))
     from gptcore.corpus import records
 
-    real = records.read_member
+    real = records._read_entry
 
     def append(*args: Any) -> Any:
         yield from real(*args)
         with open(source, "ab") as file:
             file.write(b"more")
 
-    monkeypatch.setattr(records, "read_member", append)
+    monkeypatch.setattr(records, "_read_entry", append)
     assert "changed while it was read" in refusal(source, tmp_path / "home")
 
 

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 AUTO_DOCUMENTS = 1000  # from here on data.split=auto holds out whole documents
 SMALL_BYTES = 16 << 20  # files of so much together are read once, into memory
+MAX_TOLD = 10  # files named in the log for what is left out of them
 SMALL_TEXT = 64 << 20  # unless they become more than this
 
 Batches = Callable[[SplitPlan], Iterator[Batch]]
@@ -208,10 +209,16 @@ class Build:
         yield last
 
     def _log_left_out(self, counts: dict[int, Counter[str]]) -> None:
+        told = 0
         for number, rules in counts.items():
-            left = [f"{count} {rule}" for rule, count in rules.items() if rule in LEFT_OUT]
-            if left:
-                logger.warning("%s: left out: %s", self.files[number].name, ", ".join(left))
+            left = ", ".join(f"{count} {rule}" for rule, count in rules.items() if rule in LEFT_OUT)
+            if left and told < MAX_TOLD:
+                logger.warning("%s: left out: %s", self.files[number].name, left)
+            told += bool(left)
+        if told > MAX_TOLD:
+            logger.warning(
+                "and %d files more of which something is left out; the manifest has the counts", told - MAX_TOLD
+            )
 
     def _pass(self, plan: SplitPlan, batches: Batches, size: int, base: Base | None = None) -> Pass:
         folder = None
@@ -244,7 +251,8 @@ class Build:
         for number, file in enumerate(self.files):
             note = self.ledger.note_on(file) if base and self.ledger else None
             if note is None:
-                digests = np.concatenate([NO_DIGESTS, *done.notes.digests.get(number, [])])
+                parts = done.notes.digests.get(number, [NO_DIGESTS])
+                digests = parts[0] if len(parts) == 1 else np.concatenate(parts)
                 note = Note(file.signature, digests, dict(done.notes.rules.get(number, {})))
             notes.append(note)
         return notes

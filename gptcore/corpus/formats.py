@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from gptcore.config import DataConfig, UserError
@@ -87,7 +86,7 @@ def read_member(member: Member, text_column: str, data: DataConfig, file_bytes: 
 
 def title_of(name: str) -> str:
     """A file's name without folders and known extensions."""
-    base = PurePosixPath(name).name
+    base = name[name.rfind("/") + 1 :]
     kind = Kind.of(base)
     while "." in base[1:] and (kind.compressions or kind.inner):
         base = base[: base.rindex(".")]

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from gptcore.corpus.overlap import NgramSketch, sample_ngrams
 from gptcore.corpus.records import Batch
 from gptcore.corpus.sections import SplitPlan, character_start
 from gptcore.corpus.segments import FORMAT, SPLITS, SegmentWriter, load_arrays
+from gptcore.parallel import Progress
 from gptcore.store import content_id, read_manifest
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 5.0
+PROGRESS_SECONDS = 10.0
 LENGTH_BINS = 48  # documents by the power of two of their bytes
 
 
@@ -76,9 +78,9 @@ class FileNotes:
         for file, rules in batch.counts.items():
             self.rules.setdefault(file, Counter()).update(rules)
         if len(batch.files):
-            changes = np.flatnonzero(np.diff(batch.files)) + 1
-            for part in np.split(np.arange(len(batch.files)), changes):
-                self.digests.setdefault(int(batch.files[part[0]]), []).append(batch.digests[part])
+            changes = (np.flatnonzero(np.diff(batch.files)) + 1).tolist()
+            for begin, end in pairwise([0, *changes, len(batch.files)]):
+                self.digests.setdefault(int(batch.files[begin]), []).append(batch.digests[begin:end])
 
 
 class Pass:
@@ -106,22 +108,25 @@ class Pass:
         started = told = time.monotonic()
         done = 0
         try:
-            for batch in batches:
-                self.add(batch)
-                done += batch.bytes_read
-                now = time.monotonic()
-                if now - told >= PROGRESS_SECONDS:
-                    told = now
-                    rate = done / (now - started)
-                    logger.info(
-                        "read %.0f of %.0f MB on disk, %.0f MB of text, %.0f MB/s, about %.0f s left",
-                        done / 1e6, total_bytes / 1e6, self.bytes / 1e6, self.bytes / 1e6 / (now - started),
-                        max(total_bytes - done, 0) / max(rate, 1),
-                    )  # fmt: skip
+            with Progress("reading", total_bytes) as progress:
+                for batch in batches:
+                    self.add(batch)
+                    progress.add(batch.bytes_read)
+                    done += batch.bytes_read
+                    if time.monotonic() - told >= PROGRESS_SECONDS:
+                        told = time.monotonic()
+                        self._tell(done, total_bytes, told - started)
         except BaseException:
             self.abort()
             raise
         return self
+
+    def _tell(self, done: int, total: int, seconds: float) -> None:
+        left = max(total - done, 0) / max(done / seconds, 1)
+        logger.info(
+            "read %.0f of %.0f MB on disk, %.0f MB of text, %.0f MB/s, about %.0f s left",
+            done / 1e6, total / 1e6, self.bytes / 1e6, self.bytes / 1e6 / seconds, left,
+        )  # fmt: skip
 
     def abort(self) -> None:
         if self.writer:
@@ -157,8 +162,9 @@ class Pass:
                 np.column_stack([number[rows] + self.documents, sizes[rows]]).astype("<i8").tobytes()
             )
             if self.writer and len(rows):
-                whole = rows[-1] - rows[0] + 1 == len(rows)
-                part = table.slice(rows[0], len(rows)) if whole else table.filter(pa.array(mask))
+                # A slice keeps the whole batch in memory, so the smaller side, which waits long for its row group, is copied.
+                large = len(rows) == rows[-1] - rows[0] + 1 and 2 * sizes[rows].sum() > sizes.sum()
+                part = table.slice(rows[0], len(rows)) if large else table.filter(pa.array(mask))
                 self.writer.write(split, self._columns(batch, part, split, number[rows]), int(sizes[rows].sum()))
         self.documents += len(kept)
         self.bytes += int(sizes.sum())

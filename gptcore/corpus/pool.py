@@ -24,13 +24,14 @@ from gptcore.corpus.records import Batch, read_batches_of
 from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import Entry
 from gptcore.entry import EXIT_MEMORY, EXIT_USER
+from gptcore.parallel import count_cores
 
 PIPE_BYTES = 1 << 20  # Linux gives 64 KiB, and a process switch for each; 1 MiB is what it allows anyone
 BACKLOG = 2  # batches a worker may be ahead
 
 
 def count_processes(data: DataConfig) -> int:
-    return data.processes or len(os.sched_getaffinity(0))
+    return data.processes or count_cores()
 
 
 def read_units(units: Iterable[list[Entry]], data: DataConfig, plan: SplitPlan, processes: int) -> Iterator[Batch]:
@@ -127,7 +128,9 @@ class _Pool:
         except Exception as error:
             if isinstance(error, (OSError, EOFError, StopIteration, pa.ArrowException)):
                 code = worker.poll()
-                error = RuntimeError(f"a process that reads the corpus ended early (exit code {code}): {error}")
+                error = RuntimeError(
+                    f"a process that reads the corpus ended early (exit code {code}; -9 is what a system without memory gives): {error}"
+                )
             if mine is None:
                 self.turns.put(error)
             else:

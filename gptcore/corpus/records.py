@@ -104,7 +104,7 @@ def read_batches_of(unit: list[Entry], data: DataConfig, plan: SplitPlan) -> Ite
             pending, size = [], 0
     last = make_batch(pending, data, plan)
     last.counts = {file: rules for file, rules in counts.items() if rules}
-    last.bytes_read = sum(_disk_bytes(entry) for entry in unit)
+    last.bytes_read = sum(entry.bytes for entry in unit)
     yield last
 
 
@@ -123,7 +123,11 @@ def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str]) -> Iterato
     import pyarrow as pa
 
     try:
-        size = os.stat(entry.path).st_size
+        size = entry.bytes
+        small = _read_small(entry)
+        if small is not None:
+            yield entry.name, title_of(entry.name), small, False
+            return
         if entry.package:
             package = package_index.PackageSource.parse(entry.package)
             for name, raw in package_index.read_members(Path(entry.path), package):
@@ -134,10 +138,6 @@ def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str]) -> Iterato
                 for title, part in _read_part(entry, file, data, size):
                     yield entry.name, title, part, False
                 return
-            if size > data.max_member_bytes:
-                raise UserError(
-                    f"{entry.name}: {size} bytes, more than data.max_member_bytes={data.max_member_bytes}; leave it out, or raise the limit"
-                )
             total = 0
             for member in open_members(entry.name, file, data, lambda rule: counts.update([rule] if rule else [])):
                 for title, item in read_member(member, entry.text_column, data, size):
@@ -160,6 +160,21 @@ def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str]) -> Iterato
         ) from None
 
 
+def _read_small(entry: Entry) -> bytes | None:
+    """A plain text of one part with three system calls, for most files are that; None: it is something else."""
+    kind = Kind.of(entry.name)
+    if kind.compressions or kind.inner not in ("", "txt", "md") or entry.package or entry.part is not None:
+        return None
+    if entry.bytes > PART_BYTES:
+        return None
+    descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        raw = os.read(descriptor, entry.bytes + 1)
+    finally:
+        os.close(descriptor)
+    return raw if len(raw) == entry.bytes else None  # another size: the general way, and the check at the end
+
+
 def _read_part(entry: Entry, file: Any, data: DataConfig, size: int) -> Iterator[Raw]:
     assert entry.part is not None
     inner = Kind.of(entry.name).inner
@@ -173,11 +188,6 @@ def _read_part(entry: Entry, file: Any, data: DataConfig, size: int) -> Iterator
         title, text = read_text_part(title_of(entry.name), file, entry.part)
         if text or not entry.part:  # a part without a place to cut has become the tail of the one before
             yield title, text
-
-
-def _disk_bytes(entry: Entry) -> int:
-    size = os.stat(entry.path).st_size
-    return size if entry.part is None else min(PART_BYTES, max(size - entry.part * PART_BYTES, 0))
 
 
 def make_batch(texts: list[CleanText], data: DataConfig, plan: SplitPlan) -> Batch:

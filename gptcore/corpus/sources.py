@@ -10,7 +10,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,13 @@ class Entry:
     source: int
     name: str
     path: str
+    bytes: int  # on disk, of the file or part
     package: str = ""
     text_column: str = "text"
     part: int | None = None  # a multiple of PART_BYTES, or a Parquet file's row group
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return vars(self)
 
 
 def list_files(data: DataConfig, home: Path) -> tuple[list[SourceFile], list[dict[str, str]]]:
@@ -69,6 +70,11 @@ def list_files(data: DataConfig, home: Path) -> tuple[list[SourceFile], list[dic
     for number, source in enumerate(data.sources):
         known: dict[str, str] = {}
         files += _files_of(number, source, data, home, known)
+        large = next((file for file in files if file.size > data.max_member_bytes), None)
+        if large is not None:
+            raise UserError(
+                f"{large.name}: {large.size} bytes, more than data.max_member_bytes={data.max_member_bytes}; leave it out, or raise the limit"
+            )
         own = {"title": source.title, "licence": source.licence}
         facts.append(known | {key: value for key, value in own.items() if value})
     return files, facts
@@ -169,7 +175,7 @@ def plan_units(files: list[tuple[int, SourceFile]], data: DataConfig) -> Iterato
     size = 0
     for number, file in files:
         column = data.sources[file.source].text_column or data.text_column
-        entry = Entry(number, file.source, file.name, file.path, file.package, column)
+        entry = Entry(number, file.source, file.name, file.path, file.size, file.package, column)
         parts = None if file.package else _parts(file)
         if size + file.size > UNIT_BYTES or len(unit) == UNIT_FILES or parts:
             if unit:
@@ -177,7 +183,7 @@ def plan_units(files: list[tuple[int, SourceFile]], data: DataConfig) -> Iterato
             unit, size = [], 0
         if parts:
             for part in range(parts):
-                yield [Entry(**(entry.as_json() | {"part": part}))]
+                yield [replace(entry, part=part, bytes=file.size // parts)]
         else:
             unit.append(entry)
             size += file.size
