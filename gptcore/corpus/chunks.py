@@ -63,8 +63,10 @@ def list_chunks(directory: Path) -> list[Chunk]:
 
 def read_chunk(chunk: Chunk) -> Texts:
     """The records of a chunk, in order. Raises UserError if its segment is not whole."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    pa.default_memory_pool().release_unused()  # of the chunk before
     read_manifest(Path(chunk.segment))
     with pq.ParquetFile(Path(chunk.segment) / FILE_NAME) as file:
         table = file.read_row_group(chunk.group, columns=["document", "source", "text", "bytes"], use_threads=False)
