@@ -476,12 +476,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     # A source or a prompt is text even where YAML would read a number or a date in it.
-    if not isinstance(value, (int, float, bool, type(None), list)) or (section, field) in {
+    is_text = (section, field) in {
         ("data", "source"),
+        ("data", "text_column"),
         ("data", "dask_address"),
         ("vocab", "source"),
         ("evaluate", "prompt"),
-    }:
+    }
+    is_list_of_sources = (section, field) == ("data", "source") and isinstance(value, list)
+    if not is_list_of_sources and (is_text or not isinstance(value, (int, float, bool, type(None), list))):
         value = text
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptcore import corpus
-from gptcore.config import DataConfig, UserError
+from gptcore.config import DataConfig, UserError, load_config
 from gptcore.corpus import formats, preflight
 from gptcore.corpus.containers import Kind
 from gptcore.corpus.digests import DigestSet
@@ -296,6 +296,23 @@ def test_weighted_sources_are_numbered_and_kept_in_the_manifest(tmp_path: Path) 
     reweighted = build(sources, tmp_path / "home")
     assert reweighted != found
     assert read_manifest(reweighted)["segments"] == read_manifest(found)["segments"]
+
+
+def test_sources_on_the_command_line(tmp_path: Path) -> None:
+    """Guards `data.source=[…]`, and a file whose name looks like YAML."""
+    experiment = tmp_path / "e.yaml"
+    experiment.write_text("{}")
+    both = load_config(experiment, ["data.source=[a.txt, {source: b/*.txt, weight: 2}]", "data.text_column=2024"]).data
+    assert [(source.source, source.weight) for source in both.sources] == [("a.txt", 1), ("b/*.txt", 2)]
+    assert both.text_column == "2024"
+    assert load_config(experiment, ["data.source=2024-01-01"]).data.source == "2024-01-01"
+    for wrong, words in (
+        ("[]", "at least 1"),
+        ("[{source: a, wait: 2}]", "did you mean 'weight'"),
+        ("[3]", r"data\.source\.0=3"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_config(experiment, [f"data.source={wrong}"])
 
 
 def test_overlap_is_measured_and_alarmed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

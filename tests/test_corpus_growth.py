@@ -274,3 +274,12 @@ def test_growing_moves_nothing_between_splits(
         now = sides(corpus.build_corpus(data, home))
         assert {text: side for text, side in now.items() if text in known} == known
         known = now
+
+
+def test_split_is_the_same_in_every_version() -> None:
+    """Guards against a new release that sends yesterday's training text to validation: cuts and keys are pinned."""
+    text = text_of(1, 3000).encode()
+    sections = cut_sections(text, 1024)
+    assert [len(section) for section in sections[:8]] == [650, 570, 1170, 783, 1524, 1184, 720, 1766]
+    assert section_key(sections[0]) == 0x6122850E1717682E
+    assert hash_document(text)[1] == hash_document(text + b"\n \n")[1] == 0x4893C8C320250628

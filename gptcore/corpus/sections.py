@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
@@ -126,8 +125,8 @@ def section_key(section: bytes) -> int:
 
     So sections that differ by a line end, by repetitions or in the order of their lines are on one side.
     """
-    lines = sum(map(crc32, set(map(bytes.strip, section.splitlines()))))
-    return int.from_bytes(hashlib.sha256(lines.to_bytes(8, "little")).digest()[:8], "big")
+    lines = b"\n".join(sorted(set(map(bytes.strip, section.splitlines()))))
+    return int.from_bytes(hashlib.blake2b(lines, digest_size=8, person=b"split").digest(), "big")
 
 
 def cut_sections(utf8: bytes, mean_bytes: int) -> list[bytes]:
@@ -153,12 +152,16 @@ def cut_sections(utf8: bytes, mean_bytes: int) -> list[bytes]:
                 begin = end
             end += size
             # True for one in run / size units, by their content.
-            if end - begin >= least and crc32(unit.strip()) * run < size << 32:
+            if end - begin >= least and _hash_unit(unit.strip()) * run < size * HASH_RANGE:
                 sections.append(utf8[begin:end])
                 begin = end
     if end > begin:
         sections.append(utf8[begin:end])
     return sections
+
+
+def _hash_unit(unit: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(unit, digest_size=8, person=b"cut").digest(), "big")
 
 
 def _units(paragraph: bytes, mean_bytes: int, most: int) -> Iterator[bytes]:
