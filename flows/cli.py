@@ -134,7 +134,11 @@ def describe_fields() -> str:
             text = f"{field.description} [{default}]"
             lines.append(
                 textwrap.fill(
-                    text, 116, initial_indent=f"    {section}.{name:<{28 - len(section)}} ", subsequent_indent=" " * 34
+                    text,
+                    116,
+                    initial_indent=f"    {section}.{name:<{28 - len(section)}} ",
+                    subsequent_indent=" " * 34,
+                    break_on_hyphens=False,
                 )
             )
     return "\n".join(lines) + "\n"

@@ -22,7 +22,7 @@ from pydantic.json_schema import SkipJsonSchema
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
 from gptcore.journal import Journal
 from gptcore.store import home_dir, read_manifest, write_json
-from tasks.data import build_vocabulary, ingest, short_source, write_shards
+from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
 from tasks.process import closing_line
 from tasks.reporting import build_report
@@ -217,7 +217,7 @@ class PipelineRun:
         return result
 
     def describe_data(self, corpus: Path) -> None:
-        """The corpus as MLflow's dataset input."""
+        """The corpus as MLflow's dataset input, its sources as a table, its lengths as a plot."""
         manifest = read_manifest(corpus)
         profile = {
             key: value
@@ -226,6 +226,9 @@ class PipelineRun:
         }
         source = self.config.data.source_name
         self.journal.dataset(short_source(source), corpus.name, source, "training", profile)
+        self.journal.tags(describe_corpus(corpus, self.directory / "corpus"))
+        for name in ("sources.json", "lengths.png"):
+            self.journal.artifact(f"corpus/{name}", "corpus")
 
     def compare(self, trained: dict[str, Any], evaluation: dict[str, Any]) -> None:
         """The headline numbers, on the parent run too, so that pipeline runs compare in MLflow's table."""

@@ -7,6 +7,7 @@ A directory that is already there is the cache: the task returns it at once, in 
 from __future__ import annotations
 
 import importlib
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,24 @@ def write_shards(corpus: Path, vocab: Path, home: Path, block_size: int, dask_ad
         "shards %s: %s", directory.name, ", ".join(f"{n:,} tokens for {split}" for split, n in tokens.items())
     )
     return directory
+
+
+def describe_corpus(corpus: Path, directory: Path) -> dict[str, str]:
+    """Put a corpus' table of sources and plot of lengths into `directory`, as MLflow shows them; the tags it wants for that."""
+    from matplotlib.figure import Figure
+
+    from gptcore.corpus import length_histogram, summarise
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "sources.json").write_text(summarise(corpus).to_json(orient="split", index=False), encoding="utf-8")
+    lengths = length_histogram(corpus)
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar([f"{size:,}" for size in lengths["from_bytes"]], lengths["documents"])
+    axes.set(xlabel="length from … bytes on", ylabel="documents", title=f"corpus {corpus.name}")
+    axes.tick_params(axis="x", labelrotation=60)
+    figure.savefig(directory / "lengths.png", dpi=120)
+    return {"mlflow.loggedArtifacts": json.dumps([{"path": f"{directory.name}/sources.json", "type": "table"}])}
 
 
 # --- many machines -------------------------------------------------------------------------------------------------------

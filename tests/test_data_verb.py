@@ -187,3 +187,14 @@ def test_every_kind_of_source_becomes_shards(prefect_server: None, sources: dict
         assert result["documents"] == (1 if name in ("txt", "http") else 8), name
         assert ShardSet.open(result["shards"]).verify() > 0, name
         assert Path(result["shards"]).is_relative_to(home_dir()), name
+
+
+def test_a_corpus_is_described_for_mlflow(prepared: Prepared, tmp_path: Path) -> None:
+    """Guards the statistics in MLflow: the table in the form its pages read, and a plot that is a picture."""
+    from tasks.data import describe_corpus
+
+    tags = describe_corpus(prepared.corpus, tmp_path / "corpus")
+    table = json.loads((tmp_path / "corpus" / "sources.json").read_text(encoding="utf-8"))
+    assert table["data"][0][table["columns"].index("documents")] == 1
+    assert (tmp_path / "corpus" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(tags["mlflow.loggedArtifacts"]) == [{"path": "corpus/sources.json", "type": "table"}]
