@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptcore.batches import BatchSampler
+from gptcore.batches import Sampler, build_sampler
 from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_optimizer_tensors, save_checkpoint
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
 from gptcore.device import Device, choose_device, reserve_device, seed_everything
@@ -46,7 +46,7 @@ class Trainer:
     device: Device
     model: LanguageModel
     optimizers: Optimizers
-    sampler: BatchSampler
+    sampler: Sampler
     micro_batch_size: int
     forward: Any  # the model, compiled where that pays
     step: int = 0
@@ -68,7 +68,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet) -> Trainer:
     device = choose_device(train.device, train.precision)
     seed_everything(train.seed)
     model = build_model(config.model, shards.vocab_size).to(device.torch)
-    sampler = BatchSampler(shards.tokens("train"), config.model.block_size, train.seed)
+    sampler = build_sampler(shards, config)
     micro = train.global_batch_size if train.micro_batch_size == "auto" else train.micro_batch_size
     forward = _compiled(model, device, train.compile)
     return Trainer(config, shards, device, model, build_optimizers(model, train), sampler, micro, forward)

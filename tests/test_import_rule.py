@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SIDE = ("config", "store", "journal", "entry", "device", "timing")  # may be imported from anywhere in gptcore
+SIDE = (
+    "config",
+    "store",
+    "journal",
+    "entry",
+    "device",
+    "timing",
+    "parallel",
+)  # may be imported from anywhere in gptcore
 # A token's journey, in order; a room imports only rooms before it.
 ROOMS = (
     "corpus",
