@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from flows.look import LOOKS, find_directories
 from gptcore.config import UserError, check_config
 from gptcore.corpus import segment_dirs
 from gptcore.shards import Prepared, ShardSet, prepare
 from gptcore.store import home_dir
-from tests.conftest import ROOT
 
 KEYS = {"corpus", "vocab", "shards", "documents", "train_tokens", "val_tokens", "skipped", "seconds"}
 
