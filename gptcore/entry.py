@@ -80,6 +80,7 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
     """Run `main(argv)`; print its result as the last line on stdout; turn exceptions into exit codes and one sentence."""
     follow_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes under torchrun one speaks for all
     try:
         result = main(sys.argv[1:])
     except Exception as error:
@@ -88,9 +89,11 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
             traceback.print_exc()
         message = describe_error(error)
         print(f"error: {message}", file=sys.stderr)
-        print(json.dumps({"error": message}), flush=True)
+        if is_first:
+            print(json.dumps({"error": message}), flush=True)
         return code
-    print(json.dumps(result), flush=True)
+    if is_first:
+        print(json.dumps(result), flush=True)
     return EXIT_OK
 
 

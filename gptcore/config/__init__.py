@@ -14,7 +14,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from gptcore.config.base import Section, UserError
+from gptcore.config.model import PRESET_FIELDS, ModelConfig
+from gptcore.config.train import ENDS, TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "EvaluateConfig",
+    "ExperimentConfig",
+    "ModelConfig",
+    "Section",
+    "StudiesConfig",
+    "TrainConfig",
+    "UserError",
+    "VocabConfig",
+    "check_config",
+    "dump_yaml",
+    "flatten",
+    "load_config",
+    "with_changes",
+]
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -37,16 +58,6 @@ _YamlLoader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
     list("-+0123456789."),
 )
-
-
-class UserError(ValueError):
-    """A mistake only the user can mend. The message names the field or file, the value and the way out; exit code 2."""
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values are frozen once checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class DataConfig(Section):
@@ -78,113 +89,6 @@ class VocabConfig(Section):
     """How text becomes integers."""
 
     kind: Literal["char"] = Field("char", description="char: one id per character of the training split.")
-
-
-class ModelConfig(Section):
-    """The network. One contract for all families, so the trainer does not know which it trains."""
-
-    family: Literal["gpt", "lstm", "bigram"] = Field(
-        "gpt", description="gpt: decoder-only Transformer; lstm: the RNN baseline; bigram: the floor of the notes."
-    )
-    n_layer: int = Field(4, ge=1, le=1000, description="Depth: number of blocks (gpt) or layers (lstm).")
-    n_head: int = Field(4, ge=1, le=1000, description="Attention heads; must divide n_embd.")
-    n_embd: int = Field(128, ge=2, le=100_000, description="Width in channels.")
-    block_size: int = Field(128, ge=2, le=1 << 20, description="Maximum context, in tokens.")
-    dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Dropout probability; 0 is right while training sees each token less than a few times.",
-    )
-    padded_vocab_size: int | None = Field(
-        None, ge=2, description="Rows of embedding and head; at least the vocabulary's size. None: exactly that size."
-    )
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
-        if self.family == "gpt":
-            if self.n_embd % self.n_head:
-                raise ValueError(
-                    f"model.n_head={self.n_head} does not divide model.n_embd={self.n_embd}; choose a divisor of {self.n_embd}"
-                )
-            if (self.n_embd // self.n_head) % 2:
-                raise ValueError(
-                    f"model.n_embd / model.n_head = {self.n_embd // self.n_head} is odd; rotary positions need an even head size"
-                )
-        return self
-
-
-class TrainConfig(Section):
-    """The optimizer's loop. Batches are stated in sequences per optimizer step."""
-
-    seed: int = Field(1337, ge=0, lt=2**63, description="Seed of weights, sample order and dropout.")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a CUDA GPU if there is one, else the CPU."
-    )
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
-        "auto", description="Arithmetic of the matrix products. auto: bf16 on a GPU that has it, fp32 on a CPU."
-    )
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="torch.compile. auto: on for a GPU with a compiler, off on a CPU, where short runs never earn it back.",
-    )
-    optimizer: Literal["muon", "adamw"] = Field(
-        "muon", description="muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for everything."
-    )
-    global_batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, over all micro-steps.")
-    micro_batch_size: int | Literal["auto"] = Field(
-        "auto",
-        description="Sequences per forward pass; must divide global_batch_size. auto: the whole batch, halved when memory runs out.",
-    )
-    max_steps: int = Field(1000, ge=1, description="Optimizer steps.")
-    lr: float = Field(
-        0.02, gt=0, lt=10, description="Peak learning rate of Muon's matrices (of everything with optimizer=adamw)."
-    )
-    adamw_lr: float = Field(
-        0.003,
-        gt=0,
-        lt=10,
-        description="Peak learning rate of AdamW's parameters beside Muon (embeddings, head; all of lstm and bigram).",
-    )
-    min_lr: float = Field(
-        0.0, ge=0, lt=10, description="Learning rate at the last step; AdamW's falls by the same factor."
-    )
-    warmup_steps: int = Field(20, ge=0, description="Steps of linear warmup.")
-    decay_fraction: float = Field(
-        0.6,
-        ge=0,
-        le=1,
-        description="Share of the steps at the end in which the learning rate falls linearly to min_lr.",
-    )
-    weight_decay: float = Field(0.1, ge=0, lt=10, description="Decoupled weight decay of matrices.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the gradient mean.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the squared gradient mean.")
-    grad_clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
-    log_interval: int = Field(10, ge=1, description="Steps between two lines of the journal.")
-    eval_interval: int = Field(250, ge=1, description="Steps between two evaluations; one is always made at the end.")
-    eval_tokens: int = Field(
-        65_536, ge=0, description="Validation tokens of an evaluation during training, the first ones in order; 0: all."
-    )
-    save_interval: int = Field(500, ge=1, description="Steps between two checkpoints; one is always saved at the end.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay on disk.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
-        micro = self.micro_batch_size
-        if micro != "auto":
-            if micro < 1:
-                raise ValueError(f"train.micro_batch_size={micro} must be at least 1, or auto")
-            if self.global_batch_size % micro:
-                raise ValueError(
-                    f"train.micro_batch_size={micro} does not divide train.global_batch_size={self.global_batch_size}"
-                )
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"train.warmup_steps={self.warmup_steps} is more than train.max_steps={self.max_steps}; lower it"
-            )
-        if self.min_lr > self.lr:
-            raise ValueError(f"train.min_lr={self.min_lr} is above train.lr={self.lr}; lower it")
-        return self
 
 
 class EvaluateConfig(Section):
@@ -268,6 +172,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             f"experiment file {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}"
         )
     tree.setdefault("name", path.stem)
+    if any(override.startswith(tuple(f"train.{end}=" for end in ENDS)) for override in overrides):
+        # Whoever says when to stop means it: an end on the command line replaces those of the file.
+        tree["train"] = {key: value for key, value in (tree.get("train") or {}).items() if key not in ENDS}
     for override in overrides:
         _apply_override(tree, override)
     return check_config(tree, origin=str(path))
@@ -299,8 +206,13 @@ def dump_yaml(config: BaseModel) -> str:
 
 
 def with_changes(config: ExperimentConfig, **sections: dict[str, Any]) -> ExperimentConfig:
-    """A checked copy with some fields changed: `with_changes(config, train={"max_steps": 10})`."""
+    """A checked copy with some fields changed: `with_changes(config, train={"max_steps": 10})`.
+
+    A change of `model.preset` also resets what the preset before it had filled in.
+    """
     tree = config.model_dump(mode="json")
+    if "preset" in sections.get("model", {}):
+        tree["model"] = {key: value for key, value in tree["model"].items() if key not in PRESET_FIELDS}
     for section, fields in sections.items():
         tree[section].update(fields)
     return check_config(tree)
@@ -370,6 +282,3 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     return 0
 
-
-if __name__ == "__main__":
-    raise SystemExit(main())
