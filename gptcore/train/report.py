@@ -89,10 +89,11 @@ class Reporter:
 
     def _line(self, values: dict[str, float], last: Evaluation | None) -> str:
         trainer = self.trainer
-        done = trainer.progress()
-        left = trainer.elapsed_seconds() * (1 / done - 1) if done else 0.0
-        if trainer.config.train.minutes is None and trainer.max_steps:
-            left = (trainer.max_steps - trainer.step) * trainer.tokens_per_step / values["perf/tok_per_sec"]
+        left = []  # seconds until each end of the run
+        if trainer.max_steps:
+            left.append((trainer.max_steps - trainer.step) * trainer.tokens_per_step / values["perf/tok_per_sec"])
+        if trainer.config.train.minutes:
+            left.append(60 * trainer.config.train.minutes + trainer.started - trainer.seconds_before - time.perf_counter())
         parts = [
             f"step {trainer.step}/{trainer.max_steps or '?'}",
             f"loss {values['train/loss']:.4f} ({values['train/bpb']:.3f} bpb)",
@@ -102,7 +103,7 @@ class Reporter:
             f"{values['perf/step_ms']:.{0 if values['perf/step_ms'] >= 10 else 1}f} ms",
             *([f"MFU {values['perf/mfu']:.0f} %"] if "perf/mfu" in values else []),
             f"{values['mem/peak_mib']:.0f} MiB",
-            f"ETA {format_seconds(left)}",
+            f"ETA {format_seconds(max(0.0, min(left)))}",
         ]
         return "  ".join(parts)
 
