@@ -21,10 +21,10 @@ import torch
 from gptcore.batches import val_batches
 
 # README of nanoGPT, "I only have a macbook"
-CPU_SETTING = (
-    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
-    "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-).split()
+CPU_SETTING = [
+    "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4",
+    "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class Peer:
         for x, y in val_batches(self.val, model.config.block_size, 64):
             logits, _ = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
             targets = torch.from_numpy(y).to(device).flatten()
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-1, reduction="sum")
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), targets, ignore_index=-1, reduction="sum"
+            )
             nats, count = nats + loss.item(), count + int((y >= 0).sum())
         assert count == len(self.val) - 1
         assert math.isfinite(nats)

@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--peer-dir", type=Path, required=True, help="a nanoGPT checkout")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
     parser.add_argument("--runs", type=int, default=1, help="repeats of everything, ours with other seeds")
+    parser.add_argument("--peer-iterations", type=int, default=2000, help="fewer only to try this script out")
     parser.add_argument("--parts", default="sooner,better,long", help="which of the three comparisons")
     args = parser.parse_args()
     text, parts = args.text.resolve(), args.parts.split(",")
@@ -35,7 +36,10 @@ def main() -> int:
         folder = Path(name)
         peer, shards = Peer(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
         for number in range(args.runs):
-            theirs = peer.train(f"out{number}", *CPU_SETTING)
+            iterations = f"--max_iters={args.peer_iterations}"
+            theirs = peer.train(
+                f"out{number}", *CPU_SETTING, iterations, iterations.replace("max_iters", "lr_decay_iters")
+            )
             peer_seconds.append(theirs.seconds)
             peer_losses.append(peer.evaluate(peer.load(theirs.checkpoint)))
             sys.stderr.write(f"peer: {theirs.seconds:.1f} s, val {peer_losses[-1]:.4f}\n")
@@ -64,7 +68,9 @@ def build_figures(
         losses = [run.result["val_loss"] for run in runs[part]]
         found.append(figure(f"{part}: wall time", "s", seconds, peer=peer_seconds, goal=seconds_goal, of=of, digits=1))
         goal = max(peer_losses) if loss_goal is None else loss_goal
-        found.append(figure(f"{part}: validation loss", "nats per token", losses, peer=peer_losses, goal=round(goal, 4)))
+        found.append(
+            figure(f"{part}: validation loss", "nats per token", losses, peer=peer_losses, goal=round(goal, 4))
+        )
 
     if "sooner" in runs:
         add("sooner", round(SAME_LOSS_SHARE, 4), "ratio", None)

@@ -39,7 +39,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """True on all where it is true on one."""
-        return self.count > 1 and bool(self.sum_(torch.tensor(float(flag))) > 0) or flag
+        return bool(self.sum_(torch.tensor(float(flag))) > 0)
 
     def from_first(self, value: float) -> float:
         """The first process's value, on all."""

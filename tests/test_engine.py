@@ -167,7 +167,9 @@ def test_fp16_scaling_changes_no_gradient_and_leaves_an_overflow_out(config, sha
         train_step(trainer)
     torch.testing.assert_close(scaled.model.weights(), plain.model.weights(), rtol=1e-4, atol=1e-5)
     before = {name: p.clone() for name, p in scaled.model.weights().items()}
-    scaled.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))  # an overflow, with a finite loss
+    scaled.model.lm_head.weight.register_hook(
+        lambda gradient: gradient * float("inf")
+    )  # an overflow, with a finite loss
     train_step(scaled)
     torch.testing.assert_close(scaled.model.weights(), before, rtol=0, atol=0)
     assert scaled.loss_scale.scale.item() == 2.0**11
@@ -196,9 +198,7 @@ def test_preflight_learns_nothing_and_chooses_a_micro_batch_that_fits(config, sh
     torch.testing.assert_close(trainer.model.weights(), before, rtol=0, atol=0)
     assert all(p.grad is None for p in trainer.model.parameters())
     assert trainer.micro_batch_size == 8
-    monkeypatch.setattr(
-        Device, "free_mib", lambda self: (estimate.state_mib + 3.5 * estimate.sequence_mib) / 0.9
-    )
+    monkeypatch.setattr(Device, "free_mib", lambda self: (estimate.state_mib + 3.5 * estimate.sequence_mib) / 0.9)
     assert preflight(trainer).sequence_mib == pytest.approx(estimate.sequence_mib)
     assert trainer.micro_batch_size == 2  # three fit, and 3 does not divide 8
     monkeypatch.setattr(Device, "free_mib", lambda self: estimate.state_mib)
@@ -237,7 +237,9 @@ def test_the_line_and_the_journal_tell_the_same(config, shards, tmp_path, caplog
     loss, bpb = metrics(tmp_path, "train/loss")[6], metrics(tmp_path, "train/bpb")[6]
     assert f"step 6/6  loss {loss:.4f} ({bpb:.3f} bpb)  val " in caplog.text
     assert all(word in caplog.text for word in ("tok/s", "ms", "MiB", "ETA"))
-    assert bpb == pytest.approx(loss / math.log(2), rel=0.02)  # a character is a byte here, but for the ends of documents
+    assert bpb == pytest.approx(
+        loss / math.log(2), rel=0.02
+    )  # a character is a byte here, but for the ends of documents
 
 
 # Bad input: each refused before step 0, naming field and remedy.
@@ -314,8 +316,10 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_processes(config, shard
     for count in (1, 2, 4):
         out = tmp_path / str(count)
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-            + ["-m", "gptcore.train", str(path), "--shards", str(shards.directory), "--out", str(out)],
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "gptcore.train",
+                str(path), "--shards", str(shards.directory), "--out", str(out),
+            ],
             capture_output=True, text=True, cwd=ROOT, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

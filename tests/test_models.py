@@ -199,7 +199,9 @@ def test_eight_bit_products_are_close_and_keep_names():
         y = linear(x)
     except (RuntimeError, NotImplementedError):
         pytest.skip("no 8-bit products on this processor")
-    for ours, reference in zip((y, *torch.autograd.grad(y, [x, linear.weight], g.bfloat16())), (exact, *grads), strict=True):
+    for ours, reference in zip(
+        (y, *torch.autograd.grad(y, [x, linear.weight], g.bfloat16())), (exact, *grads), strict=True
+    ):
         assert (ours.float() - reference).norm() / reference.norm() < 0.08
 
 

@@ -67,7 +67,7 @@ class ModelConfig(Section):
     )
     preset: Literal["classic", "gpt2", "modern"] = Field(
         "modern",
-        description="Fills the fields from norm to softcap that are not given. classic: the 2017 paper's decoder; "
+        description="Fills the fields marked [preset] that are not given. classic: the 2017 paper's decoder; "
         "gpt2: GPT-2; modern: what was measured to learn most per second.",
     )
     n_layer: int = Field(4, ge=1, le=1000, description="Depth: number of blocks (gpt) or layers (lstm).")
@@ -84,34 +84,34 @@ class ModelConfig(Section):
         None, ge=2, description="Rows of embedding and head; at least the vocabulary's size. None: exactly that size."
     )
     norm: Literal["layer", "rms"] = Field(
-        "rms", description="Normalisation over channels: LayerNorm, or by the root mean square alone. Preset-filled."
+        "rms", description="Normalisation over channels: LayerNorm, or by the root mean square alone. [preset]"
     )
-    norm_gain: bool = Field(False, description="A learned factor per channel after each normalisation. Preset-filled.")
+    norm_gain: bool = Field(False, description="A learned factor per channel after each normalisation. [preset]")
     norm_position: Literal["pre", "post"] = Field(
         "pre",
         description="pre: before each part, the residual stream stays untouched; post: after each addition (add & norm). "
-        "Preset-filled.",
+        "[preset]",
     )
-    embedding_norm: bool = Field(True, description="Normalise the token embeddings once, at the bottom. Preset-filled.")
+    embedding_norm: bool = Field(True, description="Normalise the token embeddings once, at the bottom. [preset]")
     positions: Literal["learned", "rotary"] = Field(
-        "rotary", description="A learned vector per position, or rotation of queries and keys. Preset-filled."
+        "rotary", description="A learned vector per position, or rotation of queries and keys. [preset]"
     )
     activation: Literal["relu", "gelu", "relu2"] = Field(
-        "relu2", description="Of the feed-forward part; relu2 is ReLU squared. Preset-filled."
+        "relu2", description="Of the feed-forward part; relu2 is ReLU squared. [preset]"
     )
-    bias: bool = Field(False, description="Biases in linear layers and in LayerNorm. Preset-filled.")
-    tie: bool = Field(False, description="One matrix as embedding and as head. Preset-filled.")
-    qk_norm: bool = Field(True, description="Normalise queries and keys, so attention cannot saturate. Preset-filled.")
+    bias: bool = Field(False, description="Biases in linear layers and in LayerNorm. [preset]")
+    tie: bool = Field(False, description="One matrix as embedding and as head. [preset]")
+    qk_norm: bool = Field(True, description="Normalise queries and keys, so attention cannot saturate. [preset]")
     init: Literal["normal", "fan_in"] = Field(
         "fan_in",
         description="normal: N(0, 0.02), output projections smaller with depth (GPT-2); fan_in: uniform by the number of "
-        "inputs, head near zero. Preset-filled.",
+        "inputs, head near zero. [preset]",
     )
     zero_init: bool = Field(
-        True, description="Output projections start at zero: every block starts as the identity. Preset-filled."
+        True, description="Output projections start at zero: every block starts as the identity. [preset]"
     )
     softcap: float = Field(
-        0.0, ge=0, le=1000, description="Logits are bent to stay within ±softcap (c·tanh(x/c)); 0: off. Preset-filled."
+        0.0, ge=0, le=1000, description="Logits are bent to stay within ±softcap (c·tanh(x/c)); 0: off. [preset]"
     )
 
     @model_validator(mode="before")

@@ -131,7 +131,9 @@ class TrainConfig(Section):
     def length(self) -> str:
         """Where the run ends, for people: `1000 steps`, `5 minutes`."""
         ends = ((self.max_steps, "steps"), (self.max_tokens, "tokens"), (self.minutes, "minutes"))
-        return " or ".join(f"{value:g} {unit}" if unit == "minutes" else f"{value} {unit}" for value, unit in ends if value)
+        return " or ".join(
+            f"{value:g} {unit}" if unit == "minutes" else f"{value} {unit}" for value, unit in ends if value
+        )
 
     def count_steps(self, block_size: int) -> int | None:
         """Steps until max_steps or max_tokens, whichever is sooner; None when only the clock ends the run."""

@@ -42,7 +42,8 @@ class LanguageModel(nn.Module):
         """Copy `weights()` back in. Names must match exactly."""
         missing, unexpected = self.load_state_dict(tensors, strict=False)
         lacking = set(self.weights()) & set(missing)
-        assert not lacking and not unexpected, f"weights do not fit: missing {sorted(lacking)}, unknown {unexpected}"
+        assert not lacking, f"weights do not fit: missing {sorted(lacking)}"
+        assert not unexpected, f"weights do not fit: unknown {unexpected}"
 
 
 def without_src(src: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The decoder-only Transformer, to be read top to bottom: attention, feed-forward, block, GPT.
+"""The decoder-only Transformer, to be read top to bottom: attention, feed-forward, block, stack, head.
 
 Every `config.` below is one difference between the paper of 2017, GPT-2 and today; `model.preset` chooses them together.
 Parameters have GPT-2's published names, whatever the preset. Sources: Vaswani et al. 2017 (attention, post-norm), Radford et
@@ -85,31 +85,57 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
-class GPT(LanguageModel):
-    """Token ids (B, T) to logits (B, T, V)."""
+class Transformer(nn.Module):
+    """Embeddings, blocks, last norm: ids (B, T) to what the head reads, (B, T, C)."""
 
-    has_positions = True
-    head_in_fp8 = False
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
+        self.config, C = config, config.n_embd
+        self.wte = nn.Embedding(vocab_size, C)
+        self.wpe = nn.Embedding(config.block_size, C) if config.positions == "learned" else None
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # After post-norm blocks the stream is normalised already.
+        self.ln_f = Norm(C, config.norm, config.norm_gain, config.bias) if config.norm_position == "pre" else None
+        if config.positions == "rotary":
+            cos, sin = rotary_table(config.block_size, C // config.n_head)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        T, start = idx.size(1), cache.length if cache is not None else 0
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start : start + T]  # (B, T, C)
+        if self.config.embedding_norm:
+            x = rms_norm(x)  # (B, T, C)
+        # The residual stream is kept in the type of the products: half the memory traffic of float32 at 16 bits.
+        x = F.dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each
+        for layer, block in enumerate(self.h):
+            x = block(x, rotary, cache, layer)  # (B, T, C)
+        if cache is not None:
+            cache.length += T
+        return x if self.ln_f is None else self.ln_f(x)  # (B, T, C)
+
+
+class GPT(LanguageModel):
+    """Token ids (B, T) to logits (B, T, V)."""
+
+    has_positions = True
+    head_in_fp8 = False
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
         self.config, self.block_size, self.vocab_size = config, config.block_size, vocab_size
-        parts: dict[str, nn.Module] = {"wte": nn.Embedding(vocab_size, config.n_embd)}
-        if config.positions == "learned":
-            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        parts["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.norm_position == "pre":  # after post-norm blocks the stream is normalised already
-            parts["ln_f"] = Norm(config.n_embd, config.norm, config.norm_gain, config.bias)
-        self.transformer = nn.ModuleDict(parts)
+        self.transformer = Transformer(config, vocab_size)
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         if config.tie:
             self.lm_head.weight = self.transformer.wte.weight
-        if config.positions == "rotary":
-            cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
         initialise(self, config)
 
     def forward(
@@ -123,41 +149,25 @@ class GPT(LanguageModel):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, V), or the loss; the logits of a large batch are never whole in memory, so then they are None."""
         without_src(src)
-        x = self.hidden(idx, cache)  # (B, T, C)
+        end = idx.size(1) + (cache.length if cache is not None else 0)
+        assert end <= self.block_size, f"{end} tokens do not fit block_size={self.block_size}"
+        x = self.transformer(idx, cache)  # (B, T, C)
         cap = self.config.softcap
-        if targets is not None and (x.size(0) * x.size(1) * self.vocab_size > PIECE_LOGITS or self.head_in_fp8):
+        if targets is not None and (targets.numel() * self.vocab_size > PIECE_LOGITS or self.head_in_fp8):
             fp8 = self.head_in_fp8 and self.training
             return None, head_cross_entropy(x, self.lm_head.weight, targets, reduction, cap, fp8)
         logits = soft_cap(self.lm_head(x), cap)  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets, reduction)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads: ids (B, T) → (B, T, C)."""
-        T, start = idx.size(1), cache.length if cache is not None else 0
-        assert start + T <= self.block_size, f"{start + T} tokens do not fit block_size={self.block_size}"
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.positions == "learned":
-            x = x + self.transformer.wpe.weight[start : start + T]  # (B, T, C)
-        if self.config.embedding_norm:
-            x = rms_norm(x)  # (B, T, C)
-        # The residual stream is kept in the type of the products: half the memory traffic of float32 at 16 bits.
-        x = F.dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
-        rotary = None
-        if self.config.positions == "rotary":
-            rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, rotary, cache, layer)  # (B, T, C)
-        if cache is not None:
-            cache.length += T
-        return self.transformer.ln_f(x) if self.config.norm_position == "pre" else x  # (B, T, C)
-
     def new_cache(self, batch_size: int) -> KVCache:
         c = self.config
-        return KVCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.n_embd // c.n_head), self.transformer.wte.weight)
+        shape = (batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return KVCache(c.n_layer, shape, like=self.transformer.wte.weight)
 
     def matmul_parameters(self) -> int:
         """The blocks' matrices and the head; a tied matrix is a head."""
-        return sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2) + self.lm_head.weight.numel()
+        blocks = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
+        return blocks + self.lm_head.weight.numel()
 
     def flops_per_token(self) -> float:
         """6N + 12·n_layer·n_embd·T (PaLM, Chowdhery et al. 2022, appendix B)."""

@@ -14,7 +14,9 @@ class Optimizers:
 
     def __init__(self, optimizers: dict[str, torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
         self._optimizers, self._names = optimizers, names
-        self._peaks = {key: [float(group["lr"]) for group in optimizer.param_groups] for key, optimizer in optimizers.items()}
+        self._peaks = {
+            key: [float(group["lr"]) for group in optimizer.param_groups] for key, optimizer in optimizers.items()
+        }
 
     @property
     def groups(self) -> list[dict[str, object]]:
@@ -83,10 +85,11 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
         return torch.tensor(lr, device=device) if on_device else lr
 
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    muon_groups = [{"params": params, "splits": splits, "lr": peak(config.lr)} for splits, params in muon.items()]
     if any(muon.values()):
-        groups = [group for group in muon_groups if group["params"]]
-        optimizers["muon"] = Muon(groups, lr=config.lr, weight_decay=config.weight_decay)
+        muon_groups: list[dict[str, object]] = [
+            {"params": params, "splits": splits, "lr": peak(config.lr)} for splits, params in muon.items() if params
+        ]
+        optimizers["muon"] = Muon(muon_groups, lr=config.lr, weight_decay=config.weight_decay)
     adamw_lr = config.lr if config.optimizer == "adamw" else config.adamw_lr
     adamw_groups = [
         {"params": params, "weight_decay": decay, "lr": peak(adamw_lr)}

@@ -43,7 +43,9 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict[str, object]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
     ) -> None:
-        self.found_inf: Tensor | None = None  # as in torch's fused AdamW: where it is not 0, a step changes no parameter
+        self.found_inf: Tensor | None = (
+            None  # as in torch's fused AdamW: where it is not 0, a step changes no parameter
+        )
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "splits": 1})
 
     @torch.no_grad()
@@ -67,7 +69,9 @@ class Muon(torch.optim.Optimizer):
         rows, columns = shape[0] // splits, shape[1]
         update = orthogonalize(update.view(-1, splits, rows, columns)).view(-1, *shape)
         scale, lr = max(1.0, rows / columns) ** 0.5, group["lr"]
-        if self.found_inf is not None:  # nothing may move: no learning rate, and no product of it with what is no number
+        if (
+            self.found_inf is not None
+        ):  # nothing may move: no learning rate, and no product of it with what is no number
             lr = lr * (1 - self.found_inf)
             update = torch.where(self.found_inf > 0, 0.0, update)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

@@ -6,6 +6,8 @@ import logging
 import math
 import statistics
 import time
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class StepTimer:
 
     def __init__(self, *, is_cuda: bool) -> None:
         self._is_cuda = is_cuda
-        self._marks: list[torch.cuda.Event] | list[float] = []
+        self._marks: list[Any] = []  # events of the device, or seconds
 
     def restart(self) -> None:
         """What was since the last mark (an evaluation, a report) was no step."""
@@ -31,20 +33,19 @@ class StepTimer:
         self.mark()
 
     def mark(self) -> None:
-        if self._is_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)  # type: ignore[arg-type]
-        else:
-            self._marks.append(time.perf_counter())  # type: ignore[arg-type]
+        if not self._is_cuda:
+            self._marks.append(time.perf_counter())
+            return
+        self._marks.append(torch.cuda.Event(enable_timing=True))
+        self._marks[-1].record()
 
     def take(self) -> list[float]:
         """The steps since the last restart."""
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        if self._is_cuda:
-            torch.cuda.synchronize()
-            return [a.elapsed_time(b) for a, b in pairs]  # type: ignore[union-attr, arg-type]
-        return [1e3 * (b - a) for a, b in pairs]  # type: ignore[operator]
+        pairs = list(pairwise(self._marks))
+        if not self._is_cuda:
+            return [1e3 * (b - a) for a, b in pairs]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in pairs]
 
 
 class Reporter:
@@ -93,7 +94,9 @@ class Reporter:
         if trainer.max_steps:
             left.append((trainer.max_steps - trainer.step) * trainer.tokens_per_step / values["perf/tok_per_sec"])
         if trainer.config.train.minutes:
-            left.append(60 * trainer.config.train.minutes + trainer.started - trainer.seconds_before - time.perf_counter())
+            left.append(
+                60 * trainer.config.train.minutes + trainer.started - trainer.seconds_before - time.perf_counter()
+            )
         parts = [
             f"step {trainer.step}/{trainer.max_steps or '?'}",
             f"loss {values['train/loss']:.4f} ({values['train/bpb']:.3f} bpb)",
