@@ -28,9 +28,12 @@ def matmul_fp8(a: Tensor, b: Tensor, a_dtype: torch.dtype = E4M3) -> Tensor:
     return scaled_matmul(a8, b8, a_scale, b_scale)
 
 
-def scaled_matmul(a8: Tensor, b8: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
-    """`(a8 * a_scale) @ (b8 * b_scale).T`: both row-major (M, K) and (N, K), as the hardware wants them."""
-    return torch._scaled_mm(a8, b8.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+def scaled_matmul(a8: Tensor, b8: Tensor, a_scale: Tensor, b_scale: Tensor, fast: bool = True) -> Tensor:
+    """`(a8 * a_scale) @ (b8 * b_scale).T`: both row-major (M, K) and (N, K), as the hardware wants them.
+
+    fast: sums are kept in fewer digits between partial products; good enough for a forward pass.
+    """
+    return torch._scaled_mm(a8, b8.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 class _Fp8Product(torch.autograd.Function):
@@ -41,16 +44,15 @@ class _Fp8Product(torch.autograd.Function):
         x8, x_scale = to_fp8(x, E4M3)
         w8, w_scale = to_fp8(weight, E4M3)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        ctx.weight_dtype = weight.dtype
         return scaled_matmul(x8, w8, x_scale, w_scale)  # (M, N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = to_fp8(grads[0], E5M2)  # (M, N)
-        grad_x = scaled_matmul(g8, w8.t().contiguous(), g_scale, w_scale)  # (M, K)
-        grad_w = scaled_matmul(g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale)  # (N, K)
-        return grad_x, grad_w.to(ctx.weight_dtype)
+        grad_x = scaled_matmul(g8, w8.t().contiguous(), g_scale, w_scale, fast=False)  # (M, K)
+        grad_w = scaled_matmul(g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale, fast=False)  # (N, K)
+        return grad_x, grad_w.float()
 
 
 class Fp8Linear(nn.Linear):

@@ -153,7 +153,9 @@ class GPT(LanguageModel):
         assert end <= self.block_size, f"{end} tokens do not fit block_size={self.block_size}"
         x = self.transformer(idx, cache)  # (B, T, C)
         cap = self.config.softcap
-        if targets is not None and (targets.numel() * self.vocab_size > PIECE_LOGITS or self.head_in_fp8):
+        if targets is not None and (
+            targets.numel() * self.vocab_size > PIECE_LOGITS[x.device.type] or self.head_in_fp8
+        ):
             fp8 = self.head_in_fp8 and self.training
             return None, head_cross_entropy(x, self.lm_head.weight, targets, reduction, cap, fp8)
         logits = soft_cap(self.lm_head(x), cap)  # (B, T, V)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gptcore.models.fp8 import matmul_fp8
 
-# Logits of one piece, at most: 2^27 are 512 MiB in float32. A batch with fewer takes the plain way, which is faster there.
-PIECE_LOGITS = 1 << 27
+# Logits of one piece, at most; 2^27 are 512 MiB in float32. Larger pieces on a GPU: each adds to the whole weight gradient once.
+# A batch with fewer takes the plain way, which is faster there.
+PIECE_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -36,7 +37,7 @@ def head_cross_entropy(
     """`cross_entropy(soft_cap(x @ weight.T), targets)` in pieces. x: (B, T, C), weight: (V, C), targets: (B, T)."""
     flat, flat_targets = x.flatten(0, 1), targets.flatten()
     if reduction == "none":
-        rows = max(1, PIECE_LOGITS // len(weight))
+        rows = max(1, PIECE_LOGITS[x.device.type] // len(weight))
         pieces = [
             cross_entropy(soft_cap(F.linear(part, weight), cap)[None], part_targets[None], "none")[0]
             for part, part_targets in zip(flat.split(rows), flat_targets.split(rows), strict=True)
@@ -54,7 +55,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         loss = torch.zeros((), device=x.device)
-        rows = max(16, PIECE_LOGITS // len(weight) // 16 * 16)
+        rows = max(16, PIECE_LOGITS[x.device.type] // len(weight) // 16 * 16)
         for start in range(0, len(x), rows):
             part, part_targets = x[start : start + rows], targets[start : start + rows]
             logits = (matmul_fp8(part, w) if use_fp8 else part @ w.T).float()  # (rows, V)
@@ -76,11 +77,12 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tens
     """Summed nats of (rows, V) float32 logits before the cap, and their gradient; a target of -1 gives 0 for both."""
     capped = soft_cap(logits, cap)
     is_target = targets >= 0
-    index = targets.clamp_min(0)[:, None]
     log_z = capped.logsumexp(1, keepdim=True)  # (rows, 1)
-    nats = (log_z - capped.gather(1, index))[:, 0]
-    grad = (capped - log_z).exp()
-    grad = grad.scatter_add(1, index, -torch.ones_like(log_z)) * is_target[:, None]
+    nats = (log_z - capped.gather(1, targets.clamp_min(0)[:, None]))[:, 0]
+    is_hit = (
+        torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+    )  # (rows, V); a compiler fuses it away
+    grad = torch.where(is_target[:, None], (capped - log_z).exp() - is_hit.float(), 0.0)
     if cap:
         grad = grad * (1 - (capped / cap).square())
     return torch.where(is_target, nats, 0.0).sum(), grad
