@@ -66,13 +66,15 @@ class StopFlag:
 def follow_parent() -> None:
     """Die with the process that started us (named in GPTLOOM_PARENT_PID), also when it is killed without warning.
 
-    Linux only: prctl(PR_SET_PDEATHSIG). The parent may be gone before the call, hence the second look.
+    Linux only: prctl(PR_SET_PDEATHSIG). The parent may be gone before the call, hence the second look. Between that process
+    and us may stand torchrun, which then is the one to follow.
     """
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(parent):
+    is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != 1
+    if os.getppid() != int(parent) and not is_under_torchrun:
         os._exit(EXIT_STOPPED)
 
 

@@ -161,7 +161,8 @@ def build_forward(model: LanguageModel, device: Device, ranks: Ranks, choice: st
         return forward
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(forward, device_ids=[device.torch] if device.is_cuda else None)
+    # Buffers are tables that never change; gradients live in the buckets that travel.
+    return DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def missing_compiler(device: Device) -> str | None:
