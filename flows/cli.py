@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
-    stdout_for_us = _stdout_to_stderr() if args.verb is run_experiment else contextlib.nullcontext(sys.stdout)
+    takes_stdout = args.verb in (run_experiment, work_on_data)
+    stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
             code = args.verb(args, result)
@@ -89,6 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(verb=run_experiment)
 
+    data = verbs.add_parser(
+        "data",
+        help="prepare an experiment's text, or look into what was prepared",
+        usage="gptloom data EXPERIMENT.yaml [section.field=value ...]\n"
+        "       gptloom data stats|verify|head EXPERIMENT.yaml|DIR [section.field=value ...]",
+        description="Source → corpus → vocabulary → shards, without training. stats: sizes, splits, tokens; verify: every byte\n"
+        "against its sha256; head: the first records and tokens.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data.add_argument("words", metavar="EXPERIMENT.yaml", nargs="+", help=argparse.SUPPRESS)
+    data.set_defaults(verb=work_on_data)
+
     up = verbs.add_parser(
         "up",
         help="start Prefect, MLflow and a worker, until Ctrl-C",
@@ -121,7 +134,11 @@ def describe_fields() -> str:
             text = f"{field.description} [{default}]"
             lines.append(
                 textwrap.fill(
-                    text, 116, initial_indent=f"    {section}.{name:<{28 - len(section)}} ", subsequent_indent=" " * 34
+                    text,
+                    116,
+                    initial_indent=f"    {section}.{name:<{28 - len(section)}} ",
+                    subsequent_indent=" " * 34,
+                    break_on_hyphens=False,
                 )
             )
     return "\n".join(lines) + "\n"
@@ -153,15 +170,39 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom data`: the data part of the pipeline as a flow of its own, or a look at its results."""
+    from flows.look import LOOKS, find_directories
+
+    if args.words[0] in LOOKS:
+        if len(args.words) < 2:
+            raise UserError(f"gptloom data {args.words[0]} needs an experiment file or a directory below data/")
+        result.update(LOOKS[args.words[0]](find_directories(args.words[1], args.words[2:])))
+        return EXIT_OK
+    experiment, overrides = args.words[0], args.words[1:]
+    config = load_config(experiment, overrides)
+    prepare_home()
+    check_source(config.data)
+    use_servers()
+    _start_prefect_server()
+    from flows.data import data
+    from flows.pipeline import Overrides
+
+    _quiet_expected_errors()
+    result.update(data(experiment=experiment, overrides=Overrides(more=overrides)))
+    return EXIT_OK
+
+
 def check_source(data: DataConfig) -> None:
-    """Read a local source once, so that one that is missing, empty or not text is refused before anything is started or written.
+    """Look at local sources for half a second and say what they will take, so that what is missing, empty or not text is refused
+    before anything is started.
 
-    Raises UserError. A package is looked at by the pipeline, which fetches it with retries.
+    Raises UserError. What must be fetched is looked at by the pipeline, which has retries.
     """
-    if not data.source.startswith("package:"):
-        from gptcore.corpus import locate_corpus
+    if not any(":" in source.source.partition("/")[0] for source in data.sources):
+        from gptcore.corpus import estimate
 
-        locate_corpus(data, home_dir())
+        print(f"source: {estimate(data, home_dir())}", file=sys.stderr)
 
 
 def prepare_home() -> Path:
@@ -183,6 +224,7 @@ def use_servers() -> None:
     defaults = {
         "GPTLOOM_HOME": str(home_dir()),
         "PREFECT_HOME": str(home_dir() / "prefect"),
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "gptcore",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",

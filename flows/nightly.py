@@ -24,7 +24,7 @@ from gptcore.corpus import locate_corpus
 from gptcore.store import content_id, home_dir, write_json
 
 
-@flow(name="nightly", persist_result=False)
+@flow(name="nightly", persist_result=False, result_serializer="json")
 def nightly(
     experiment: str = "experiments/shakespeare.yaml", overrides: Overrides | None = None, force: bool = False
 ) -> dict[str, Any] | State:

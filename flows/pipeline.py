@@ -22,7 +22,7 @@ from pydantic.json_schema import SkipJsonSchema
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
 from gptcore.journal import Journal
 from gptcore.store import home_dir, read_manifest, write_json
-from tasks.data import build_vocabulary, ingest, short_source, write_shards
+from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
 from tasks.process import closing_line
 from tasks.reporting import build_report
@@ -114,7 +114,7 @@ def _flow_run_name() -> str:
     return new_run_name(name)
 
 
-@flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False)
+@flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
 def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
     """From raw text to a trained, evaluated model and a report.
 
@@ -129,8 +129,9 @@ def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overri
         with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
             corpus = run.step(ingest, config.data, home)
             run.describe_data(corpus)
-            vocab = run.step(build_vocabulary, config.vocab, corpus, home)
-            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size)
+            cluster = config.data.dask_address
+            vocab = run.step(build_vocabulary, config.vocab, corpus, home, cluster)
+            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, cluster)
 
             trained = run.process(train_model, config, shards)
             checkpoint = Path(trained["checkpoint"])
@@ -216,15 +217,18 @@ class PipelineRun:
         return result
 
     def describe_data(self, corpus: Path) -> None:
-        """The corpus as MLflow's dataset input."""
+        """The corpus as MLflow's dataset input, its sources as a table, its lengths as a plot."""
         manifest = read_manifest(corpus)
         profile = {
             key: value
             for key, value in manifest.items()
             if isinstance(value, (int, float, str)) or key in ("documents", "bytes", "splits")
         }
-        source = self.config.data.source
+        source = self.config.data.source_name
         self.journal.dataset(short_source(source), corpus.name, source, "training", profile)
+        self.journal.tags(describe_corpus(corpus, self.directory / "corpus"))
+        for name in ("sources.json", "lengths.png"):
+            self.journal.artifact(f"corpus/{name}", "corpus")
 
     def compare(self, trained: dict[str, Any], evaluation: dict[str, Any]) -> None:
         """The headline numbers, on the parent run too, so that pipeline runs compare in MLflow's table."""

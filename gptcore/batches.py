@@ -1,35 +1,81 @@
 """Room 4, batches: which tokens are learnt from when. Sample i is a pure function of (seed, i).
 
 So a resume needs one number, and the order is the same for any number of ranks and any micro-batch size: a rank takes
-the samples it is told. An epoch covers the tokens, read as a circle from an offset of its own, with windows of
+the samples it is told. An epoch covers a source's tokens, read as a circle from an offset of its own, with windows of
 `block_size` in an order of its own: every token is a target once per epoch, but for fewer than `block_size` of them.
+
+    sampler = build_sampler(shards, config)            # what the trainer reads from
+    x, y = sampler.batch(start, count)                 # samples start … start + count - 1, int64 (count, T) each
+    positions = document_positions(x, shards.eot_id)   # where attention and positions restart, if wanted
+
+Samplers: `BatchSampler` (one source), `MixtureSampler` (several, interleaved by weight), `ChunkSampler` (the course's
+random chunks, a study arm); around any of them `Prefetcher` (a thread ahead of the trainer) or `DeviceTokens` (all ids on the device).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gptcore.config import UserError
-from gptcore.shards import TokenView
+from gptcore.config import ExperimentConfig, UserError
+from gptcore.shards import ShardSet, TokenView
+
+if TYPE_CHECKING:
+    import torch
 
 Tokens = np.ndarray | TokenView
 
+CYCLE = 1 << 14  # samples after which a mixture has kept its weights exactly
+
+
+class Sampler(Protocol):
+    """What the trainer reads from."""
+
+    def batch(self, start: int, count: int) -> tuple[Any, Any]:
+        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
+
+
+def build_sampler(shards: ShardSet, config: ExperimentConfig) -> Prefetcher:
+    """The experiment's training samples (`data.order`), read one batch ahead of the trainer.
+
+    Raises UserError if the training split, or one of its weighted sources, does not hold one window.
+    """
+    block_size, seed = config.model.block_size, config.train.seed
+    sampler: Sampler
+    if config.data.order == "random_chunk":
+        sampler = ChunkSampler(shards.tokens("train"), block_size, seed, config.train.global_batch_size)
+    else:
+        sources = shards.sources()
+        if len(sources) == 1:
+            sampler = BatchSampler(sources[0].tokens, block_size, seed)
+        else:
+            samplers = [
+                BatchSampler(source.tokens, block_size, seed, stream, source.name)
+                for stream, source in enumerate(sources)
+            ]
+            sampler = MixtureSampler(samplers, [source.weight for source in sources], seed)
+    return Prefetcher(sampler)
+
 
 class BatchSampler:
-    """Training windows over the (n,) ids of one split.
+    """Training windows over the (n,) ids of one source.
 
-    Raises UserError if they do not hold one window of `block_size` + 1 tokens.
+    `stream` tells the sources of a mixture apart: each has orders of its own. Raises UserError if the ids do not hold one
+    window of `block_size` + 1 tokens.
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, seed: int, stream: int = 0, name: str = "") -> None:
         if len(tokens) < block_size + 1:
             raise UserError(
-                f"{len(tokens)} tokens do not fill one window of model.block_size + 1 = {block_size + 1}; give more text, or lower model.block_size"
+                f"{name + ': ' if name else ''}{len(tokens)} tokens do not fill one window of model.block_size + 1 = "
+                f"{block_size + 1}; give more text, or lower model.block_size"
             )
-        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.tokens, self.block_size, self.seed, self.stream = tokens, block_size, seed, stream
         self.windows_per_epoch = len(tokens) // block_size
         self._windows = _Windows(tokens, block_size + 1)
         self._epoch = -1
@@ -38,16 +84,22 @@ class BatchSampler:
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
-        windows = self._windows.gather(self.starts(start, count)).astype(np.int64)  # (count, T + 1)
-        return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+        return _shifted(self.windows(np.arange(start, start + count)))
+
+    def windows(self, samples: np.ndarray) -> np.ndarray:
+        """(count, T + 1) ids of the samples with these ascending numbers."""
+        return self._windows.gather(self.places(samples))
 
     def starts(self, start: int, count: int) -> np.ndarray:
         """(count,) int64: the position of each sample's first input token; its window may run over the end to the beginning."""
         assert start >= 0, start
         assert count >= 1, count
-        samples = np.arange(start, start + count)
+        return self.places(np.arange(start, start + count))
+
+    def places(self, samples: np.ndarray) -> np.ndarray:
+        """`starts` for ascending sample numbers."""
         epochs, places = np.divmod(samples, self.windows_per_epoch)
-        starts = np.empty(count, dtype=np.int64)
+        starts = np.empty(len(samples), dtype=np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             self._enter_epoch(epoch)
             here = epochs == epoch
@@ -57,11 +109,162 @@ class BatchSampler:
     def _enter_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
-        digest = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
+        key = f"{self.seed}:{epoch}" + (f":{self.stream}" if self.stream else "")
+        digest = hashlib.sha256(key.encode()).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         self._order = rng.permutation(self.windows_per_epoch)
         self._offset = int.from_bytes(digest[16:], "little") % self.block_size
         self._epoch = epoch
+
+
+class MixtureSampler:
+    """Several sources, each with epochs of its own, interleaved so that every CYCLE samples keep the weights.
+
+    The cycle is shuffled anew each time round; sample i of the mixture is sample j of one source, and j needs no memory.
+    """
+
+    def __init__(self, samplers: Sequence[BatchSampler], weights: Sequence[float], seed: int) -> None:
+        assert len(samplers) == len(weights) >= 1, (len(samplers), len(weights))
+        assert min(weights) > 0, weights
+        self.samplers, self.seed = list(samplers), seed
+        self.block_size = samplers[0].block_size
+        self.per_cycle = _shares(weights, CYCLE)  # (sources,) samples of each source in a cycle
+        self._cycle = -1
+        self._source = np.empty(0, dtype=np.int64)  # (CYCLE,) whose turn it is
+        self._rank = np.empty(0, dtype=np.int64)  # (CYCLE,) how often that source came before, in this cycle
+
+    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
+        sources, numbers = self.draw(start, count)
+        rows = np.empty((count, self.block_size + 1), dtype=np.int64)
+        for source in np.unique(sources):
+            rows[sources == source] = self.samplers[source].windows(numbers[sources == source])
+        return _shifted(rows)
+
+    def draw(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(count,) int64 each: the source of each sample, and its number among that source's samples."""
+        assert start >= 0, start
+        assert count >= 1, count
+        cycles, places = np.divmod(np.arange(start, start + count), CYCLE)
+        sources, numbers = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+        for cycle in range(int(cycles[0]), int(cycles[-1]) + 1):
+            self._enter_cycle(cycle)
+            here = cycles == cycle
+            sources[here] = self._source[places[here]]
+            numbers[here] = cycle * self.per_cycle[sources[here]] + self._rank[places[here]]
+        return sources, numbers
+
+    def _enter_cycle(self, cycle: int) -> None:
+        if cycle == self._cycle:
+            return
+        digest = hashlib.sha256(f"{self.seed}:mixture:{cycle}".encode()).digest()
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        self._source = rng.permutation(np.repeat(np.arange(len(self.samplers)), self.per_cycle))
+        self._rank = np.empty(CYCLE, dtype=np.int64)
+        for source, n_samples in enumerate(self.per_cycle):
+            self._rank[self._source == source] = np.arange(n_samples)
+        self._cycle = cycle
+
+
+class ChunkSampler:
+    """Study arm, not for results: how courses read OpenWebText. A batch comes from one random chunk of the mapped file.
+
+    A chunk holds `rows` windows; a batch of `rows` samples starts anywhere in it, so its windows overlap and some tokens are
+    never learnt. Random as it is, sample i is still a pure function of (seed, i).
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, seed: int, rows: int) -> None:
+        if len(tokens) < block_size + 1:
+            raise UserError(
+                f"{len(tokens)} tokens do not fill one window of model.block_size + 1 = {block_size + 1}; "
+                "give more text, or lower model.block_size"
+            )
+        self.tokens, self.block_size, self.seed, self.rows = tokens, block_size, seed, rows
+        self.chunk = min(rows * block_size + 1, len(tokens))
+        self._windows = _Windows(tokens, block_size + 1)
+
+    def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
+        return _shifted(self._windows.gather(self.starts(start, count)))
+
+    def starts(self, start: int, count: int) -> np.ndarray:
+        """(count,) int64: the position of each sample's first input token."""
+        samples = np.arange(start, start + count, dtype=np.uint64)
+        chunks = _scramble(samples // np.uint64(self.rows), 2 * self.seed) % np.uint64(
+            len(self.tokens) - self.chunk + 1
+        )
+        inside = _scramble(samples, 2 * self.seed + 1) % np.uint64(self.chunk - self.block_size)
+        return (chunks + inside).astype(np.int64)
+
+
+class Prefetcher:
+    """Any sampler, read ahead of the trainer by a thread: while a batch is learnt from, the next ones are copied.
+
+    Requests are guessed to go on as they do; another request is simply served. At most `depth` batches wait.
+    """
+
+    def __init__(self, sampler: Sampler, depth: int = 2) -> None:
+        assert depth >= 1, depth
+        self.sampler, self.depth = sampler, depth
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: deque[tuple[tuple[int, int], Future[tuple[Any, Any]]]] = deque()
+
+    def batch(self, start: int, count: int) -> tuple[Any, Any]:
+        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
+        if not self._ahead or self._ahead[0][0] != (start, count):
+            for _, future in self._ahead:
+                future.cancel()
+            self._ahead.clear()
+            self._submit(start, count)
+        _, future = self._ahead.popleft()
+        following = self._ahead[-1][0][0] + count if self._ahead else start + count
+        while len(self._ahead) < self.depth:
+            self._submit(following, count)
+            following += count
+        return future.result()
+
+    def _submit(self, start: int, count: int) -> None:
+        # One worker: the samplers' memory of their epoch is never shared between two batches.
+        self._ahead.append(((start, count), self._pool.submit(self.sampler.batch, start, count)))
+
+
+class DeviceTokens:
+    """A small corpus wholly on the device: only window positions are made on the CPU, the ids are gathered where they are learnt.
+
+    For the samplers that have `starts`. Raises UserError if the ids need more than `max_bytes` there (4 bytes an id).
+    """
+
+    def __init__(
+        self, sampler: BatchSampler | ChunkSampler, device: torch.device | str, max_bytes: int = 1 << 30
+    ) -> None:
+        import torch
+
+        tokens = sampler.tokens
+        if 4 * len(tokens) > max_bytes:
+            raise UserError(
+                f"{len(tokens)} tokens need {4 * len(tokens)} bytes on the device, more than {max_bytes}; read batches from the shards"
+            )
+        self.sampler, self.device = sampler, torch.device(device)
+        self.ids = torch.from_numpy(np.asarray(tokens[0 : len(tokens)]).astype(np.int32)).to(self.device)
+        self._reach = torch.arange(sampler.block_size + 1, device=self.device)
+
+    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) on the device; y is x shifted by one token."""
+        import torch
+
+        starts = torch.from_numpy(self.sampler.starts(start, count)).to(self.device, non_blocking=True)
+        windows = self.ids[(starts[:, None] + self._reach) % len(self.ids)].long()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def document_positions(x: np.ndarray, eot_id: int) -> np.ndarray:
+    """Each token's place in its document, int64 (B, T), 0 at every `<|endoftext|>` and at the start of a window.
+
+    With these as positions and `x[i]` attending to `x[j]` only where `i - positions[i] <= j <= i`, documents packed into
+    one window do not see each other.
+    """
+    places = np.arange(x.shape[1])
+    return places - np.maximum.accumulate(np.where(x == eot_id, places, 0), axis=1)
 
 
 def val_batches(tokens: Tokens, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -87,21 +290,47 @@ class _Windows:
     def __init__(self, tokens: Tokens, length: int) -> None:
         self.tokens, self.length = tokens, length
         parts = tokens.parts if isinstance(tokens, TokenView) else [tokens]
-        self.parts: list[tuple[int, np.ndarray]] = []  # position of the first window, all windows of a part (views)
-        begin = 0
-        for part in parts:
-            if len(part) >= length:
-                self.parts.append((begin, np.lib.stride_tricks.sliding_window_view(part, length)))
-            begin += len(part)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._windows = [
+            np.lib.stride_tricks.sliding_window_view(part, length) if len(part) >= length else None for part in parts
+        ]
 
     def gather(self, starts: np.ndarray) -> np.ndarray:
         """(count, length) ids; the tokens are a circle."""
+        if len(self._windows) == 1 and self._windows[0] is not None and starts.max() < len(self._windows[0]):
+            return self._windows[0][starts]
         rows = np.empty((len(starts), self.length), dtype=self.tokens.dtype)
         rest = np.ones(len(starts), dtype=bool)
-        for begin, windows in self.parts:
-            inside = (starts >= begin) & (starts < begin + len(windows))
-            rows[inside] = windows[starts[inside] - begin]
+        parts = np.searchsorted(self._ends, starts, side="right")
+        for number in np.unique(parts):  # only those needed: a corpus that grew every night has many
+            windows = self._windows[number]
+            if windows is None:
+                continue
+            first = starts - (self._ends[number] - len(windows) - self.length + 1)
+            inside = (parts == number) & (first < len(windows))
+            rows[inside] = windows[first[inside]]
             rest &= ~inside
         if rest.any():  # over the end, or from one shard into the next
             rows[rest] = self.tokens[(starts[rest, None] + np.arange(self.length)) % len(self.tokens)]
         return rows
+
+
+def _shifted(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B, T + 1) ids → inputs and targets, int64 (B, T) each."""
+    return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
+
+
+def _shares(weights: Sequence[float], total: int) -> np.ndarray:
+    """Whole numbers in proportion to the weights that add up to `total`, none 0 (largest remainders)."""
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * (total - len(weights))
+    shares = np.floor(exact).astype(np.int64) + 1
+    shares[np.argsort(shares - 1 - exact, kind="stable")[: total - shares.sum()]] += 1
+    return shares
+
+
+def _scramble(values: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 → well-mixed uint64 (splitmix64's finaliser, Steele et al. 2014)."""
+    mixed = (values + np.uint64(seed % (1 << 64))) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

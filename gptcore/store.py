@@ -90,8 +90,14 @@ def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it"
         )
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    for name, facts in manifest["files"].items():
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{directory / MANIFEST}: missing or damaged; delete {directory} and run again to remake it"
+        ) from None
+    for name, facts in files.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise UserError(

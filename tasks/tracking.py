@@ -402,7 +402,8 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(" (Caused by")[0][:300]  # urllib3 nests its reasons; the outermost says enough
 
 
 def _git_commit() -> str:

@@ -20,7 +20,7 @@ import pytest
 
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus import build_corpus, corpus_statistics, locate_corpus, package_index, read_documents, read_records
-from gptcore.corpus.sections import cut_sections, hash_record
+from gptcore.corpus.sections import cut_sections, hash_document, section_key
 from gptcore.store import is_committed, read_manifest
 
 
@@ -46,6 +46,10 @@ def build(source: Path | str, home: Path, **settings: object) -> Path:
 
 def texts(corpus: Path) -> dict[str, list[str]]:
     return {split: list(read_documents(corpus, split)) for split in ("train", "val")}
+
+
+def key_of(rule: str, record: bytes) -> int:
+    return section_key(record) if rule == "section" else hash_document(record)[1]
 
 
 def whole_text(corpus: Path) -> str:
@@ -139,7 +143,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, content: bytes | 
 
 
 def test_folder_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no \.txt file"):
+    with pytest.raises(UserError, match=r"no file of data\.formats"):
         build(tmp_path, tmp_path / "home")
     write(tmp_path / "a.txt", "")
     with pytest.raises(UserError, match="no text in it"):
@@ -189,7 +193,7 @@ def test_sides_share_no_text(tmp_path: Path, split: str) -> None:
     for number in range(8):
         write(folder / f"{number}.txt", prose(number, 10_000) + common)
     sides = texts(build(folder, tmp_path, split=split, val_fraction=0.3))
-    hashes = {side: {hash_record(text.encode()) for text in records} for side, records in sides.items()}
+    hashes = {side: {key_of(split, text.encode()) for text in records} for side, records in sides.items()}
     assert hashes["val"]
     assert hashes["train"]
     assert not hashes["val"] & hashes["train"]

@@ -21,7 +21,6 @@ from gptcore.shards import ShardSet, prepare
 from gptcore.train import build_trainer, loop, preflight, resume, train_loop, train_step
 from gptcore.train import trainer as trainer_module
 from gptcore.train.__main__ import open_shards
-from gptcore.train.feed import DeviceTokens
 from gptcore.train.finite import FiniteWatch, LossScale
 from gptcore.train.trainer import build_forward, missing_compiler
 
@@ -179,13 +178,6 @@ def test_fp16_scaling_changes_no_gradient_and_leaves_an_overflow_out(config, sha
         scaled.loss_scale.check(2, 0.1)
 
 
-def test_batches_gathered_on_the_device_are_those_of_the_shards(config, shards):
-    trainer = build_trainer(config, shards)
-    gathered = DeviceTokens(trainer.sampler, "cpu")
-    for ours, theirs in zip(gathered.batch(1000, 7), trainer.sampler.batch(1000, 7), strict=True):
-        assert (ours.numpy() == theirs).all()
-
-
 def test_preflight_learns_nothing_and_chooses_a_micro_batch_that_fits(config, shards, monkeypatch):
     trainer = build_trainer(with_changes(config, model={"dropout": 0.1}), shards)
     before, rng = {n: p.clone() for n, p in trainer.model.weights().items()}, torch.get_rng_state()
@@ -286,11 +278,11 @@ def test_shards_that_changed_under_a_run_are_refused(config, shards, tmp_path):
     with pytest.raises(UserError, match="its checkpoints were trained on shard set"):
         resume(build_trainer(config, ShardSet.open(prepare(other, tmp_path / "home").shards)), tmp_path / "out")
     copy = prepare(config, tmp_path / "home2").shards
-    open_shards(copy)
-    with open(copy / "train_000000.bin", "r+b") as file:
+    ids = next(open_shards(copy).token_dirs[0].glob("train_*.bin"))
+    with open(ids, "r+b") as file:
         file.seek(2000)
         file.write(b"\1")
-    with pytest.raises(UserError, match=r"train_000000\.bin"):
+    with pytest.raises(UserError, match=r"train_0+\.bin"):
         open_shards(copy)
 
 

@@ -158,6 +158,9 @@ def test_failing_step_closes_its_runs(
     (parent,) = runs_of(home, "broken")
     assert (parent.info.status, parent.data.tags["gptloom.reason"]) == ("FAILED", result["error"])
     assert prefect_states(home, "flow_run")[result["run"]] == "Failed"
+    # Prefect writes a failed task's exception down, by default as a pickle.
+    for file in (home / "prefect" / "storage").rglob("*"):
+        assert not file.is_file() or json.loads(file.read_text()), file
 
 
 @pytest.mark.integration

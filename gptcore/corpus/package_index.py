@@ -17,8 +17,8 @@ import sys
 import tarfile
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
+from email.parser import Parser
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,13 +67,23 @@ class PackageSource:
         return f"package {self.name} {self.version}"
 
 
-def read_package(source: str, home: Path) -> Iterator[tuple[str, bytes]]:
-    """The package's files that match the glob, as (path in the package, raw bytes), sorted by path.
-
-    Raises UserError for a malformed source, an index that cannot be reached, a wrong hash, or a glob without a match.
-    """
-    package = PackageSource.parse(source)
-    yield from read_members(fetch_package(package, home), package)
+def describe(archive: Path, package: PackageSource) -> dict[str, str]:
+    """Title and licence as the package's own metadata (PKG-INFO) states them."""
+    facts = {"title": f"{package.name} {package.version}"}
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            for member in tar:
+                if member.isreg() and member.name.count("/") == 1 and member.name.endswith("/PKG-INFO"):
+                    file = tar.extractfile(member)
+                    assert file is not None, member.name
+                    head = Parser().parsestr(file.read(1 << 20).decode("utf-8", "replace"), headersonly=True)
+                    licence = head.get("License-Expression") or head.get("License") or ""
+                    if licence.strip():
+                        facts["licence"] = licence.strip().splitlines()[0]
+                    break
+    except (tarfile.TarError, EOFError, OSError):
+        pass  # reading the texts says what is wrong
+    return facts
 
 
 def fetch_package(package: PackageSource, home: Path) -> Path:

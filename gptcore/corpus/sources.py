@@ -1,99 +1,206 @@
-"""Where text comes from: one file, a folder of .txt files, or the files of a source package; and what counts as text.
+"""Where text comes from: files, folders and globs, addresses, data sets of the Hugging Face hub, source packages.
 
-A further kind of source is one more branch of `read_source`: it yields (name, raw bytes) in an order that does not
-depend on the machine.
+`list_files` turns every source into files on this machine, in an order that does not depend on it, and `plan_units`
+those into pieces of work. A further kind of source is one more branch of `list_files`.
 """
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from gptcore.config import UserError
-from gptcore.corpus.package_index import PREFIX, read_package
+from gptcore.config import DataConfig, SourceConfig, UserError, hide_password
+from gptcore.corpus import package_index
+from gptcore.corpus.containers import Kind
+from gptcore.corpus.formats import PART_BYTES
+
+UNIT_BYTES = 4 << 20  # small files are dealt out together
+UNIT_FILES = 256
+MAX_INT = (1 << 63) - 1
+EXAMPLE = "give a text file, a folder or an address with data.source=…"
 
 
-def read_source(source: str, home: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file of `data.source` as (name, raw bytes), sorted by name within a folder or package.
+@dataclass(frozen=True)
+class SourceFile:
+    """One file on this machine, with the number of the source it belongs to."""
 
-    Raises UserError for a source that does not exist, holds no text file, cannot be read or cannot be fetched.
+    source: int
+    name: str  # for people and titles; no path of this machine
+    path: str  # a Path object would cost more than the look at the disk
+    size: int
+    signature: tuple[
+        int, int, int, int, int
+    ]  # device, inode, size, mtime_ns, ctime_ns: equal while the file is untouched
+    package: str = ""  # a package source: which of its members are read
+
+    @property
+    def mtime(self) -> float:
+        return max(self.signature[3], self.signature[4]) / 1e9
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file, or a part of one, as a worker is told of it."""
+
+    file: int  # number in the list of files
+    source: int
+    name: str
+    path: str
+    bytes: int  # on disk, of the file or part
+    package: str = ""
+    text_column: str = "text"
+    part: int | None = None  # a multiple of PART_BYTES, or a Parquet file's row group
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def list_files(data: DataConfig, home: Path) -> tuple[list[SourceFile], list[dict[str, str]]]:
+    """All files of all sources, fetched where need be, and what is known about each source (title, licence).
+
+    Raises UserError for a source that does not exist, holds no readable file, or cannot be fetched.
     """
-    if source.startswith(PREFIX):
-        yield from read_package(source, home)
-        return
-    if "://" in source:
-        raise UserError(
-            "data.source: an address is not a source; download the text and give its path with data.source=PATH"
-        )
-    path = Path(source).expanduser()
-    if path.is_dir():
-        for name in _text_files(path, source):
-            yield name, _read_bytes(path / name, source)
-    elif path.is_file():
-        yield path.name, _read_bytes(path, source)
-    elif path.exists():
-        raise UserError(
-            f"data.source={source!r}: neither a regular file nor a folder; give a text file or a folder of .txt files"
-        )
-    else:
-        raise UserError(f"data.source={source!r}: no such file or folder; give a text file or a folder of .txt files")
-
-
-def normalise_text(name: str, raw: bytes, policy: str) -> bytes:
-    """UTF-8 without byte order mark, line ends \\n. Empty for a file that policy "skip" leaves out.
-
-    Bytes that are not UTF-8, or NUL, which no text has, make the file "not text": policy "strict" raises UserError,
-    "replace" puts U+FFFD in their place.
-    """
-    reason = _why_not_text(raw)
-    if reason:
-        if policy == "skip":
-            return b""
-        if policy == "strict":
+    files: list[SourceFile] = []
+    facts: list[dict[str, str]] = []
+    for number, source in enumerate(data.sources):
+        known: dict[str, str] = {}
+        files += _files_of(number, source, data, home, known)
+        large = next((file for file in files if file.size > data.max_member_bytes), None)
+        if large is not None:
             raise UserError(
-                f"{name}: not UTF-8 text ({reason}); convert it to UTF-8, or set data.invalid_text=replace or data.invalid_text=skip"
+                f"{large.name}: {large.size} bytes, more than data.max_member_bytes={data.max_member_bytes}; leave it out, or raise the limit"
             )
-        raw = raw.decode("utf-8", errors="replace").replace("\0", "\ufffd").encode()
-    return raw.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+        own = {"title": source.title, "licence": source.licence}
+        facts.append(known | {key: value for key, value in own.items() if value})
+    return files, facts
 
 
-def _why_not_text(raw: bytes) -> str:
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "it begins like UTF-16"
-    nul = raw.find(0)
-    if nul >= 0:
-        return f"byte {nul} is NUL"
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"byte {error.start} is 0x{raw[error.start]:02x}"
-    return ""
+def _files_of(
+    number: int, source: SourceConfig, data: DataConfig, home: Path, known: dict[str, str]
+) -> list[SourceFile]:
+    where = source.source
+    if where.startswith(package_index.PREFIX):
+        package = package_index.PackageSource.parse(where)
+        archive = package_index.fetch_package(package, home)
+        return [_file(number, archive.name, str(archive), where, package=where)]
+    if where.startswith(("http://", "https://")):
+        from gptcore.corpus.download import fetch_address
 
+        path, name = fetch_address(where, data, home)
+        return [_file(number, name, str(path), where)]
+    if where.startswith("hf://"):
+        from gptcore.corpus.hub import fetch_dataset
 
-def _text_files(folder: Path, source: str) -> list[str]:
-    """Relative POSIX paths of all .txt files below `folder`, sorted; links that lead out of it are ignored."""
-
-    def refuse(error: OSError) -> None:
+        return [_file(number, name, str(path), where) for name, path in fetch_dataset(where, data, home, known)]
+    if "://" in where:
         raise UserError(
-            f"data.source={source!r}: {error.filename} cannot be read ({error.strerror}); make it readable or move it away"
+            f"data.source={hide_password(where)!r}: only http://, https://, hf:// and package: are fetched; download it and give its path"
         )
-
-    root = folder.resolve()
-    names = []
-    for parent, _, files in os.walk(folder, onerror=refuse):
-        for path in (Path(parent, file) for file in files if file.endswith(".txt")):
-            if path.is_file() and path.resolve().is_relative_to(root):
-                names.append(path.relative_to(folder).as_posix())
-    if not names:
-        raise UserError(
-            f"data.source={source!r}: no .txt file in this folder; put some there, or give a file with data.source=PATH"
-        )
-    return sorted(names)
+    return _local_files(number, where, data)
 
 
-def _read_bytes(path: Path, source: str) -> bytes:
+def _local_files(number: int, where: str, data: DataConfig) -> list[SourceFile]:
+    path = Path(where).expanduser()
+    if path.is_dir():
+        names = _folder_files(str(path), where, data.formats)
+        if not names:
+            raise UserError(
+                f"data.source={where!r}: no file of data.formats ({', '.join(data.formats)}) in this folder; put some "
+                "there, name another format, or give a file"
+            )
+        return [_file(number, name, f"{path}/{name}", where) for name in names]
+    if path.is_file():
+        return [_file(number, path.name, str(path), where)]
+    if path.exists():
+        raise UserError(f"data.source={where!r}: neither a regular file nor a folder; {EXAMPLE}")
+    if glob.has_magic(where):
+        pattern = str(path)
+        root = re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0]
+        found = sorted(filter(os.path.isfile, glob.iglob(pattern, recursive=True)))
+        if not found:
+            raise UserError(f"data.source={where!r}: no file matches this glob; correct it")
+        return [_file(number, name[len(root) :], name, where) for name in found]
+    raise UserError(f"data.source={where!r}: no such file or folder; {EXAMPLE}")
+
+
+def _folder_files(folder: str, where: str, formats: tuple[str, ...]) -> list[str]:
+    """Relative POSIX paths of the readable files below `folder`, sorted; links that lead out, or to folders, are ignored."""
+    root = os.path.realpath(folder)
+    found, todo = [], [""]
     try:
-        return path.read_bytes()
+        while todo:
+            prefix = todo.pop()
+            with os.scandir(f"{folder}/{prefix}") as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(f"{name}/")
+                    elif not Kind.of(entry.name).is_wanted(formats):
+                        continue
+                    elif entry.is_file(follow_symlinks=False) or (
+                        os.path.isfile(entry.path) and os.path.realpath(entry.path).startswith(f"{root}/")
+                    ):
+                        found.append(name)
     except OSError as error:
-        raise UserError(f"data.source={source!r}: {path} cannot be read ({error.strerror}); make it readable") from None
+        raise UserError(
+            f"data.source={where!r}: {error.filename} cannot be read ({error.strerror}); make it readable or move it away"
+        ) from None
+    return sorted(found)
+
+
+def _file(number: int, name: str, path: str, where: str, package: str = "") -> SourceFile:
+    try:
+        signature = sign(path)
+    except OSError as error:
+        raise UserError(
+            f"data.source={hide_password(where)!r}: {path} cannot be read ({error.strerror}); make it readable"
+        ) from None
+    return SourceFile(number, name.encode(errors="replace").decode(), path, signature[2], signature, package)
+
+
+def sign(path: str) -> tuple[int, int, int, int, int]:
+    """What changes whenever a file does. ctime cannot be set back, so a restored mtime does not deceive."""
+    status = os.stat(path)
+    return status.st_dev & MAX_INT, status.st_ino & MAX_INT, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def plan_units(files: list[tuple[int, SourceFile]], data: DataConfig) -> Iterator[list[Entry]]:
+    """Pieces of work in the files' order: small files together, a long plain file in parts, the rest one by one."""
+    unit: list[Entry] = []
+    size = 0
+    for number, file in files:
+        column = data.sources[file.source].text_column or data.text_column
+        entry = Entry(number, file.source, file.name, file.path, file.size, file.package, column)
+        parts = None if file.package else _parts(file)
+        if size + file.size > UNIT_BYTES or len(unit) == UNIT_FILES or parts:
+            if unit:
+                yield unit
+            unit, size = [], 0
+        if parts:
+            for part in range(parts):
+                yield [replace(entry, part=part, bytes=file.size // parts)]
+        else:
+            unit.append(entry)
+            size += file.size
+    if unit:
+        yield unit
+
+
+def _parts(file: SourceFile) -> int | None:
+    """How many parts a file can be read in side by side; None: read it as a whole."""
+    kind = Kind.of(file.name)
+    if kind.compressions or kind.inner in ("zip", "tar", "html", "csv") or file.size <= PART_BYTES:
+        return None
+    if kind.inner == "parquet":
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_metadata(file.path).num_row_groups or None
+        except Exception:  # damaged: the reader says so, in the file's turn
+            return None
+    return -(-file.size // PART_BYTES)

@@ -97,7 +97,7 @@ def measure(cell: Cell) -> Outcome:
         "accumulation/memory_ratio": many["peak_mib"] / one["peak_mib"],
         "accumulation/speed_ratio": many["tok_per_sec"] / one["tok_per_sec"],
     }
-    return Outcome(rows, conclusion, metrics, {})
+    return Outcome(rows, conclusion, metrics)
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows of a table, one sentence computed from them, and the metrics to compare runs by."""
+    """Rows of a table, one sentence computed from them, metrics to compare runs by, and files written to `out`."""
 
     rows: list[dict[str, Any]]
     conclusion: str
     metrics: dict[str, float]
-    extra: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
 
 def run_study(name: str, doc: str | None, measure: Callable[[Cell], Outcome], argv: list[str]) -> dict[str, Any]:
@@ -60,5 +61,6 @@ def run_study(name: str, doc: str | None, measure: Callable[[Cell], Outcome], ar
         }
         journal.metrics(outcome.metrics | {"study/seconds": result["seconds"]}, tokens_seen=0)
         write_json(args.out / f"{name}.json", result)
-        journal.artifact(f"{name}.json")
+        for file in (f"{name}.json", *outcome.files):
+            journal.artifact(file)
     return result

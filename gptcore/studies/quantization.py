@@ -69,7 +69,7 @@ def measure(cell: Cell) -> Outcome:
         "quant/tok_per_sec": int8["tok_per_sec"],
         "quant/fp32_tok_per_sec": full["tok_per_sec"],
     }
-    return Outcome(rows, conclusion, metrics, {})
+    return Outcome(rows, conclusion, metrics, files=("model_int8.safetensors",))
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import statistics
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from gptcore.config import with_changes
 from gptcore.entry import run_process
@@ -21,6 +23,7 @@ from gptcore.studies.cell import Cell, Outcome, run_study
 from gptcore.timing import PhaseClock, measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 
+TRACE = "trace.json.gz"
 MODULES = {
     "attn": "forward: attention",
     "mlp": "forward: feed-forward",
@@ -53,7 +56,7 @@ def time_modules(model: LanguageModel, clock: PhaseClock) -> ExitStack:
 
 def measure(cell: Cell) -> Outcome:
     repeats = cell.config.studies.repeats
-    steps = 2 * repeats + 2
+    steps = 2 * repeats + 3  # warm-ups and the traced step included
     config = with_changes(
         cell.config,
         train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps), "compile": "off"},
@@ -61,6 +64,7 @@ def measure(cell: Cell) -> Outcome:
     trainer = build_trainer(config, cell.shards)
     undisturbed = measure_ms(lambda: train_step(trainer), trainer.device.synchronize, repeats)
     samples = profile_steps(trainer, repeats)
+    trace_step(trainer, cell.out / TRACE)
     wall = statistics.median(sum(sample.values()) for sample in samples)
     rows: list[dict[str, Any]] = []
     for section in samples[0]:
@@ -97,6 +101,7 @@ def measure(cell: Cell) -> Outcome:
             "step_ms_high": undisturbed.high,
             "n": repeats,
         },
+        (TRACE,),
     )
 
 
@@ -110,6 +115,15 @@ def profile_steps(trainer: Trainer, repeats: int) -> list[dict[str, float]]:
         if repeat:
             samples.append({name: 1e3 * seconds for name, seconds in trainer.clock.seconds.items()})
     return samples
+
+
+def trace_step(trainer: Trainer, path: Path) -> None:
+    """One step as a Chrome trace (chrome://tracing or ui.perfetto.dev opens it), operator by operator."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if trainer.device.is_cuda else [])]
+    with profile(activities=activities) as profiler:
+        train_step(trainer)
+        trainer.device.synchronize()
+    profiler.export_chrome_trace(str(path))
 
 
 def main(argv: list[str]) -> dict[str, Any]:

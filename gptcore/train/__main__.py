@@ -23,6 +23,7 @@ from gptcore.train import build_trainer, preflight, resume, train_loop
 
 log = logging.getLogger(__name__)
 
+SPLITS = ("train", "val")
 VERIFIED_BYTES = 1 << 30  # up to here the shards are hashed before they are trained on: about two seconds
 
 
@@ -34,8 +35,9 @@ def default_out(config: ExperimentConfig) -> Path:
 def open_shards(directory: Path) -> ShardSet:
     """A shard set whose every byte is what its manifest says (sizes only, where it is large). Raises UserError."""
     shards = ShardSet.open(directory)
-    if sum(facts["bytes"] for facts in shards.manifest["files"].values()) <= VERIFIED_BYTES:
-        read_manifest(directory, verify=True)
+    if sum(shards.tokens(split).dtype.itemsize * shards.n_tokens[split] for split in SPLITS) <= VERIFIED_BYTES:
+        for part in (directory, *shards.token_dirs):
+            read_manifest(part, verify=True)
     return shards
 
 

@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gptcore.batches import BatchSampler
+from gptcore.batches import BatchSampler, ChunkSampler, DeviceTokens, Sampler, build_sampler
 from gptcore.config import ExperimentConfig
 from gptcore.device import Device
+from gptcore.ranks import Ranks
 from gptcore.shards import ShardSet
 
-ON_DEVICE_TOKENS = 1 << 26  # 256 MiB as int32
+ON_DEVICE_BYTES = 256 << 20
 
 
-class Sampler(Protocol):
-    """Sample i is a pure function of (seed, i)."""
-
-    def batch(self, start: int, count: int) -> tuple[Any, Any]:
-        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each: arrays, or tensors on the device."""
-
-
-def build_sampler(config: ExperimentConfig, shards: ShardSet, device: Device) -> Sampler:
-    """The experiment's training samples."""
-    sampler = BatchSampler(shards.tokens("train"), config.model.block_size, config.train.seed)
-    if device.is_cuda and len(sampler.tokens) <= ON_DEVICE_TOKENS:
+def build_feed(config: ExperimentConfig, shards: ShardSet, device: Device, ranks: Ranks) -> Sampler:
+    """The experiment's training samples, from the nearest place that holds them."""
+    ahead = build_sampler(shards, config)
+    sampler = ahead.sampler
+    is_small = 4 * shards.n_tokens["train"] <= ON_DEVICE_BYTES
+    if device.is_cuda and is_small and isinstance(sampler, BatchSampler | ChunkSampler):  # one source
         return DeviceTokens(sampler, device.torch)
-    return sampler
-
-
-class DeviceTokens:
-    """All ids on the device: the host makes window positions only, the windows are gathered where they are learnt from."""
-
-    def __init__(self, sampler: BatchSampler, device: torch.device | str) -> None:
-        tokens = sampler.tokens
-        self.sampler, self.device = sampler, torch.device(device)
-        self.ids = torch.from_numpy(np.asarray(tokens[0 : len(tokens)]).astype(np.int32)).to(self.device)
-        self._reach = torch.arange(sampler.block_size + 1, device=self.device)
-
-    def batch(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        starts = torch.from_numpy(self.sampler.starts(start, count)).to(self.device, non_blocking=True)
-        windows = self.ids[(starts[:, None] + self._reach) % len(self.ids)].long()  # (count, T + 1)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    # What is read ahead is what follows; for one of several processes, others' samples follow.
+    return ahead if ranks.count == 1 else sampler
 
 
 def to_device(batch: Any, device: Device) -> Tensor:

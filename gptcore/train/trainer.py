@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gptcore.batches import Sampler
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.device import Device, choose_device, seed_everything
 from gptcore.models import LanguageModel, build_model
@@ -20,7 +21,7 @@ from gptcore.optim import Optimizers, WeightAverage, build_optimizers
 from gptcore.ranks import ALONE, Ranks
 from gptcore.shards import ShardSet
 from gptcore.timing import PhaseClock
-from gptcore.train.feed import Sampler, build_sampler
+from gptcore.train.feed import build_feed
 from gptcore.train.finite import FiniteWatch, LossScale
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         ranks=ranks,
         model=model,
         optimizers=build_optimizers(model, train, on_device=use_graph),
-        sampler=build_sampler(config, shards, device),
+        sampler=build_feed(config, shards, device, ranks),
         micro_batch_size=micro,
         forward=build_forward(model, device, ranks, train.compile),
         watch=FiniteWatch(device.torch, at_once=not device.is_cuda),

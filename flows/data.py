@@ -1,0 +1,48 @@
+"""The data part of the pipeline alone, as a flow: source → corpus → vocabulary → shards.
+
+gptloom data experiments/shakespeare.yaml data.source=my-texts/        # or from the Prefect UI
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prefect import flow
+from prefect.states import Cancelled
+
+from flows.pipeline import NO_OVERRIDES, Overrides
+from gptcore.config import load_config
+from gptcore.shards import ShardSet
+from gptcore.store import home_dir, read_manifest
+from tasks.data import build_vocabulary, ingest, write_shards
+
+
+@flow(name="data", persist_result=False)
+def data(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
+    """From raw text to shards; what is there already is found, not made again.
+
+    Args:
+        experiment: Path of an experiment file (YAML), as seen from the repository's folder.
+        overrides: What differs from that file.
+    """
+    start = time.perf_counter()
+    config, home = load_config(experiment, overrides.as_list()), home_dir()
+    cluster = config.data.dask_address
+    try:
+        corpus = ingest(config.data, home, return_state=True).result()
+        vocab = build_vocabulary(config.vocab, corpus, home, cluster, return_state=True).result()
+        shards = write_shards(corpus, vocab, home, config.model.block_size, cluster, return_state=True).result()
+    except KeyboardInterrupt:
+        return Cancelled(message="stopped by the user")  # type: ignore[return-value]
+    manifest, tokens = read_manifest(corpus), ShardSet.open(shards).n_tokens
+    return {
+        "corpus": str(corpus),
+        "vocab": str(vocab),
+        "shards": str(shards),
+        "documents": manifest["documents"],
+        "train_tokens": tokens["train"],
+        "val_tokens": tokens["val"],
+        "skipped": manifest["skipped"],
+        "seconds": round(time.perf_counter() - start, 3),
+    }

@@ -1,0 +1,408 @@
+"""From settings to a committed corpus: what is new is read, split, and added as one segment.
+
+A source that grew keeps its segments and its split; only untouched files' documents are not even read again. A source
+that lost or changed a document starts afresh, with the same split as far as its hashes say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptcore.config import DataConfig, UserError, hide_password
+from gptcore.corpus import package_index
+from gptcore.corpus.families import NO_DIGESTS, Family, Note
+from gptcore.corpus.ingest import Base, Pass
+from gptcore.corpus.overlap import measure_overlap
+from gptcore.corpus.pool import count_processes, read_units
+from gptcore.corpus.preflight import estimate_files, refuse_impossible
+from gptcore.corpus.records import BATCH_BYTES, Batch, CleanText, make_batch, read_texts
+from gptcore.corpus.sections import SplitPlan, is_balanced, plan_hash_split, plan_tail_split
+from gptcore.corpus.segments import FORMAT, SPLITS, load_arrays
+from gptcore.corpus.sources import SourceFile, list_files, plan_units, sign
+from gptcore.store import commit_dir, content_id, is_committed, read_manifest
+
+logger = logging.getLogger(__name__)
+
+AUTO_DOCUMENTS = 1000  # from here on data.split=auto holds out whole documents
+SMALL_BYTES = 16 << 20  # files of so much together are read once, into memory
+MAX_TOLD = 10  # files named in the log for what is left out of them
+SMALL_TEXT = 64 << 20  # unless they become more than this
+
+Batches = Callable[[SplitPlan], Iterator[Batch]]
+
+
+@dataclass
+class Located:
+    """A corpus by its id: committed already, or what it takes to commit it."""
+
+    directory: Path
+    segment: dict[str, Any] | None = None  # the new segment's manifest
+    folder: Path | None = None  # and its files
+    manifest: dict[str, Any] | None = None
+
+
+class Build:
+    """One look at a source. `locate` learns the corpus' id; `commit` makes it, if `write` was set."""
+
+    def __init__(self, data: DataConfig, home: Path, write: bool) -> None:
+        self.data, self.home, self.write = data, home, write
+        self.started = time.time()
+        self.files, self.facts = list_files(data, home)
+        self.family = Family(data, home)
+        newest = self.family.newest()
+        # Its split must not depend on the end of the text, and equal documents must be one, to be added to.
+        self.base_dir = newest if data.split != "tail" and data.drop_duplicates else None
+        self.ledger = self.family.ledger(newest) if newest else None
+        self.newest = newest
+        self.folders: list[Path] = []
+
+    def unchanged(self) -> Path | None:
+        """The newest corpus, if every file is untouched since and none is gone. Opens no file of the source."""
+        if self.newest is None or self.ledger is None or len(self.ledger.notes) != len(self.files):
+            return None
+        if any(self.ledger.note_on(file) is None for file in self.files):
+            return None
+        return self.newest if self._same_sources(read_manifest(self.newest)) else None
+
+    def locate(self) -> Located:
+        """Raises UserError for a source that is missing, empty, unreachable, not text, or cannot be split."""
+        found = self.unchanged()
+        if found is not None:
+            return Located(found)
+        return self._added() or self._fresh()
+
+    def close(self) -> None:
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # --- what a source that grew adds ---------------------------------------------------------------------------
+
+    def _added(self) -> Located | None:
+        """The base corpus and one more segment; None if there is no base, or the source lost something of it."""
+        if self.base_dir is None or self.ledger is None:
+            return None
+        base = Base.open(self.base_dir)
+        if base.plan.rule == "tail":
+            return None
+        todo = []
+        for number, file in enumerate(self.files):
+            note = self.ledger.note_on(file)
+            if note is None:
+                todo.append((number, file))
+            else:
+                base.meet(note.digests)
+        size = sum(file.size for _, file in todo)
+        batches, _ = self._batches(todo)
+        done = self._pass(base.plan, batches, size, base=base)
+        if base.lost:
+            logger.warning(
+                "corpus %s: %d of its documents are gone from the source, or changed; starting afresh", base.directory.name, base.lost
+            )  # fmt: skip
+            done.abort()
+            return None
+        segment = done.finish() if done.documents else None
+        return self._describe(done, base, segment)
+
+    # --- a source that is new, or lost something ------------------------------------------------------------------
+
+    def _fresh(self) -> Located:
+        files = list(enumerate(self.files))
+        size = sum(file.size for file in self.files)
+        batches, distinct = self._batches(files)
+        inherited = SplitPlan.restore(read_manifest(self.base_dir)) if self.base_dir else None
+        if distinct is not None:
+            rules = self._rules(distinct, inherited)
+        else:
+            estimate = estimate_files(self.files, self.data, self.home)
+            logger.info("%s", estimate)
+            refuse_impossible(estimate)
+            rules = self._rules(estimate.documents, inherited)
+            if rules[0] != "tail":
+                done = self._pass(_start(rules[0], self.data, inherited), batches, size)
+                rules = self._rules(done.documents, inherited)
+                if done.plan.rule == rules[0] and is_balanced(
+                    done.splits["val"]["bytes"], done.bytes, self.data.val_fraction
+                ):
+                    return self._describe(done, None, done.finish())
+                done.abort()
+                logger.info("the estimate was not good enough for the split; reading once more")
+        for rule in rules:
+            plan, counted = self._plan(rule, batches, size, inherited)
+            if plan is not None:
+                done = self._pass(plan, batches, size) if self.write or plan is not counted.plan else counted
+                return self._describe(done, None, done.finish())
+        raise self._unsplittable(counted, rules)
+
+    def _rules(self, documents: int, inherited: SplitPlan | None) -> list[str]:
+        """The split rules to try, in order; an explicit data.split has no second choice."""
+        if self.data.split != "auto":
+            return [self.data.split]
+        if inherited is not None and inherited.rule != "tail":
+            return [inherited.rule, "tail"] if inherited.rule == "section" else ["document", "section", "tail"]
+        return ["document", "section", "tail"] if documents >= AUTO_DOCUMENTS else ["section", "tail"]
+
+    def _plan(
+        self, rule: str, batches: Batches, size: int, inherited: SplitPlan | None
+    ) -> tuple[SplitPlan | None, Pass]:
+        """The split by one rule, None if that cannot be; and the pass that counted for it."""
+        start = _start(rule, self.data, inherited)
+        counted = Pass(self.data, start, collect=True).run(batches(start), size)
+        if not counted.documents:
+            raise self._nothing(counted)
+        if rule == "tail":
+            plan = plan_tail_split(counted.bytes, self.data.val_fraction)
+            if plan is not None and self.data.split == "auto":
+                logger.warning(
+                    "the text has too few distinct sections to hold some out by content: the last %g of its bytes "
+                    "are the validation split, which may repeat the training text", self.data.val_fraction,
+                )  # fmt: skip
+            return plan, counted
+        assert counted.collected is not None
+        keys, sizes = (np.concatenate(column) for column in zip(*counted.collected, strict=True))
+        return plan_hash_split(start, keys, sizes), counted
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def _batches(self, files: list[tuple[int, SourceFile]]) -> tuple[Batches, int | None]:
+        """How to go through the files' documents, as often as asked; with little text, from memory.
+
+        Also the number of distinct documents where that is known.
+        """
+        size = sum(file.size for _, file in files)
+        if size <= SMALL_BYTES:
+            counts: dict[int, Counter[str]] = {number: Counter() for number, _ in files}
+            texts: list[CleanText] = []
+            held = 0
+            entries = [entry for unit in plan_units(files, self.data) for entry in unit]
+            for text in read_texts(entries, self.data, counts):
+                texts.append(text)
+                held += len(text.utf8)
+                if held > SMALL_TEXT:
+                    break
+            else:
+                self._log_left_out(counts)
+                distinct = len({hashlib.sha256(text.utf8).digest() for text in texts})
+                return lambda plan: self._from_memory(texts, counts, plan), distinct
+        processes = count_processes(self.data)
+        return lambda plan: read_units(plan_units(files, self.data), self.data, plan, processes), None
+
+    def _from_memory(self, texts: list[CleanText], counts: dict[int, Counter[str]], plan: SplitPlan) -> Iterator[Batch]:
+        begin = size = 0
+        for end, text in enumerate(texts, 1):
+            size += len(text.utf8)
+            if size >= BATCH_BYTES or end == len(texts):
+                yield make_batch(texts[begin:end], self.data, plan)
+                begin, size = end, 0
+        last = make_batch([], self.data, plan)
+        last.counts = {file: rules for file, rules in counts.items() if rules}
+        yield last
+
+    def _log_left_out(self, counts: dict[int, Counter[str]]) -> None:
+        told = 0
+        for number, rules in counts.items():
+            left = ", ".join(f"{count} {rule}" for rule, count in rules.items() if rule in LEFT_OUT)
+            if left and told < MAX_TOLD:
+                logger.warning("%s: left out: %s", self.files[number].name, left)
+            told += bool(left)
+        if told > MAX_TOLD:
+            logger.warning(
+                "and %d files more of which something is left out; the manifest has the counts", told - MAX_TOLD
+            )
+
+    def _pass(self, plan: SplitPlan, batches: Batches, size: int, base: Base | None = None) -> Pass:
+        folder = None
+        if self.write:
+            folder = self.home / "data" / "segments" / f".{uuid.uuid4().hex[:16]}.tmp"
+            folder.mkdir(parents=True)
+            self.folders.append(folder)
+        return Pass(self.data, plan, base, folder).run(batches(plan), size)
+
+    # --- what it comes to ------------------------------------------------------------------------------------------
+
+    def _describe(self, done: Pass, base: Base | None, segment: dict[str, Any] | None) -> Located:
+        """The corpus of the base's segments and the new one. A file that changed meanwhile is refused."""
+        self._check_untouched()
+        notes = self._notes(done, base)
+        before = base.manifest["segments"] if base else []
+        segments = [*before, *([segment["id"]] if segment else [])]
+        if not segments:
+            raise self._nothing(done)
+        weights = [source.weight for source in self.data.sources]
+        mixture = [weight / sum(weights) for weight in weights]
+        name = content_id({"format": FORMAT, "segments": segments} | ({"mixture": mixture} if len(mixture) > 1 else {}))
+        located = Located(self.home / "data" / "corpora" / name, segment, done.folder)
+        located.manifest = _manifest(name, segments, self, done, base, segment, notes)
+        self.remembered = notes
+        return located
+
+    def _notes(self, done: Pass, base: Base | None) -> list[Note]:
+        notes = []
+        for number, file in enumerate(self.files):
+            note = self.ledger.note_on(file) if base and self.ledger else None
+            if note is None:
+                parts = done.notes.digests.get(number, [NO_DIGESTS])
+                digests = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                note = Note(file.signature, digests, dict(done.notes.rules.get(number, {})))
+            notes.append(note)
+        return notes
+
+    def _check_untouched(self) -> None:
+        for file in self.files:
+            try:
+                touched = sign(file.path) != file.signature
+            except OSError:
+                touched = True
+            if touched:
+                raise UserError(
+                    f"data.source: {file.path} changed while it was read; run again when nothing writes to it"
+                )
+
+    def describe_source(self, number: int) -> dict[str, str]:
+        """Title and licence: what the settings say, else what the source itself does."""
+        source = self.data.sources[number].source
+        package = [file for file in self.files if file.source == number and file.package]
+        known = (
+            package_index.describe(Path(package[0].path), package_index.PackageSource.parse(source)) if package else {}
+        )
+        return known | self.facts[number]
+
+    def _same_sources(self, manifest: dict[str, Any]) -> bool:
+        weights = [source.weight for source in self.data.sources]
+        return [source["weight"] for source in manifest["sources"]] == weights
+
+    def _nothing(self, done: Pass) -> UserError:
+        skipped = sum(count for rules in done.notes.rules.values() for rule, count in rules.items() if rule in LEFT_OUT)
+        return UserError(
+            f"data.source={self.data.source_name!r}: no text in it ({skipped} empty or skipped files); "
+            "give a UTF-8 text file or a folder of them with data.source=PATH"
+        )
+
+    def _unsplittable(self, done: Pass, rules: list[str]) -> UserError:
+        return UserError(
+            f"data.split={self.data.split}: the source has too little distinct text ({done.documents} documents, "
+            f"{done.bytes} bytes) for a training and a validation side at data.val_fraction={self.data.val_fraction:g}; "
+            "give more text, " + ("or a larger data.val_fraction" if "tail" in rules else "or use data.split=tail")
+        )
+
+
+LEFT_OUT = ("empty", "short", "invalid", "damaged", "unsafe")
+
+
+def commit(build: Build, located: Located) -> Path:
+    """Make what `locate` found, segment first; remember it for the next time."""
+    if located.manifest is None:
+        logger.info("corpus %s: reused", located.directory.name)
+        return located.directory
+    if located.segment is not None:
+        directory = build.home / "data" / "segments" / located.segment["id"]
+        if not _is_whole(directory):
+            assert located.folder is not None
+            with commit_dir(directory, located.segment) as tmp:
+                for path in located.folder.iterdir():
+                    path.rename(tmp / path.name)
+    if _is_whole(located.directory):
+        logger.info("corpus %s: reused", located.directory.name)
+    else:
+        manifest = located.manifest
+        _add_overlap(build, located, manifest)
+        with commit_dir(located.directory, manifest):
+            pass
+        logger.info(
+            "corpus %s: %d documents in %d segments (%d duplicates dropped, %d skipped), split by %s, train %d bytes, val %d bytes, "
+            "overlap %.3g",
+            located.directory.name, manifest["documents"], len(manifest["segments"]), manifest["duplicates"], manifest["skipped"],
+            manifest["split"], manifest["splits"]["train"]["bytes"], manifest["splits"]["val"]["bytes"], manifest["overlap"],
+        )  # fmt: skip
+    build.family.remember(located.directory, build.files, build.remembered, build.started)
+    return located.directory
+
+
+def _is_whole(directory: Path) -> bool:
+    """Committed, with all files at their size; a damaged one is removed, to be made again."""
+    if not is_committed(directory):
+        return False
+    try:
+        read_manifest(directory)
+    except UserError as error:
+        logger.warning("%s; it is made again", str(error).partition(";")[0])
+        shutil.rmtree(directory)
+        return False
+    return True
+
+
+def _start(rule: str, data: DataConfig, inherited: SplitPlan | None) -> SplitPlan:
+    """The plan by threshold, with the exceptions that an earlier corpus of this source needed."""
+    if inherited is not None and inherited.rule == rule:
+        return inherited
+    return SplitPlan(rule if rule != "tail" else "document", "threshold", data.val_fraction)
+
+
+def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Base | None, segment: dict[str, Any] | None, notes: list[Note]) -> dict[str, Any]:  # fmt: skip
+    parts = [
+        read_manifest(build.home / "data" / "segments" / old) for old in (base.manifest["segments"] if base else [])
+    ]
+    parts += [segment] if segment else []
+    rules: list[Counter[str]] = [Counter() for _ in build.data.sources]
+    read = [0] * len(rules)
+    for file, note in zip(build.files, notes, strict=True):
+        rules[file.source].update(note.rules)
+        read[file.source] += len(note.digests)
+    sources = []
+    for number, source in enumerate(build.data.sources):
+        held = {key: sum(part["sources"][number][key] for part in parts) for key in ("documents", "bytes", "val_bytes")}
+        sources.append(
+            {"source": hide_password(source.source), "weight": source.weight, **build.describe_source(number), **held, "files": sum(file.source == number for file in build.files)}
+            | {"read": read[number], "rules": dict(sorted(rules[number].items()))}
+        )  # fmt: skip
+    near = sum(part["near_duplicates"] for part in parts)
+    documents = sum(part["documents"] for part in parts)
+    total: Counter[str] = sum(rules, Counter())
+    plan = done.plan
+    return {
+        "kind": "corpus",
+        "id": name,
+        "format": FORMAT,
+        "segments": segments,
+        "source": build.data.source_name,
+        "documents": documents,
+        "bytes": sum(part["bytes"] for part in parts),
+        "sections": sum(part["sections"] for part in parts),
+        "duplicates": max(sum(read) - documents, 0) if build.data.near_duplicates != "drop" else sum(read) - documents,
+        "near_duplicates": near,
+        "skipped": sum(total[rule] for rule in LEFT_OUT),
+        "rules": dict(sorted(total.items())),
+        **plan.as_json(),
+        "section_bytes": build.data.section_bytes,
+        "splits": {
+            split: {key: sum(part["splits"][split][key] for part in parts) for key in parts[0]["splits"][split]}
+            for split in SPLITS
+        },
+        "sources": sources,
+        "lengths": np.sum([part["lengths"] for part in parts], axis=0).tolist(),
+    }
+
+
+def _add_overlap(build: Build, located: Located, manifest: dict[str, Any]) -> None:
+    folders = [build.home / "data" / "segments" / name for name in manifest["segments"]]
+    val, train = (
+        [rows for folder in folders for rows in load_arrays(folder, f"ngrams_{side}")] for side in ("val", "train")
+    )
+    overlap = measure_overlap(val, train)
+    manifest["overlap"] = round(overlap, 6)
+    manifest["overlap_alarm"] = overlap > build.data.max_overlap
+    if manifest["overlap_alarm"]:
+        logger.warning(
+            "corpus %s: %.1f %% of the validation text's 48-byte sequences stand in the training text, more than "
+            "data.max_overlap=%g; its loss will look better than on new text", manifest["id"], 100 * overlap, build.data.max_overlap,
+        )  # fmt: skip

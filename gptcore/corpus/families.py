@@ -1,0 +1,131 @@
+"""What a home remembers of a source between two ingests: its corpora, and which files held which documents.
+
+A family is one source with its settings, whatever it holds at the moment: `home/data/families/<id>/`.
+`corpora.json` lists its corpora, newest last. `ledger.npz` has, for the newest, every file's signature (inode, size,
+times) and the digests of its documents, so that an untouched file is neither opened nor decompressed again. Both are
+caches: without them everything is read again, with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptcore.config import DataConfig, UserError
+from gptcore.corpus.segments import FORMAT, segment_dirs
+from gptcore.corpus.sources import SourceFile
+from gptcore.store import content_id, write_json
+
+logger = logging.getLogger(__name__)
+
+# Settings that say how fast or how much, not what: they change no corpus.
+INCIDENTAL = {"processes", "order", "dask_address", "timeout_seconds", "max_overlap"} | {
+    f"max_{limit}" for limit in ("members", "member_bytes", "total_bytes", "expansion", "download_bytes")
+}
+RACY_SECONDS = 2.0  # a file written so shortly before it is read may change again within its clock's resolution
+NO_DIGESTS = np.zeros((0, 2), dtype=np.uint64)
+
+
+@dataclass
+class Note:
+    """What one file held: the digests of its documents (n, 2), and how often each cleaning rule applied."""
+
+    signature: tuple[int, ...]
+    digests: np.ndarray
+    rules: dict[str, int]
+
+
+@dataclass
+class Ledger:
+    """A note on each file of one corpus, by `file_key`."""
+
+    corpus: str = ""
+    notes: dict[str, Note] = field(default_factory=dict)
+
+    def note_on(self, file: SourceFile) -> Note | None:
+        """The file's note if it is untouched since, else None."""
+        note = self.notes.get(file_key(file))
+        return note if note is not None and note.signature == file.signature else None
+
+
+def file_key(file: SourceFile) -> str:
+    return f"{file.source}/{file.name}"
+
+
+class Family:
+    """The memory of one source in one home."""
+
+    def __init__(self, data: DataConfig, home: Path) -> None:
+        settings = data.model_dump(mode="json", exclude=INCIDENTAL | {"source"})
+        sources = [(_whereabouts(source.source), source.text_column) for source in data.sources]
+        self.home = home
+        self.folder = (
+            home / "data" / "families" / content_id({"format": FORMAT, "settings": settings, "sources": sources})
+        )
+
+    def newest(self) -> Path | None:
+        """The family's newest corpus that is still whole."""
+        for name in reversed(self._names()):
+            directory = self.home / "data" / "corpora" / name
+            try:
+                segment_dirs(directory)
+            except (UserError, OSError, ValueError, KeyError):
+                continue
+            return directory
+        return None
+
+    def ledger(self, corpus: Path) -> Ledger:
+        """The ledger of that corpus; empty if it is another's, or damaged."""
+        try:
+            with np.load(self.folder / "ledger.npz", allow_pickle=False) as arrays:
+                head = json.loads(arrays["head"].tobytes())
+                if head["corpus"] != corpus.name:
+                    return Ledger(corpus.name)
+                ends = np.cumsum(arrays["counts"])
+                parts = np.split(arrays["digests"].reshape(-1, 2), ends[:-1]) if len(ends) else []
+                signatures = map(tuple, arrays["signatures"].tolist())
+                rules = (head["rules"].get(name, {}) for name in head["names"])
+                notes = map(Note, signatures, parts, rules)
+                return Ledger(corpus.name, dict(zip(head["names"], notes, strict=True)))
+        except Exception as error:  # zipfile, zlib and NumPy have many words for damage
+            if not isinstance(error, FileNotFoundError):
+                logger.info("%s: not usable (%s); everything is read again", self.folder / "ledger.npz", error)
+            return Ledger(corpus.name)
+
+    def remember(self, corpus: Path, files: list[SourceFile], notes: list[Note], started: float) -> None:
+        """Note that `corpus` is what these files held, file i what `notes[i]` says; `started`: when they were listed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [name for name in self._names() if name != corpus.name] + [corpus.name]
+        write_json(self.folder / "corpora.json", names[-20:])
+        untouched = [file.mtime < started - RACY_SECONDS for file in files]
+        signatures = [note.signature if old else (0,) * 5 for note, old in zip(notes, untouched, strict=True)]
+        keys = [file_key(file) for file in files]
+        rules = {key: note.rules for key, note in zip(keys, notes, strict=True) if note.rules}
+        head = json.dumps({"corpus": corpus.name, "names": keys, "rules": rules}).encode()
+        tmp = self.folder / f".ledger.{os.getpid()}.tmp.npz"
+        np.savez(
+            tmp,
+            head=np.frombuffer(head, dtype=np.uint8),
+            signatures=np.array(signatures, dtype=np.int64).reshape(-1, 5),
+            counts=np.array([len(note.digests) for note in notes], dtype=np.int64),
+            digests=np.concatenate([NO_DIGESTS, *(note.digests for note in notes)]),
+        )
+        tmp.replace(self.folder / "ledger.npz")
+
+    def _names(self) -> list[str]:
+        try:
+            names = json.loads((self.folder / "corpora.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _whereabouts(source: str) -> Any:
+    """A path as an absolute one, so that the same source is found from another working directory."""
+    return source if "://" in source or source.startswith("package:") else str(Path(source).expanduser().absolute())

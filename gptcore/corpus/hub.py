@@ -1,0 +1,156 @@
+"""Files of a data set on the Hugging Face hub, through huggingface_hub: no code of the data set is run.
+
+    hf://datasets/OWNER/NAME[/PATH OR GLOB][@REVISION]      by default its Parquet files, at the newest revision
+
+The endpoint is HF_ENDPOINT, the token HF_TOKEN, as everywhere in that ecosystem. Files are kept under
+home/data/downloads/hub; with a full commit hash as revision, a complete copy is used without any network.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import DataConfig, UserError
+from gptcore.corpus.containers import Kind
+from gptcore.store import content_id, write_json
+
+logger = logging.getLogger(__name__)
+
+PATTERN = re.compile(r"hf://datasets/([^/@\s]+/[^/@\s]+)(?:/([^@]+))?(?:@([^@\s]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ENDPOINT = "https://huggingface.co"
+
+
+def fetch_dataset(source: str, data: DataConfig, home: Path, known: dict[str, str]) -> list[tuple[str, Path]]:
+    """(path in the data set, file here) of all files the source names, sorted; `known` gets title and licence.
+
+    Raises UserError for a malformed source, a data set or revision that is not there or not open to us, an empty
+    selection, and beyond `data.max_download_bytes`.
+    """
+    match = PATTERN.fullmatch(source)
+    if match is None:
+        raise UserError(f"data.source={source!r}: expected hf://datasets/OWNER/NAME[/GLOB][@REVISION]")
+    name, glob, revision = match.group(1), match.group(2), match.group(3)
+    folder = home / "data" / "downloads" / "hub"
+    listing = _list(name, revision, folder, data)
+    known |= {"title": name} | ({"licence": listing["licence"]} if listing["licence"] else {})
+    chosen = sorted(path for path in listing["files"] if _is_chosen(path, glob, data))
+    if not chosen:
+        raise UserError(
+            f"data.source={source!r}: no file matches {glob or '**/*.parquet'!r}; there are {', '.join(sorted(listing['files'])[:10]) or 'none'}"
+        )
+    total = sum(listing["files"][path] for path in chosen)
+    if total > data.max_download_bytes:
+        raise UserError(
+            f"data.source={source!r}: {total} bytes, more than data.max_download_bytes={data.max_download_bytes}; name fewer files, or raise the limit"
+        )
+    return [(path, _fetch(name, path, listing, folder, data)) for path in chosen]
+
+
+def _is_chosen(path: str, glob: str | None, data: DataConfig) -> bool:
+    if glob is None:
+        return path.endswith(".parquet")
+    if any(sign in glob for sign in "*?["):
+        return fnmatchcase(path, glob.replace("**/", "*")) and Kind.of(path).is_wanted(data.formats)
+    return path == glob or (path.startswith(glob.rstrip("/") + "/") and Kind.of(path).is_wanted(data.formats))
+
+
+def _list(name: str, revision: str | None, folder: Path, data: DataConfig) -> dict[str, Any]:
+    """{"commit", "licence", "files": {path: bytes}} of a revision; that of a commit is kept, for it cannot change."""
+    kept = folder / f"listing-{content_id([_endpoint(), name, revision])}.json"
+    if revision and COMMIT.fullmatch(revision) and kept.is_file():
+        listing: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return listing
+    from huggingface_hub import HfApi
+
+    with _Explained(f"hf://datasets/{name}", data):
+        info = HfApi(endpoint=_endpoint()).dataset_info(
+            name, revision=revision, files_metadata=True, timeout=data.timeout_seconds
+        )
+    card = info.card_data.to_dict() if info.card_data else {}
+    licence = card.get("license") or next((tag[8:] for tag in info.tags or () if tag.startswith("license:")), "")
+    listing = {
+        "commit": info.sha,
+        "licence": licence if isinstance(licence, str) else ", ".join(licence),
+        "files": {file.rfilename: file.size or 0 for file in info.siblings or ()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    if revision == info.sha:
+        write_json(kept, listing)
+    return listing
+
+
+def _fetch(name: str, path: str, listing: dict[str, Any], folder: Path, data: DataConfig) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    options = {"repo_type": "dataset", "revision": listing["commit"], "cache_dir": folder}
+    here = try_to_load_from_cache(name, path, **options)
+    if not isinstance(here, str):
+        with _Explained(f"hf://datasets/{name}/{path}", data):
+            here = hf_hub_download(name, path, endpoint=_endpoint(), etag_timeout=data.timeout_seconds, **options)
+        logger.info("hf://datasets/%s/%s fetched", name, path)
+    found = Path(here)
+    expected = listing["files"][path]
+    if expected and found.stat().st_size != expected:
+        size = found.stat().st_size
+        found.resolve().unlink()
+        found.unlink(missing_ok=True)
+        raise UserError(f"hf://datasets/{name}/{path}: {size} bytes arrived, {expected} were promised; run again")
+    return found
+
+
+class _Explained:
+    """The library's errors as one sentence for the user."""
+
+    def __init__(self, what: str, data: DataConfig) -> None:
+        self.what, self.data = what, data
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.LocalEntryNotFoundError) or type(error) is errors.HfHubHTTPError:
+            reason = self._unreachable(error)
+        elif isinstance(error, errors.GatedRepoError):
+            reason = "access to it must be granted first; ask for it on its page and set HF_TOKEN"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = "no such revision; correct what follows @"
+        elif isinstance(error, errors.EntryNotFoundError):
+            reason = "no such file in the data set; correct the path"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "no such data set, or it is private; correct the name, or set HF_TOKEN"
+        elif isinstance(error, (errors.HFValidationError, ValueError)):
+            reason = f"not a usable name ({' '.join(str(error).split())[:200]}); correct it"
+        elif _is_network(error):
+            reason = self._unreachable(error)
+        elif isinstance(error, OSError) and "onsistency check" in str(error):
+            reason = "the file arrived incomplete; run again"
+        else:
+            return
+        raise UserError(f"data.source: {self.what}: {reason}") from None
+
+    def _unreachable(self, error: BaseException) -> str:
+        return (
+            f"the hub at {_endpoint()} cannot be reached ({type(error).__name__}); check the network, or give your own "
+            "text with data.source=PATH"
+        )
+
+
+def _is_network(error: BaseException) -> bool:
+    """An error of the library's HTTP client, which is httpx or its successor httpx2."""
+    clients = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return bool(clients & {"httpx", "httpx2"}) or isinstance(error, (ConnectionError, TimeoutError))
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
