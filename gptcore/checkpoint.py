@@ -24,7 +24,7 @@ from gptcore.store import commit_dir, is_committed, read_manifest, write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1: parameters without GPT-2's prefix `transformer.`
 
 
 @dataclass
@@ -52,8 +52,8 @@ def save_checkpoint(
     if not is_committed(directory):
         manifest = {"kind": "checkpoint", "format": FORMAT, "step": step, "vocab_size": state["vocab_size"]}
         with commit_dir(directory, manifest) as tmp:
-            save_file(_detached(model.state_dict()), tmp / "model.safetensors")
-            save_file(_detached(optimizer_tensors), tmp / "optimizer.safetensors")
+            save_file(_contiguous(model.weights()), tmp / "model.safetensors")
+            save_file(_contiguous(optimizer_tensors), tmp / "optimizer.safetensors")
             write_json(tmp / "state.json", {**state, "step": step})
             (tmp / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
             shutil.copyfile(tokenizer, tmp / "tokenizer.json")
@@ -92,9 +92,9 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[Lan
     """The trained model of a checkpoint, in evaluation mode on `device`, and what came with it."""
     checkpoint = load_checkpoint(directory, device)
     model = build_model(checkpoint.config.model, checkpoint.state["vocab_size"]).to(device)
-    model.load_state_dict(checkpoint.model)
+    model.load_weights(checkpoint.model)
     return model.eval(), checkpoint
 
 
-def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

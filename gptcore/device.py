@@ -5,6 +5,7 @@ python -m gptcore.device        # what this machine has
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -41,7 +42,7 @@ class Device:
     """A torch device with the arithmetic chosen for it."""
 
     torch: torch.device
-    precision: str  # fp32, tf32 or bf16: what `auto` became
+    precision: str  # fp32, tf32, bf16, fp16 or fp8: what `auto` became
     name: str
 
     @property
@@ -58,11 +59,35 @@ class Device:
         return {"gptloom.device": self.name, "gptloom.precision": self.precision}
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.torch.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        """Matrix products in 16 bits where the precision says so; fp8 is bf16 for all that is not a large product."""
+        if self.precision in ("fp32", "tf32"):
+            return nullcontext()
+        return torch.autocast(self.torch.type, torch.float16 if self.precision == "fp16" else torch.bfloat16)
+
+    def attention(self, dropout: float) -> AbstractContextManager[object]:
+        """Which attention kernels are tried first on a GPU: cuDNN's, the fastest on Hopper, then flash, then the rest."""
+        if not self.is_cuda:
+            return nullcontext()
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        # cuDNN's dropout was not measured, so with dropout flash goes first.
+        backends.insert(1 if dropout else 0, SDPBackend.CUDNN_ATTENTION)
+        return sdpa_kernel(backends, set_priority=True)
 
     def synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch)
+
+    def free_mib(self) -> float:
+        """Memory that a new job could take now, in MiB: on a CPU the machine's, or the container's if that is less."""
+        if self.is_cuda:
+            return torch.cuda.mem_get_info(self.torch)[0] / 2**20
+        lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+        free = next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("MemAvailable")), float("inf"))
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+            free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()) / 2**20)
+        return free
 
     def peak_mib(self) -> float:
         """Most memory allocated since the last call, in MiB: on a GPU the allocator's, on a CPU the process's resident set ever."""
@@ -84,20 +109,25 @@ def choose_device(device: str = "auto", precision: str = "auto") -> Device:
     if device == "cuda" and not has_cuda:
         raise UserError("train.device=cuda: this machine has no usable CUDA GPU; use train.device=auto or cpu")
     chosen = torch.device("cuda" if device in ("auto", "cuda") and has_cuda else "cpu")
-    if chosen.type == "cuda":
-        name, has_bf16, has_tf32 = (
-            torch.cuda.get_device_name(chosen),
-            torch.cuda.is_bf16_supported(),
-            torch.cuda.get_device_capability(chosen) >= (8, 0),
-        )
-    else:
-        name, has_bf16, has_tf32 = _cpu_name(), torch.ops.mkldnn._is_mkldnn_bf16_supported(), False
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else _cpu_name()
+    has = _precisions(chosen)
     if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" and has_bf16 else "fp32"
-    if (precision == "bf16" and not has_bf16) or (precision == "tf32" and not has_tf32):
-        raise UserError(f"train.precision={precision}: {name} has no {precision}; use train.precision=auto or fp32")
+        precision = "bf16" if chosen.type == "cuda" and "bf16" in has else "fp32"
+    if precision not in has:
+        raise UserError(
+            f"train.precision={precision}: {name} has no {precision}; use train.precision=auto or {', '.join(has)}"
+        )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return Device(chosen, precision, name)
+
+
+def _precisions(device: torch.device) -> list[str]:
+    """What the device computes in, by asking it."""
+    if device.type == "cpu":
+        return ["fp32"] + (["bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])
+    capability = torch.cuda.get_device_capability(device)
+    has = {"fp32": True, "fp16": True, "tf32": capability >= (8, 0), "bf16": torch.cuda.is_bf16_supported()}
+    return [name for name, is_there in (has | {"fp8": capability >= (8, 9)}).items() if is_there]
 
 
 def seed_everything(seed: int) -> None:

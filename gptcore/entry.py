@@ -66,13 +66,15 @@ class StopFlag:
 def follow_parent() -> None:
     """Die with the process that started us (named in GPTLOOM_PARENT_PID), also when it is killed without warning.
 
-    Linux only: prctl(PR_SET_PDEATHSIG). The parent may be gone before the call, hence the second look.
+    Linux only: prctl(PR_SET_PDEATHSIG). The parent may be gone before the call, hence the second look. Between that process
+    and us may stand torchrun, which then is the one to follow.
     """
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(parent):
+    is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != 1
+    if os.getppid() != int(parent) and not is_under_torchrun:
         os._exit(EXIT_STOPPED)
 
 
@@ -80,6 +82,7 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
     """Run `main(argv)`; print its result as the last line on stdout; turn exceptions into exit codes and one sentence."""
     follow_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes under torchrun one speaks for all
     try:
         result = main(sys.argv[1:])
     except Exception as error:
@@ -88,9 +91,11 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
             traceback.print_exc()
         message = describe_error(error)
         print(f"error: {message}", file=sys.stderr)
-        print(json.dumps({"error": message}), flush=True)
+        if is_first:
+            print(json.dumps({"error": message}), flush=True)
         return code
-    print(json.dumps(result), flush=True)
+    if is_first:
+        print(json.dumps(result), flush=True)
     return EXIT_OK
 
 

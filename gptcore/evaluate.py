@@ -20,6 +20,7 @@ from gptcore.config import UserError, load_config
 from gptcore.device import Device, choose_device, seed_everything
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.models import LanguageModel
+from gptcore.ranks import ALONE, Ranks
 from gptcore.shards import ShardSet
 from gptcore.store import write_json
 
@@ -54,9 +55,15 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: LanguageModel, shards: ShardSet, device: Device, batch_size: int, max_tokens: int = 0
+    model: LanguageModel,
+    shards: ShardSet,
+    device: Device,
+    batch_size: int,
+    max_tokens: int = 0,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Evaluate on the validation split: its first `max_tokens` tokens, or all of it when 0.
+    """Evaluate on the validation split: its first `max_tokens` tokens, or all of it when 0; several processes share the work.
 
     Windows of `block_size` tokens do not overlap, so the first token of a window is predicted from one token of context,
     as in training. Raises UserError when the split holds no two tokens.
@@ -69,13 +76,18 @@ def evaluate_loss(
     record_nats, record_bytes = np.zeros(len(index)), np.zeros(len(index))
     position_nats, position_count = np.zeros(T), np.zeros(T)
     nats, seen = 0.0, 0
-    for x, y in val_batches(tokens, T, batch_size):
+    for number, (x, y) in enumerate(val_batches(tokens, T, batch_size)):
+        is_target = y >= 0
+        if number % ranks.count != ranks.rank:  # another process's
+            seen += int(is_target.sum())
+            if max_tokens and seen >= max_tokens:
+                break
+            continue
         with device.autocast():
             loss = model(torch.from_numpy(x).to(device.torch), torch.from_numpy(y).to(device.torch), reduction="none")[
                 1
             ]  # (B, T)
         assert loss is not None
-        is_target = y >= 0
         losses = loss.float().cpu().numpy().astype(np.float64)
         flat, targets = losses[is_target], y[is_target]
         records = np.searchsorted(starts, np.arange(seen + 1, seen + 1 + targets.size), side="right") - 1
@@ -89,6 +101,10 @@ def evaluate_loss(
         if max_tokens and seen >= max_tokens:
             break
     model.train(was_training)
+    sums = torch.from_numpy(np.concatenate((record_nats, record_bytes, position_nats, position_count, [nats])))
+    ranks.sum_(sums)  # float64, on the CPU
+    cuts = np.cumsum([len(index), len(index), T, T])
+    record_nats, record_bytes, position_nats, position_count, (nats,) = np.split(sums.numpy(), cuts)
     if not seen:
         raise UserError(
             f"{shards.directory}: the validation split holds no two tokens; give more text or a larger data.val_fraction"
@@ -96,7 +112,7 @@ def evaluate_loss(
     if not max_tokens:
         # Every text token was a target, so the bytes are those of the text itself, unknown characters included.
         record_bytes = index[:, 2].astype(np.float64)
-    return Evaluation(nats, seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1))
+    return Evaluation(float(nats), seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1))
 
 
 FEWEST_CLUSTERS = 5  # an interval from fewer would say more about luck than about the model

@@ -79,6 +79,16 @@ class Journal:
         self._seq += 1
 
 
+class NoJournal(Journal):
+    """For processes that are not the one that writes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        pass
+
+
 def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """The whole lines from byte `offset` on, and the offset to continue from. A missing file has no lines yet."""
     try:

@@ -27,25 +27,26 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias whose weights are stored as int8."""
+    """A linear layer whose weights are stored as int8; a bias stays as it is."""
 
     weight: Tensor
     scale: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        assert linear.bias is None, "the models here have no biases in their linear layers"
         weight, scale = quantize_rows(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.size(-1)
         if not x.is_cuda and rows <= FEW_ROWS:
             flat = x.reshape(rows, -1).bfloat16()
             y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale.bfloat16())
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+            y = y.to(x.dtype).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
 
 
 def quantize_int8(model: LanguageModel) -> LanguageModel:

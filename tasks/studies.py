@@ -35,7 +35,7 @@ def gradient_accumulation(
     return run_step("gptcore.studies.accumulation", config, shards, run, directory, checkpoint=checkpoint)
 
 
-@task(task_run_name="train the LSTM baseline, {config.train.max_steps} steps", persist_result=False)
+@task(task_run_name="train the LSTM baseline, {config.train.length}", persist_result=False)
 def rnn_baseline(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train an LSTM with the GPT's parameters on the same tokens."""
     from gptcore.shards import ShardSet

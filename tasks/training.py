@@ -47,19 +47,19 @@ def run_step(
         directory,
         experiment=config.name,
         tags=common_tags() | {"gptloom.step": step},
-        max_steps=config.train.max_steps if is_training else None,
+        max_steps=config.train.count_steps(config.model.block_size) if is_training else None,
     )
     write_json(directory / "result.json", result)
     return result
 
 
-@task(task_run_name="train {config.model.family}, {config.train.max_steps} steps", persist_result=False)
+@task(task_run_name="train {config.model.family}, {config.train.length}", persist_result=False)
 def train_model(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train the experiment's model; returns checkpoint (absolute directory), val_loss, val_bpb, parameters, seconds, …"""
     return run_step("gptcore.train", config, shards, run, directory)
 
 
-@task(task_run_name="train the bigram floor, {config.train.max_steps} steps", persist_result=False)
+@task(task_run_name="train the bigram floor, {config.train.length}", persist_result=False)
 def train_floor(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train the bigram model with the same trainer and tokens: what every other model has to beat."""
     from gptcore.studies.rnn import floor_config

@@ -5,23 +5,31 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from gptcore.config import ModelConfig, UserError
-from gptcore.models import build_model
+from gptcore.models import build_model, losses
+from gptcore.models.fp8 import use_fp8
 from gptcore.models.layers import apply_rotary, rms_norm, rotary_table
+from gptcore.models.published import load_published, to_published
 from gptcore.studies.rnn import estimate_gpt_parameters, estimate_lstm_parameters
 
 V, T = 29, 16
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": T}
 CONFIGS = {
-    "gpt": ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=T),
+    "modern": ModelConfig(**SMALL),
+    "gpt2": ModelConfig(preset="gpt2", **SMALL),
+    "classic": ModelConfig(preset="classic", **SMALL),
     "lstm": ModelConfig(family="lstm", n_layer=2, n_embd=24, block_size=T),
     "bigram": ModelConfig(family="bigram", block_size=T),
 }
+GPTS = ["modern", "gpt2", "classic"]
 
 
-def make(family, *, trained=True):
+def make(name, *, trained=True, **changes):
     torch.manual_seed(0)
-    model = build_model(CONFIGS[family], V)
+    config = ModelConfig(**(CONFIGS[name].model_dump() | changes))
+    model = build_model(config, V)
     if trained:  # zero-initialised projections would hide mistakes
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -32,16 +40,26 @@ def tokens(batch=3, length=T):
     return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def test_attention_equals_a_naive_masked_softmax():
-    model = make("gpt")
-    attention = model.h[0].attn
+@pytest.mark.parametrize("name", GPTS)
+def test_attention_equals_a_naive_masked_softmax(name):
+    attention = make(name).transformer.h[0].attn
     x = torch.randn(2, T, 32)
-    rotary = rotary_table(T, 16)
+    rotary = rotary_table(T, 16) if name == "modern" else None
     q, k, v = (p.view(2, T, 2, 16).transpose(1, 2) for p in attention.c_attn(x).split(32, dim=2))
-    q, k = apply_rotary(rms_norm(q), *rotary), apply_rotary(rms_norm(k), *rotary)
+    if name == "modern":
+        q, k = apply_rotary(rms_norm(q), *rotary), apply_rotary(rms_norm(k), *rotary)
     scores = (q @ k.mT / math.sqrt(16)).masked_fill(torch.ones(T, T).tril() == 0, float("-inf"))
     naive = attention.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, T, 32))
-    torch.testing.assert_close(attention(x, rotary, None, 0), naive)
+    torch.testing.assert_close(attention(x, rotary, None, 0), naive, rtol=1e-4, atol=1e-5)
+
+
+def test_post_norm_is_add_and_norm_and_pre_norm_leaves_the_stream_alone():
+    x = torch.randn(2, T, 32)
+    post, pre = make("classic").transformer.h[0], make("gpt2").transformer.h[0]
+    y = F.layer_norm(x + post.attn(x, None, None, 0), (32,), post.ln_1.weight, post.ln_1.bias)
+    torch.testing.assert_close(post(x, None, None, 0), post.ln_2(y + post.mlp(y)))
+    y = x + pre.attn(F.layer_norm(x, (32,), pre.ln_1.weight, pre.ln_1.bias), None, None, 0)
+    torch.testing.assert_close(pre(x, None, None, 0), y + pre.mlp(pre.ln_2(y)))
 
 
 def test_rotary_scores_depend_on_distance_only():
@@ -51,7 +69,7 @@ def test_rotary_scores_depend_on_distance_only():
     torch.testing.assert_close((at(q, 3) * at(k, 1)).sum(), (at(q, 12) * at(k, 10)).sum())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_the_future_changes_nothing_earlier(family):
     model, idx = make(family), tokens()
     changed = idx.clone()
@@ -61,7 +79,7 @@ def test_the_future_changes_nothing_earlier(family):
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", list(CONFIGS))
 @pytest.mark.parametrize("pieces", [[1] * T, [5, 1, 10], [T]])
 def test_a_cache_gives_the_logits_of_the_whole_text(family, pieces):
     model, idx = make(family), tokens()
@@ -70,7 +88,7 @@ def test_a_cache_gives_the_logits_of_the_whole_text(family, pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(idx)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_reductions_agree_and_ignored_targets_do_not_count(family):
     model, idx = make(family), tokens()
     targets = idx.roll(-1, 1)
@@ -84,14 +102,14 @@ def test_reductions_agree_and_ignored_targets_do_not_count(family):
     torch.testing.assert_close(model(idx, targets)[1], reference)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_an_untrained_model_guesses_uniformly(family):
     idx = tokens(16)
     loss = make(family, trained=False)(idx, idx.roll(-1, 1))[1].item()
     assert loss == pytest.approx(math.log(V), rel=0.05)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_every_parameter_gets_a_gradient(family):
     model, idx = make(family), tokens()
     model(idx, idx.roll(-1, 1))[1].backward()
@@ -99,12 +117,91 @@ def test_every_parameter_gets_a_gradient(family):
 
 
 def test_parameters_and_flops_match_a_hand_count():
-    gpt = make("gpt")
-    blocks = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128)
-    assert gpt.count_parameters() == blocks + 2 * V * 32 == estimate_gpt_parameters(2, 32, V)
-    assert gpt.flops_per_token() == 6 * (blocks + V * 32) + 12 * 2 * 32 * T
+    matrices = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128)
+    assert make("modern").count_parameters() == matrices + 2 * V * 32
+    assert make("modern").flops_per_token() == 6 * (matrices + V * 32) + 12 * 2 * 32 * T
+    small = 2 * (96 + 32 + 128 + 32 + 4 * 32)  # biases of the linear layers, gain and bias of two norms, in each block
+    assert make("gpt2").count_parameters() == matrices + V * 32 + T * 32 + small + 2 * 32
+    assert make("gpt2").flops_per_token() == make("modern").flops_per_token()
+    assert make("classic").count_parameters() == matrices + 2 * V * 32 + T * 32 + small
+    for name in GPTS:
+        assert make(name).count_parameters() == estimate_gpt_parameters(CONFIGS[name], V)
     assert make("lstm").count_parameters() == estimate_lstm_parameters(2, 24, V)
     assert make("bigram").count_parameters() == V * V
+
+
+def test_gpt2_has_the_published_number_of_parameters():
+    config = ModelConfig(preset="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024)
+    with torch.device("meta"):
+        model = build_model(config, 50257)
+    assert model.count_parameters() == 124_439_808 == estimate_gpt_parameters(config, 50257)
+    # Chinchilla's table and nanoGPT count 6N + 12·L·C·T with N = 124,439,808 - 786,432 positions, biases and gains included.
+    assert model.flops_per_token() == pytest.approx(6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024, rel=2e-3)
+
+
+def test_names_are_the_published_ones_whatever_the_preset():
+    names = set(make("gpt2").weights())
+    block = {f"{part}.{kind}" for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj") for kind in ("weight", "bias")}  # fmt: skip
+    assert names == {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"} | {
+        f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in block
+    }  # fmt: skip
+    assert set(make("modern").weights()) < names | {"lm_head.weight"}
+
+
+def test_published_weights_load_transposed_and_untouched_by_masks(tmp_path):
+    """Hugging Face's Conv1D stores inputs × outputs: square matrices would load the wrong way round without a word."""
+    model = make("gpt2")
+    published = to_published(model.weights()) | {"h.0.attn.bias": torch.ones(1, 1, T, T)}
+    assert published["h.0.attn.c_attn.weight"].shape == (32, 96)
+    x = torch.randn(5, 32)
+    conv1d = torch.addmm(published["h.0.attn.c_proj.bias"], x, published["h.0.attn.c_proj.weight"])
+    torch.testing.assert_close(conv1d, model.transformer.h[0].attn.c_proj(x))
+    save_file({name: tensor.contiguous() for name, tensor in published.items()}, tmp_path / "model.safetensors")
+    loaded, config = load_published(tmp_path / "model.safetensors", n_head=2)
+    assert (config.n_layer, config.n_embd, config.block_size) == (2, 32, T)
+    assert torch.equal(loaded(tokens())[0], model(tokens())[0])
+    save_file({"weight": x}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"transformer\.wte\.weight"):
+        load_published(tmp_path / "other.safetensors", n_head=2)
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("name", ["modern", "gpt2"])
+def test_a_loss_in_pieces_has_the_loss_and_gradients_of_the_whole(name, cap, monkeypatch):
+    """A piece's gradient lost, counted twice, or made without the cap's slope; ignored targets in the mean."""
+    idx = tokens()
+    targets = idx.roll(-1, 1)
+    targets[1, 3:7] = -1
+    results = []
+    for pieces in (1 << 30, 17 * V):  # 48 rows: three pieces of 16
+        monkeypatch.setitem(losses.PIECE_LOGITS, "cpu", pieces)
+        model = make(name, softcap=cap)
+        logits, loss = model(idx, targets)
+        (3 * loss).backward()
+        each = model(idx, targets, reduction="none")[1]
+        results.append((loss, each, *(p.grad for p in model.parameters())))
+    assert logits is None
+    for whole, in_pieces in zip(*results, strict=True):
+        torch.testing.assert_close(in_pieces, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_eight_bit_products_are_close_and_keep_names():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(32, 48)
+    names = list(linear.state_dict())
+    x, g = torch.randn(16, 32, requires_grad=True), torch.randn(16, 48)
+    exact = linear(x)
+    grads = torch.autograd.grad(exact, [x, linear.weight], g)
+    assert use_fp8(torch.nn.Sequential(linear)) == 1
+    assert list(linear.state_dict()) == names
+    try:
+        y = linear(x)
+    except (RuntimeError, NotImplementedError):
+        pytest.skip("no 8-bit products on this processor")
+    for ours, reference in zip(
+        (y, *torch.autograd.grad(y, [x, linear.weight], g.bfloat16())), (exact, *grads), strict=True
+    ):
+        assert (ours.float() - reference).norm() / reference.norm() < 0.08
 
 
 def test_a_padding_smaller_than_the_vocabulary_is_refused():

@@ -5,7 +5,7 @@ import torch
 
 from gptcore.config import ModelConfig, TrainConfig
 from gptcore.models import build_model
-from gptcore.optim import build_optimizers, lr_factor
+from gptcore.optim import WeightAverage, build_optimizers, lr_factor
 from gptcore.optim.muon import Muon, orthogonalize
 
 
@@ -32,21 +32,77 @@ def test_stacked_matrices_move_as_each_alone():
     torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]))
 
 
-def test_every_parameter_is_in_one_group_and_tables_do_not_decay():
-    model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8), 11)
-    optimizers = build_optimizers(model, TrainConfig())
+@pytest.mark.parametrize(
+    ("preset", "decayed", "plain"),
+    [
+        ("modern", 11 * 16, 11 * 16),  # head; table
+        ("gpt2", 11 * 16, 8 * 16 + 9 * 16 + 3 * 2 * 16),  # tied head; positions, biases, norms
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_in_one_group_and_tables_do_not_decay(preset, decayed, plain, optimizer):
+    model = build_model(ModelConfig(preset=preset, n_layer=1, n_head=2, n_embd=16, block_size=8), 11)
+    optimizers = build_optimizers(model, TrainConfig(optimizer=optimizer))
     sizes = {g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in optimizers.groups if "betas" in g}
-    assert sizes == {0.1: 11 * 16, 0.0: 11 * 16}  # head, table
+    assert sizes == {0.1: decayed + (12 * 16 * 16 if optimizer == "adamw" else 0), 0.0: plain}
     assert sum(p.numel() for g in optimizers.groups for p in g["params"]) == model.count_parameters()
 
 
+def test_the_bigram_table_does_not_decay():
+    optimizers = build_optimizers(build_model(ModelConfig(family="bigram"), 11), TrainConfig())
+    assert [g["weight_decay"] for g in optimizers.groups] == [0.0]
+
+
+def factor(schedule, step, steps=100, warmup=10, decay=0.5, floor=0.1):
+    return lr_factor(schedule, step, step / steps, warmup, decay, floor)
+
+
 def test_schedule_is_warmup_stable_decay():
-    factors = [lr_factor(s, 100, 10, 0.5, 0.1) for s in range(100)]
+    factors = [factor("wsd", s) for s in range(100)]
     assert factors[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert factors[10:51] == [1.0] * 41
     assert factors[99] == pytest.approx(0.1 + 0.9 / 50)
     assert factors[50:] == sorted(factors[50:], reverse=True)
-    assert lr_factor(0, 1, 0, 0.0, 0.0) == 1.0
+    assert lr_factor("wsd", 0, 0.0, 0, 0.0, 0.0) == 1.0
+
+
+def test_cosine_and_linear_reach_the_floor():
+    assert factor("cosine", 50) == pytest.approx(0.1 + 0.9 / 2)
+    assert factor("linear", 50) == pytest.approx(0.1 + 0.9 / 2)
+    assert factor("cosine", 75) == pytest.approx(0.1 + 0.9 * 0.1464466)
+    assert factor("linear", 75) == pytest.approx(0.1 + 0.9 / 4)
+    for schedule in ("wsd", "cosine", "linear"):
+        assert lr_factor(schedule, 10**6, 1.0, 10, 0.5, 0.1) == pytest.approx(0.1)  # the clock's end, at any step
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_nothing_moves_where_something_was_found(optimizer):
+    """On a GPU a bad gradient is known to the device only: weights must stay as they were, decay included, and not become nan."""
+    model = build_model(ModelConfig(preset="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8), 11)
+    optimizers = build_optimizers(model, TrainConfig(optimizer=optimizer))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizers.step(torch.ones(()))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    fresh = build_optimizers(model, TrainConfig(optimizer=optimizer))
+    fresh.step(torch.zeros(()))
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_average_follows_the_weights_and_leaves_them_alone():
+    model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8), 11)
+    average = WeightAverage(model, 0.75)
+    start = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    average.update()
+    with average.applied() as weights:
+        torch.testing.assert_close(model.lm_head.weight.detach(), start + 0.25)
+        torch.testing.assert_close(weights["lm_head.weight"], start + 1)
+    torch.testing.assert_close(model.lm_head.weight.detach(), start + 1)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore import train as train_module
 from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
 from gptcore.device import choose_device
@@ -20,7 +19,7 @@ from gptcore.entry import NonFinite, StopFlag, Stopped, recording
 from gptcore.evaluate import Evaluation, bootstrap_bpb, evaluate_loss
 from gptcore.journal import read_journal
 from gptcore.shards import ShardSet, prepare
-from gptcore.train import accumulate_gradients, build_trainer, train_loop, train_step
+from gptcore.train import accumulate_gradients, build_trainer, resume, train_loop, train_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,8 +52,8 @@ def shards(config, tmp_path_factory) -> ShardSet:
 def run(config, shards, out, stop=None):
     trainer = build_trainer(config, shards)
     with recording(out, "toy") as journal:
-        train_module.resume(trainer, out)
-        return train_loop(trainer, journal, out, stop or StopFlag())
+        memory = resume(trainer, out)
+        return train_loop(trainer, journal, out, stop or StopFlag(), memory)
 
 
 def test_a_short_run_learns_and_reports(config, shards, tmp_path):

@@ -1,17 +1,14 @@
-"""What every language model here shares: the contract, its size and its cost."""
+"""What every language model here shares: the contract, its size, its cost, and its weights as a file holds them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptcore.models.losses import cross_entropy
 
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Nats per target token in float32; targets of -1 count neither in the sum nor in the mean."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
-    return loss.view_as(targets) if reduction == "none" else loss
+__all__ = ["LanguageModel", "cross_entropy", "without_src"]
 
 
 class LanguageModel(nn.Module):
@@ -26,7 +23,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError(type(self).__name__)
 
     def matmul_parameters(self) -> int:
-        """Parameters that are matrix-multiplied for each token: look-up tables and gains do not count."""
+        """Parameters that are matrix-multiplied for each token: look-up tables, gains and biases do not count."""
         raise NotImplementedError(type(self).__name__)
 
     def flops_per_token(self) -> float:
@@ -34,7 +31,19 @@ class LanguageModel(nn.Module):
         return 6.0 * self.matmul_parameters()
 
     def count_parameters(self) -> int:
+        """Tied parameters count once."""
         return sum(p.numel() for p in self.parameters())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by name, a tied one once and under its first name: what a file holds."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Copy `weights()` back in. Names must match exactly."""
+        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        lacking = set(self.weights()) & set(missing)
+        assert not lacking, f"weights do not fit: missing {sorted(lacking)}"
+        assert not unexpected, f"weights do not fit: unknown {unexpected}"
 
 
 def without_src(src: Tensor | None) -> None:

@@ -1,9 +1,9 @@
-"""The decoder-only Transformer, to be read top to bottom: attention, feed-forward, block, GPT.
+"""The decoder-only Transformer, to be read top to bottom: attention, feed-forward, block, stack, head.
 
-The block is today's: RMS norm before each part, rotary positions, normalised queries and keys, squared ReLU, no biases,
-output projections that start at zero so that every block starts as the identity. Names of parameters are GPT-2's.
-Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2's layout), Su et al. 2021 (rotary positions), Henry et
-al. 2020 (query-key normalisation), So et al. 2021 (squared ReLU), Zhang et al. 2019 (zero initialisation).
+Every `config.` below is one difference between the paper of 2017, GPT-2 and today; `model.preset` chooses them together.
+Parameters have GPT-2's published names, whatever the preset. Sources: Vaswani et al. 2017 (attention, post-norm), Radford et
+al. 2019 (GPT-2: pre-norm, tied head), Su et al. 2021 (rotary positions), Henry et al. 2020 (query-key normalisation), So et
+al. 2021 (squared ReLU), Zhang et al. 2019 (zero initialisation).
 """
 
 from __future__ import annotations
@@ -13,24 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.config import ModelConfig
-from gptcore.models.base import LanguageModel, cross_entropy, without_src
-from gptcore.models.layers import apply_rotary, rms_norm, rotary_table
+from gptcore.models.base import LanguageModel, without_src
+from gptcore.models.cache import KVCache
+from gptcore.models.layers import ACTIVATIONS, Norm, apply_rotary, compute_dtype, rms_norm, rotary_table
+from gptcore.models.losses import PIECE_LOGITS, cross_entropy, head_cross_entropy, soft_cap
 
-
-class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, nh, block_size, hs) a layer."""
-
-    def __init__(self, n_layer: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        self.keys = [like.new_zeros(shape) for _ in range(n_layer)]
-        self.values = [like.new_zeros(shape) for _ in range(n_layer)]
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, nh, T, hs) and return all so far, (B, nh, length + T, hs)."""
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+Rotary = tuple[Tensor, Tensor] | None
 
 
 class CausalSelfAttention(nn.Module):
@@ -38,18 +26,20 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys and values in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # queries, keys, values in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        # Normalised queries and keys keep the attention logits small, so a large learning rate cannot saturate them.
-        q, k = apply_rotary(rms_norm(q), *rotary), apply_rotary(rms_norm(k), *rotary)  # (B, nh, T, hs)
+        if self.qk_norm:  # keeps the attention logits small, so a large learning rate cannot saturate them
+            q, k = rms_norm(q), rms_norm(k)  # (B, nh, T, hs)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)  # (B, nh, T, hs)
         mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
@@ -63,16 +53,16 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The same two matrices at every position, with a squared ReLU between."""
+    """The same two matrices at every position, with a nonlinearity between."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.dropout, self.activation = config.dropout, ACTIVATIONS[config.activation]
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.c_fc(x)).square()  # (B, T, 4C)
+        x = self.activation(self.c_fc(x))  # (B, T, 4C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
@@ -81,41 +71,72 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.is_post_norm = config.norm_position == "post"
+        self.ln_1 = Norm(config.n_embd, config.norm, config.norm_gain, config.bias)
         self.attn = CausalSelfAttention(config)
+        self.ln_2 = Norm(config.n_embd, config.norm, config.norm_gain, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attn(rms_norm(x), rotary, cache, layer)  # (B, T, C)
-        return x + self.mlp(rms_norm(x))  # (B, T, C)
+    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int) -> Tensor:
+        if self.is_post_norm:  # 2017: add, then normalise the sum
+            x = self.ln_1(x + self.attn(x, rotary, cache, layer))  # (B, T, C)
+            return self.ln_2(x + self.mlp(x))  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), rotary, cache, layer)  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks, last norm: ids (B, T) to what the head reads, (B, T, C)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, C = config, config.n_embd
+        self.wte = nn.Embedding(vocab_size, C)
+        self.wpe = nn.Embedding(config.block_size, C) if config.positions == "learned" else None
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # After post-norm blocks the stream is normalised already.
+        self.ln_f = Norm(C, config.norm, config.norm_gain, config.bias) if config.norm_position == "pre" else None
+        if config.positions == "rotary":
+            cos, sin = rotary_table(config.block_size, C // config.n_head)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        T, start = idx.size(1), cache.length if cache is not None else 0
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[start : start + T]  # (B, T, C)
+        if self.config.embedding_norm:
+            x = rms_norm(x)  # (B, T, C)
+        # The residual stream is kept in the type of the products: half the memory traffic of float32 at 16 bits.
+        x = F.dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each
+        for layer, block in enumerate(self.h):
+            x = block(x, rotary, cache, layer)  # (B, T, C)
+        if cache is not None:
+            cache.length += T
+        return x if self.ln_f is None else self.ln_f(x)  # (B, T, C)
 
 
 class GPT(LanguageModel):
     """Token ids (B, T) to logits (B, T, V)."""
 
     has_positions = True
-    cos: Tensor
-    sin: Tensor
+    head_in_fp8 = False
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.block_size, self.vocab_size = config, config.block_size, vocab_size
-        self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer = Transformer(config, vocab_size)
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        nn.init.normal_(self.wte.weight)
-        nn.init.normal_(self.lm_head.weight, std=0.001)  # near-uniform first guess: the untrained loss is ln V
-        for name, weight in self.h.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.zeros_(weight)
-            else:
-                bound = (3 / weight.size(1)) ** 0.5  # uniform with variance 1 / fan-in
-                nn.init.uniform_(weight, -bound, bound)
+        if config.tie:
+            self.lm_head.weight = self.transformer.wte.weight
+        initialise(self, config)
 
     def forward(
         self,
@@ -126,26 +147,53 @@ class GPT(LanguageModel):
         cache: KVCache | None = None,
         reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, T, V), or the loss; the logits of a large batch are never whole in memory, so then they are None."""
         without_src(src)
-        T = idx.size(1)
-        start = cache.length if cache is not None else 0
-        assert start + T <= self.block_size, f"{start + T} tokens do not fit block_size={self.block_size}"
-        rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each
-        x = rms_norm(self.wte(idx))  # (B, T, C)
-        for layer, block in enumerate(self.h):
-            x = block(x, rotary, cache, layer)  # (B, T, C)
-        if cache is not None:
-            cache.length += T
-        logits = self.lm_head(rms_norm(x))  # (B, T, V)
+        end = idx.size(1) + (cache.length if cache is not None else 0)
+        assert end <= self.block_size, f"{end} tokens do not fit block_size={self.block_size}"
+        x = self.transformer(idx, cache)  # (B, T, C)
+        cap = self.config.softcap
+        if targets is not None and (
+            targets.numel() * self.vocab_size > PIECE_LOGITS[x.device.type] or self.head_in_fp8
+        ):
+            fp8 = self.head_in_fp8 and self.training
+            return None, head_cross_entropy(x, self.lm_head.weight, targets, reduction, cap, fp8)
+        logits = soft_cap(self.lm_head(x), cap)  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets, reduction)
 
     def new_cache(self, batch_size: int) -> KVCache:
         c = self.config
-        return KVCache(c.n_layer, (batch_size, c.n_head, c.block_size, c.n_embd // c.n_head), like=self.cos)
+        shape = (batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return KVCache(c.n_layer, shape, like=self.transformer.wte.weight)
 
     def matmul_parameters(self) -> int:
-        return self.count_parameters() - self.wte.weight.numel()
+        """The blocks' matrices and the head; a tied matrix is a head."""
+        blocks = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
+        return blocks + self.lm_head.weight.numel()
 
     def flops_per_token(self) -> float:
         """6N + 12·n_layer·n_embd·T (PaLM, Chowdhery et al. 2022, appendix B)."""
         return 6.0 * self.matmul_parameters() + 12.0 * self.config.n_layer * self.config.n_embd * self.block_size
+
+
+@torch.no_grad()
+def initialise(model: GPT, config: ModelConfig) -> None:
+    """Fresh weights from torch's global seed; either way the untrained loss is about ln V."""
+    is_normal = config.init == "normal"
+    for name, weight in sorted(model.named_parameters(), key=lambda item: ".h." in item[0]):  # tables and head first
+        if weight.dim() < 2:
+            continue  # gains start at 1; biases below
+        if config.zero_init and name.endswith("c_proj.weight"):
+            weight.zero_()
+        elif is_normal:  # GPT-2: the sum of 2·n_layer output projections keeps the size of one
+            weight.normal_(std=0.02 / (2 * config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
+        elif "wte" in name or "wpe" in name:
+            weight.normal_(std=0.02 if config.tie else 1.0)
+        elif name.startswith("lm_head"):
+            weight.normal_(std=0.001)  # near-uniform first guess
+        else:
+            bound = (3 / weight.size(1)) ** 0.5  # uniform with variance 1 / fan-in
+            weight.uniform_(-bound, bound)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.zero_()

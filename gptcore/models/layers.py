@@ -1,14 +1,33 @@
-"""The parts a block is made of: normalisation and rotary positions, as functions without weights."""
+"""The parts a block is made of: normalisation, rotary positions, activations, and linear layers in eight bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMS norm (Zhang & Sennrich 2019) over channels; gain and bias are learned if asked for."""
+
+    def __init__(self, channels: int, kind: str, gain: bool, bias: bool) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(channels)) if gain else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if gain and bias and kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        if self.kind == "rms":
+            return F.rms_norm(x, (x.size(-1),), weight)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, (x.size(-1),), weight, bias).to(x.dtype)  # autocast would answer in float32
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square over channels (Zhang & Sennrich 2019), without a learned gain."""
+    """Divide by the root mean square over channels, without a learned gain."""
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -24,3 +43,21 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (B, nh, T, hs)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """ReLU² (So et al. 2021)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's
+    "relu2": relu_squared,
+}
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products on `x`'s device are computed in at this moment: autocast's type, or x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -14,19 +14,27 @@ class Optimizers:
 
     def __init__(self, optimizers: dict[str, torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
         self._optimizers, self._names = optimizers, names
-        self._peaks = {key: [group["lr"] for group in optimizer.param_groups] for key, optimizer in optimizers.items()}
+        self._peaks = {
+            key: [float(group["lr"]) for group in optimizer.param_groups] for key, optimizer in optimizers.items()
+        }
 
     @property
     def groups(self) -> list[dict[str, object]]:
         return [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
 
     def set_lr_factor(self, factor: float) -> None:
+        """Learning rates that live on the device are changed in place, where a CUDA graph reads them."""
         for key, optimizer in self._optimizers.items():
             for group, peak in zip(optimizer.param_groups, self._peaks[key], strict=True):
-                group["lr"] = peak * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(peak * factor)
+                else:
+                    group["lr"] = peak * factor
 
-    def step(self) -> None:
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """Update every parameter, but none where `found_inf` (a float scalar on the device) is not 0."""
         for optimizer in self._optimizers.values():
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # the name torch's fused AdamW looks for
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -52,34 +60,46 @@ class Optimizers:
             self._optimizers[key].state[parameter][slot] = target
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> Optimizers:
-    """Every parameter into exactly one group: Muon for matrices inside blocks, AdamW with decay for other matrices
-    but look-up tables, AdamW without decay for the rest."""
+def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool = False) -> Optimizers:
+    """Every parameter into exactly one group: Muon for matrices inside blocks, AdamW with decay for the head, AdamW without
+    decay for look-up tables, gains and biases. A tied table is the head, so it decays.
+
+    on_device: learning rates and step counters are tensors beside the parameters, so that a CUDA graph can hold the step.
+    """
     muon: dict[int, list[Tensor]] = {1: [], 3: []}
     decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        if config.optimizer == "muon" and name.startswith("h.") and parameter.dim() == 2:
+    parameters = dict(model.named_parameters())
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    for name, parameter in parameters.items():
+        is_table = id(parameter) in tables - heads
+        if config.optimizer == "muon" and name.startswith("transformer.h.") and parameter.dim() == 2:
             muon[3 if name.endswith("c_attn.weight") else 1].append(parameter)
-        elif parameter.dim() >= 2 and "wte" not in name:
+        elif parameter.dim() >= 2 and not is_table:
             decayed.append(parameter)
         else:
             plain.append(parameter)
-    adamw_lr = config.lr if config.optimizer == "adamw" else config.adamw_lr
+    device = next(iter(parameters.values())).device
+
+    def peak(lr: float) -> float | Tensor:
+        return torch.tensor(lr, device=device) if on_device else lr
+
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if any(muon.values()):
-        optimizers["muon"] = Muon(
-            [{"params": params, "splits": splits} for splits, params in muon.items() if params],
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-        )
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        muon_groups: list[dict[str, object]] = [
+            {"params": params, "splits": splits, "lr": peak(config.lr)} for splits, params in muon.items() if params
+        ]
+        optimizers["muon"] = Muon(muon_groups, lr=config.lr, weight_decay=config.weight_decay)
+    adamw_lr = config.lr if config.optimizer == "adamw" else config.adamw_lr
+    adamw_groups = [
+        {"params": params, "weight_decay": decay, "lr": peak(adamw_lr)}
+        for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if params
+    ]
     optimizers["adamw"] = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=adamw_lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
+        adamw_groups, lr=adamw_lr, betas=(config.beta1, config.beta2), fused=True, capturable=on_device
     )
     grouped = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     assert len(grouped) == len(set(grouped)) == len(names), "every parameter belongs to exactly one group"
     return Optimizers(optimizers, names)

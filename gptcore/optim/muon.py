@@ -6,6 +6,8 @@ with five Newton–Schulz iterations, which are matrix products only; matrices o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,9 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict[str, object]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
     ) -> None:
+        self.found_inf: Tensor | None = (
+            None  # as in torch's fused AdamW: where it is not 0, a step changes no parameter
+        )
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "splits": 1})
 
     @torch.no_grad()
@@ -53,7 +58,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in by_shape.items():
                 self._step_stack(group, shape, parameters)
 
-    def _step_stack(self, group: dict[str, float], shape: torch.Size, parameters: list[Tensor]) -> None:
+    def _step_stack(self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]) -> None:
         grads = torch.stack([p.grad for p in parameters if p.grad is not None])
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -63,6 +68,14 @@ class Muon(torch.optim.Optimizer):
         splits = int(group["splits"])
         rows, columns = shape[0] // splits, shape[1]
         update = orthogonalize(update.view(-1, splits, rows, columns)).view(-1, *shape)
-        scale = max(1.0, rows / columns) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(update.unbind()), alpha=-group["lr"] * scale)
+        scale, lr = max(1.0, rows / columns) ** 0.5, group["lr"]
+        if (
+            self.found_inf is not None
+        ):  # nothing may move: no learning rate, and no product of it with what is no number
+            lr = lr * (1 - self.found_inf)
+            update = torch.where(self.found_inf > 0, 0.0, update)
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        if isinstance(lr, Tensor):
+            torch._foreach_add_(parameters, list((update * (-lr * scale)).unbind()))
+        else:
+            torch._foreach_add_(parameters, list(update.unbind()), alpha=-lr * scale)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 
-def lr_factor(step: int, max_steps: int, warmup_steps: int, decay_fraction: float, min_factor: float) -> float:
-    """Warmup–stable–decay (Hu et al. 2024): up linearly, flat, then down linearly to `min_factor` at the last step.
 
-    The share of the peak learning rate that step `step` (0 to max_steps - 1) applies.
+def lr_factor(
+    schedule: str, step: int, progress: float, warmup_steps: int, decay_fraction: float, min_factor: float
+) -> float:
+    """The share of the peak learning rate that step `step` (from 0 on) applies.
+
+    progress: share of the run that is over before this step, 0 to 1: `step / max_steps`, or the clock's.
+    wsd: flat, then linear over the last `decay_fraction` (Hu et al. 2024); cosine (Loshchilov & Hutter 2017); linear. All
+    fall to `min_factor`, after a linear warmup.
     """
     warmup = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-    decay_steps = decay_fraction * max_steps
-    left = (max_steps - step) / decay_steps if decay_steps else 1.0
-    return min(warmup, min_factor + (1 - min_factor) * min(1.0, left))
+    left = 1.0 - progress
+    if schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    elif schedule == "linear":
+        share = left
+    else:
+        share = min(1.0, left / decay_fraction) if decay_fraction else 1.0
+    return min(warmup, min_factor + (1 - min_factor) * share)

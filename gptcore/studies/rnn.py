@@ -5,12 +5,20 @@ Arithmetic only, no torch: `gptcore.train` does the measuring.
 
 from __future__ import annotations
 
-from gptcore.config import ExperimentConfig, with_changes
+from gptcore.config import ExperimentConfig, ModelConfig, with_changes
 
 
-def estimate_gpt_parameters(n_layer: int, n_embd: int, vocab_size: int) -> int:
-    """12·n_layer·n_embd² in the blocks, embedding and head beside them."""
-    return 12 * n_layer * n_embd**2 + 2 * vocab_size * n_embd
+def estimate_gpt_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """12·n_layer·n_embd² in the blocks; embedding, head, positions, biases and gains beside them, as the fields say."""
+    C = model.n_embd
+    count = 12 * model.n_layer * C**2 + (1 if model.tie else 2) * vocab_size * C
+    if model.positions == "learned":
+        count += model.block_size * C
+    if model.bias:
+        count += 9 * model.n_layer * C  # c_attn 3, c_proj 1, c_fc 4, c_proj 1
+    n_norms = 2 * model.n_layer + (model.norm_position == "pre")
+    per_norm = (1 + (model.bias and model.norm == "layer")) * C if model.norm_gain else 0
+    return count + n_norms * per_norm
 
 
 def estimate_lstm_parameters(n_layer: int, n_embd: int, vocab_size: int) -> int:
@@ -28,7 +36,7 @@ def baseline_config(config: ExperimentConfig, vocab_size: int) -> ExperimentConf
     """The LSTM with as many parameters as the config's GPT (nearest width) and the same batches and steps."""
     n_layer = LSTM_LAYERS
     rows = config.model.padded_vocab_size or vocab_size
-    wanted = estimate_gpt_parameters(config.model.n_layer, config.model.n_embd, rows)
+    wanted = estimate_gpt_parameters(config.model, rows)
     width = 2
     while estimate_lstm_parameters(n_layer, width + 1, rows) <= wanted:
         width += 1

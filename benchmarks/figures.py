@@ -1,0 +1,60 @@
+"""What every benchmark prints last: one JSON object with its figures, the machine and the command. A module, not a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def figure(
+    name: str,
+    unit: str,
+    ours: Sequence[float],
+    *,
+    peer: Sequence[float] | None = None,
+    goal: float | None = None,
+    goal_is: str = "at most",
+    of: str = "ours",
+    digits: int = 4,
+) -> dict[str, Any]:
+    """One entry: medians of both sides, their ratio, whether the goal is met.
+
+    goal_is: `at most` or `at least`. of: what the goal is about: `ours` or `ratio` (ours / peer). met: for `ours`, every run meets it.
+    """
+    middle = statistics.median(ours)
+    other = None if peer is None else statistics.median(peer)
+    ratio = None if other is None else middle / other
+    judged = list(ours) if of == "ours" else [ratio or 0.0]
+    met = None
+    if goal is not None:
+        met = max(judged) <= goal if goal_is == "at most" else min(judged) >= goal
+    return {
+        "name": name,
+        "unit": unit,
+        "ours": round(middle, digits),
+        "peer": None if other is None else round(other, digits),
+        "ratio": None if ratio is None else round(ratio, 4),
+        "goal": goal,
+        "met": met,
+        "n": len(ours),
+        "spread": [round(min(ours), digits), round(max(ours), digits)],
+    }
+
+
+def machine() -> str:
+    name = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
+    return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def print_figures(figures: list[dict[str, Any]], **extra: Any) -> None:
+    command = f"python {' '.join(sys.argv)}"
+    print(json.dumps({"figures": figures, "machine": machine(), "command": command, **extra}), flush=True)

@@ -1,0 +1,61 @@
+"""Our side of a comparison: `python -m gptcore.train` as a process, timed from its start to its end. A module, not a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcore.config import load_config
+from gptcore.journal import read_journal
+from gptcore.shards import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class OurRun:
+    """seconds: from process start to its end; result: the trainer's last line; evaluations: (step, val loss, training seconds)."""
+
+    seconds: float
+    result: dict[str, Any]
+    evaluations: list[tuple[int, float, float]]
+
+
+def make_shards(experiment: str, text: Path, home: Path) -> Path:
+    """The shards, before any clock runs: the peer's data too are made beforehand."""
+    return prepare(load_config(ROOT / "experiments" / experiment, [f"data.source={text}"]), home).shards
+
+
+def train(experiment: str, text: Path, shards: Path, out: Path, *overrides: str) -> OurRun:
+    """One run of an experiment; raises RuntimeError with its last lines when it fails."""
+    command = [sys.executable, "-m", "gptcore.train", str(ROOT / "experiments" / experiment), f"data.source={text}"]
+    command += [*overrides, "--shards", str(shards), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"our side failed:\n{done.stderr[-3000:]}")
+    sys.stderr.write(f"{out.name}: {seconds:.1f} s, {done.stderr.splitlines()[-1]}\n")
+    return OurRun(seconds, json.loads(done.stdout.splitlines()[-1]), evaluations(out))
+
+
+def evaluations(out: Path) -> list[tuple[int, float, float]]:
+    """(step, validation loss, seconds of steps until then), from the journal: training time without evaluation and compiling."""
+    found, seconds, done = [], 0.0, 0
+    for record in read_journal(out / "metrics.jsonl")[0]:
+        if record["kind"] != "metrics":
+            continue
+        values = record["values"]
+        if "perf/tok_per_sec" in values:
+            seconds += (record["tokens_seen"] - done) / values["perf/tok_per_sec"]
+            done = record["tokens_seen"]
+        if "val/loss" in values:
+            found.append((record["step"], values["val/loss"], seconds))
+    return found

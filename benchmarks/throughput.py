@@ -1,0 +1,125 @@
+"""GPT-2 124M on one GPU: training tokens a second against nanoGPT's bench.py, both on random tokens.
+
+    .venv/bin/python benchmarks/throughput.py --peer-dir DIR [--batches 32 64] [--precisions bf16 fp8]      # 3 to 6 minutes
+
+12 layers of 768, context 1024, vocabulary 50,304. One step is forward, backward, clipping and optimizer. MFU: (6N + 12·L·C·T) FLOPs a
+token against the card's bf16 peak, also where fp8 ran. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import figure, print_figures
+
+from gptcore.config import check_config, load_config
+from gptcore.shards import ShardSet, prepare
+from gptcore.train import Trainer, build_trainer, train_step
+
+V, T = 50_304, 1024
+GOAL = 1.5
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RandomTokens:
+    """A sampler of uniformly random ids, on the device."""
+
+    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = torch.Generator("cuda").manual_seed(start)
+        ids = torch.randint(V, (count, T + 1), device="cuda", generator=rng)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def make_trainer(shards: ShardSet, batch: int, precision: str, changes: list[str]) -> Trainer:
+    tree: dict[str, Any] = {
+        "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": T, "padded_vocab_size": V},
+        "train": {"device": "cuda", "global_batch_size": batch, "precision": precision, "max_steps": 10_000},
+        "studies": {"accumulation": False},
+    }
+    for change in changes:
+        key, _, value = change.partition("=")
+        section, field = key.split(".")
+        tree[section][field] = value
+    trainer = build_trainer(check_config(tree), shards)
+    trainer.sampler = RandomTokens()
+    return trainer
+
+
+def measure(trainer: Trainer, steps: int, repeats: int) -> list[float]:
+    """Tokens a second, one figure a repeat of `steps` steps, after ten steps of warm-up."""
+    for _ in range(10):
+        train_step(trainer)
+    found = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            train_step(trainer)
+        torch.cuda.synchronize()
+        found.append(steps * trainer.tokens_per_step / (time.perf_counter() - start))
+    trainer.watch.check(trainer.step, 0.0)
+    return found
+
+
+def measure_peer(directory: Path, batch: int) -> float:
+    """nanoGPT's bench.py, compiled, on random tokens: tokens a second."""
+    command = [sys.executable, "bench.py", "--real_data=False", f"--batch_size={batch}"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    found = re.findall(r"time per iteration: ([\d.]+)ms", done.stdout)
+    if not found:
+        raise RuntimeError(f"the peer failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    return batch * T / (float(found[-1]) / 1e3)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-dir", type=Path, help="a nanoGPT checkout; without it only our side runs")
+    parser.add_argument("--peer-batches", type=int, nargs="*", default=[12], help="12 is nanoGPT's default")
+    parser.add_argument("--batches", type=int, nargs="*", default=[32], help="our sequences per step")
+    parser.add_argument("--precisions", nargs="*", default=["bf16", "fp8"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to our config")
+    args = parser.parse_args()
+    peers = {b: [measure_peer(args.peer_dir, b)] for b in args.peer_batches} if args.peer_dir else {}
+    found, mfu = [], {}
+    with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
+        text = Path(name) / "text.txt"  # only its shards' form is used
+        text.write_text("To be, or not to be, that is the question.\n\n" * 2000, encoding="utf-8")
+        tiny = load_config(ROOT / "experiments" / "tiny.yaml", [f"data.source={text}", "data.split=tail"])
+        shards = ShardSet.open(prepare(tiny, Path(name)).shards)
+        for precision in args.precisions:
+            for batch in args.batches:
+                torch._dynamo.reset()
+                trainer = make_trainer(shards, batch, precision, args.set)
+                with trainer.device.attention(0.0):
+                    speeds = measure(trainer, args.steps, args.repeats)
+                label = f"{precision}, batch {batch}"
+                peak = trainer.device.peak_flops
+                mfu[label] = peak and round(100 * trainer.model.flops_per_token() * max(speeds) / peak, 1)
+                sys.stderr.write(
+                    f"{label}: {speeds[-1]:,.0f} tok/s, MFU {mfu[label]} %, {trainer.device.peak_mib():,.0f} MiB\n"
+                )
+                found.append((label, speeds))
+                del trainer
+                torch.cuda.empty_cache()
+    for batch, speeds in peers.items():  # again, after ours: both sides saw the card cold and warm
+        speeds.append(measure_peer(args.peer_dir, batch))
+        sys.stderr.write(f"peer, batch {batch}: {', '.join(f'{speed:,.0f}' for speed in speeds)} tok/s\n")
+    default = peers.get(args.peer_batches[0]) if peers else None
+    goals = {"goal": GOAL, "goal_is": "at least", "of": "ratio"} if default else {}
+    figures = [figure(f"124M: {label}", "tok/s", speeds, peer=default, digits=0, **goals) for label, speeds in found]
+    print_figures(figures, mfu_percent=mfu, peer_tok_per_sec=peers)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""Character-level tinyshakespeare on a CPU, against nanoGPT's README setting: the same loss sooner, a better loss in the same time.
+
+    .venv/bin/python benchmarks/train_cpu.py --peer-dir DIR --text input.txt      # about 15 minutes on 2 cores
+
+Wall time from process start to its end, evaluation included; every model is evaluated on all validation tokens, each once, in
+windows of its own context. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from figures import figure, print_figures
+from ours import OurRun, make_shards, train
+from peer import CPU_SETTING, Peer
+
+EXPERIMENT = "tinyshakespeare-cpu.yaml"
+SAME_LOSS_SHARE, SAME_TIME_LOSS, GPU_LOSS, GPU_LOSS_SECONDS = 1 / 6, 1.53, 1.4697, 600.0
+AROUND_SECONDS = 14.0  # start, preflight and the last evaluation of a run: what its wall time has beside train.minutes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-dir", type=Path, required=True, help="a nanoGPT checkout")
+    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--runs", type=int, default=1, help="repeats of everything, ours with other seeds")
+    parser.add_argument("--peer-iterations", type=int, default=2000, help="fewer only to try this script out")
+    parser.add_argument("--parts", default="sooner,better,long", help="which of the three comparisons")
+    args = parser.parse_args()
+    text, parts = args.text.resolve(), args.parts.split(",")
+    peer_seconds, peer_losses, runs = [], [], {part: [] for part in parts}
+    with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
+        folder = Path(name)
+        peer, shards = Peer(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
+        for number in range(args.runs):
+            iterations = f"--max_iters={args.peer_iterations}"
+            theirs = peer.train(
+                f"out{number}", *CPU_SETTING, iterations, iterations.replace("max_iters", "lr_decay_iters")
+            )
+            peer_seconds.append(theirs.seconds)
+            peer_losses.append(peer.evaluate(peer.load(theirs.checkpoint)))
+            sys.stderr.write(f"peer: {theirs.seconds:.1f} s, val {peer_losses[-1]:.4f}\n")
+            budgets = {
+                "sooner": theirs.seconds * SAME_LOSS_SHARE,
+                "better": theirs.seconds,
+                "long": GPU_LOSS_SECONDS,
+            }
+            for part in parts:
+                minutes = max(3.0, budgets[part] - AROUND_SECONDS) / 60
+                out = folder / f"{part}{number}"
+                settings = (f"train.minutes={minutes:.4f}", f"train.seed={1337 + number}")
+                runs[part].append(train(EXPERIMENT, text, shards, out, *settings))
+    print_figures(build_figures(peer_seconds, peer_losses, runs))
+    return 0
+
+
+def build_figures(
+    peer_seconds: list[float], peer_losses: list[float], runs: dict[str, list[OurRun]]
+) -> list[dict[str, object]]:
+    """Seconds and losses of the parts that ran."""
+    found: list[dict[str, object]] = []
+
+    def add(part: str, seconds_goal: float, of: str, loss_goal: float | None) -> None:
+        seconds = [run.seconds for run in runs[part]]
+        losses = [run.result["val_loss"] for run in runs[part]]
+        found.append(figure(f"{part}: wall time", "s", seconds, peer=peer_seconds, goal=seconds_goal, of=of, digits=1))
+        goal = max(peer_losses) if loss_goal is None else loss_goal
+        found.append(
+            figure(f"{part}: validation loss", "nats per token", losses, peer=peer_losses, goal=round(goal, 4))
+        )
+
+    if "sooner" in runs:
+        add("sooner", round(SAME_LOSS_SHARE, 4), "ratio", None)
+    if "better" in runs:
+        add("better", 1.0, "ratio", SAME_TIME_LOSS)
+    if "long" in runs:
+        add("long", GPU_LOSS_SECONDS, "ours", GPU_LOSS)
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""Character-level tinyshakespeare on one GPU, against nanoGPT's own example: the same loss sooner, and a better best loss.
+
+    .venv/bin/python benchmarks/train_gpu.py --peer-dir DIR --text input.txt --runs 5      # about 5 minutes
+    … --reproduce 3      # also: nanoGPT's settings on our `gpt2` preset
+
+Training time is that of the steps; compiling and evaluating are in the total, which is the whole process's. Every model is
+evaluated on all validation tokens, each once, in windows of its own context. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from figures import figure, print_figures
+from ours import OurRun, make_shards, train
+from peer import Peer
+
+EXPERIMENT = "tinyshakespeare-gpu.yaml"
+TIMES_SOONER, BEST_LOSS, PUBLISHED_LOSS = 10.0, 1.42, 1.4697
+# config/train_shakespeare_char.py of nanoGPT, in our words
+PUBLISHED_SETTINGS = (
+    "model.preset=gpt2", "model.bias=false", "model.dropout=0.2", "train.optimizer=adamw", "train.lr=0.001", "train.min_lr=0.0001",
+    "train.schedule=cosine", "train.warmup_steps=100", "train.beta2=0.99", "train.weight_decay=0.1", "train.ema_decay=0",
+    "train.max_steps=5000", "train.eval_interval=250", "train.patience=6", "train.save_interval=5000",
+)  # fmt: skip
+
+
+def seconds_until(run: OurRun, loss: float) -> float:
+    """Training seconds until an evaluation was at most `loss`; of the whole run when none was."""
+    return next((seconds for _, found, seconds in run.evaluations if found <= loss), run.evaluations[-1][2])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-dir", type=Path, required=True, help="a nanoGPT checkout")
+    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--runs", type=int, default=5, help="our runs, one seed each")
+    parser.add_argument("--peer-iterations", type=int, default=2500, help="nanoGPT overfits from about 2000 on")
+    parser.add_argument("--reproduce", type=int, default=0, metavar="N", help="runs with nanoGPT's settings")
+    parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to our experiment")
+    args = parser.parse_args()
+    text = args.text.resolve()
+    with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
+        folder = Path(name)
+        peer, shards = Peer(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
+        theirs = peer.train("out", f"--max_iters={args.peer_iterations}")
+        target = peer.evaluate(peer.load(theirs.checkpoint, "cuda"), "cuda")  # it keeps its best checkpoint
+        best = min(theirs.losses, key=lambda entry: entry[1])
+        peer_training, peer_total = best[0] * statistics.median(theirs.step_ms) / 1e3, best[2]
+        sys.stderr.write(
+            f"peer: best at {best[0]} after {peer_training:.1f} s of training, {peer_total:.1f} s in all; its estimate "
+            f"{best[1]:.4f}, by our rule {target:.4f}\n"
+        )
+        runs = [
+            train(
+                EXPERIMENT,
+                text,
+                shards,
+                folder / f"ours{n}",
+                "train.eval_interval=50",
+                f"train.seed={1337 + n}",
+                *args.set,
+            )
+            for n in range(args.runs)
+        ]
+        reproduced = [
+            train(EXPERIMENT, text, shards, folder / f"gpt2-{n}", f"train.seed={1337 + n}", *PUBLISHED_SETTINGS)
+            for n in range(args.reproduce)
+        ]
+    sooner = [seconds_until(run, target) for run in runs]
+    found = [
+        figure(
+            "training time to nanoGPT's best loss", "s", sooner, peer=[peer_training], goal=1 / TIMES_SOONER, of="ratio"
+        ),
+        figure(
+            "total time, compiling included", "s", [r.seconds for r in runs], peer=[peer_total], goal=1.0, of="ratio"
+        ),
+        figure(
+            "best validation loss",
+            "nats per token",
+            [r.result["val_loss"] for r in runs],
+            peer=[target],
+            goal=BEST_LOSS,
+        ),
+    ]
+    if reproduced:
+        distance = [abs(run.result["val_loss"] - PUBLISHED_LOSS) for run in reproduced]
+        found.append(figure("gpt2 preset: distance to the published loss", "nats per token", distance, goal=0.01))
+    print_figures(found, reached=[any(loss <= target for _, loss, _ in run.evaluations) for run in runs])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,270 @@
+"""The experiment file as a typed tree: one class per section, one field per choice.
+
+The same classes check a YAML file, `section.field=value` on the command line and the form in the Prefect UI, so
+a wrong key or value is refused in one place with one sentence. No torch here: checking a file costs milliseconds.
+
+    python -m gptcore.config experiments/shakespeare.yaml train.lr=0.01      # prints the resolved tree
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from gptcore.config.base import Section, UserError
+from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password
+from gptcore.config.model import PRESET_FIELDS, ModelConfig
+from gptcore.config.train import ENDS, TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "EvaluateConfig",
+    "ExperimentConfig",
+    "ModelConfig",
+    "Section",
+    "SourceConfig",
+    "StudiesConfig",
+    "TrainConfig",
+    "UserError",
+    "VocabConfig",
+    "check_config",
+    "dump_yaml",
+    "flatten",
+    "hide_password",
+    "load_config",
+    "with_changes",
+]
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's idea of scalars: `on` and `off` are words, `1e-3` is a number."""
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+# How pydantic names the choices of a field with several types; no part of the field's name.
+UNION_ARMS = ("int", "str", "literal['auto']", "tuple[SourceConfig, ...]")
+
+
+class EvaluateConfig(Section):
+    """The fixed yardstick: the whole validation split, each token once, in order."""
+
+    batch_size: int = Field(64, ge=1, description="Sequences per forward pass; does not change the result.")
+    bootstrap: int = Field(1000, ge=0, description="Resamples for the 95 % interval of bits per byte; 0: no interval.")
+    samples: int = Field(3, ge=0, le=100, description="Texts to sample from the trained model.")
+    sample_tokens: int = Field(400, ge=1, description="Length of a sample, in tokens.")
+    prompt: str = Field("", description="Start of every sample; empty: the start of a document.")
+    temperature: float = Field(0.8, ge=0, le=10, description="Sampling temperature; 0 picks the likeliest token.")
+    top_k: int | None = Field(None, ge=1, description="Sample among the k likeliest tokens only.")
+    seed: int = Field(42, ge=0, description="Seed of the samples and of the interval.")
+
+
+class StudiesConfig(Section):
+    """The research items of the notes, in their short forms. Each can be switched off."""
+
+    floor: bool = Field(True, description="Train the bigram model: the floor every other model is compared with.")
+    timing: bool = Field(True, description="Map where a training step's time goes.")
+    quantization: bool = Field(True, description="int8 weights of the trained model: size, speed, bits per byte.")
+    accumulation: bool = Field(True, description="One batch in 1 and in several micro-steps: gradients, memory, speed.")
+    rnn: bool = Field(True, description="LSTM with the GPT's parameters and tokens.")
+    accumulation_steps: int = Field(
+        4,
+        ge=2,
+        le=1024,
+        description="Micro-steps of the accumulation study's second arm; must divide train.global_batch_size.",
+    )
+    repeats: int = Field(
+        5,
+        ge=3,
+        le=1000,
+        description="Timed repeats of each measurement, after one warm-up; medians and ranges are reported.",
+    )
+
+
+class ExperimentConfig(Section):
+    """One experiment, from raw text to report."""
+
+    name: str = Field(
+        "experiment",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Experiment name in MLflow; the YAML file's name by default.",
+    )
+    data: DataConfig = Field(default_factory=DataConfig)
+    vocab: VocabConfig = Field(default_factory=VocabConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    studies: StudiesConfig = Field(default_factory=StudiesConfig)
+
+    @model_validator(mode="after")
+    def _accumulation_divides(self) -> ExperimentConfig:
+        if self.studies.accumulation and self.train.global_batch_size % self.studies.accumulation_steps:
+            raise ValueError(
+                f"studies.accumulation_steps={self.studies.accumulation_steps} does not divide "
+                f"train.global_batch_size={self.train.global_batch_size}; change one, or set studies.accumulation=false"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
+    """Read an experiment file, then apply `section.field=value` overrides in order.
+
+    Raises UserError for a missing or unreadable file, an unknown key, a wrong type or an impossible combination.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"experiment file {path}: cannot be read ({_reason(error)}); give the path of a YAML file, e.g. experiments/smoke.yaml"
+        ) from None
+    try:
+        tree = yaml.load(text, Loader=_YamlLoader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"experiment file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"experiment file {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}"
+        )
+    tree.setdefault("name", path.stem)
+    if any(override.startswith(tuple(f"train.{end}=" for end in ENDS)) for override in overrides):
+        # Whoever says when to stop means it: an end on the command line replaces those of the file.
+        tree["train"] = {key: value for key, value in (tree.get("train") or {}).items() if key not in ENDS}
+    for override in overrides:
+        _apply_override(tree, override)
+    return check_config(tree, origin=str(path))
+
+
+def check_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
+    """Validate a nested dict; every mistake in it becomes part of one UserError."""
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        errors = error.errors()
+        # A list of sources fails twice, as a list and as a string; only the first says something.
+        told = [e for e in errors if not (e["loc"][-1:] == ("str",) and isinstance(e["input"], tuple))] or errors
+        raise UserError(f"{origin}: " + "; ".join(_describe(e, tree) for e in told)) from None
+
+
+def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """`{"train.lr": 0.02, …}`: the tree as MLflow parameters."""
+    flat: dict[str, Any] = {}
+    for key, value in config.model_dump(mode="json").items():
+        flat.update(
+            {f"{prefix}{key}.{k}": v for k, v in value.items()}
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved tree as YAML that load_config reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def with_changes(config: ExperimentConfig, **sections: dict[str, Any]) -> ExperimentConfig:
+    """A checked copy with some fields changed: `with_changes(config, train={"max_steps": 10})`.
+
+    A change of `model.preset` also resets what the preset before it had filled in.
+    """
+    tree = config.model_dump(mode="json")
+    if "preset" in sections.get("model", {}):
+        tree["model"] = {key: value for key, value in tree["model"].items() if key not in PRESET_FIELDS}
+    for section, fields in sections.items():
+        tree[section].update(fields)
+    return check_config(tree)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or len(parts) != 2 or not all(parts):
+        if separator and key == "name":
+            tree["name"] = text
+            return
+        raise UserError(f"override {override!r}: expected section.field=value, e.g. train.lr=0.01")
+    section, field = parts
+    try:
+        value = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError:
+        value = text
+    # A source or a prompt is text even where YAML would read a number or a date in it.
+    is_text = (section, field) in {
+        ("data", "source"),
+        ("data", "text_column"),
+        ("data", "dask_address"),
+        ("vocab", "source"),
+        ("evaluate", "prompt"),
+    }
+    is_list_of_sources = (section, field) == ("data", "source") and isinstance(value, list)
+    if not is_list_of_sources and (is_text or not isinstance(value, (int, float, bool, type(None), list))):
+        value = text
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise UserError(f"override {override!r}: section {section!r} of the experiment file is not a mapping")
+    branch[field] = value
+
+
+def _describe(error: Any, tree: dict[str, Any]) -> str:
+    loc = [part for part in error["loc"] if part not in UNION_ARMS]
+    where = ".".join(map(str, loc))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {_known_keys(loc)}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{where}={error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(loc: list[Any]) -> str:
+    import difflib
+
+    section = ExperimentConfig.model_fields.get(str(loc[0]))
+    nested = section.annotation if len(loc) > 1 and section is not None else None
+    if loc[:2] == ["data", "source"]:
+        nested = SourceConfig
+    known = (
+        list(nested.model_fields)
+        if isinstance(nested, type) and issubclass(nested, BaseModel)
+        else list(ExperimentConfig.model_fields)
+    )
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        sys.stdout.write(dump_yaml(load_config(argv[0], argv[1:])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,15 @@
+"""What every section of the experiment file shares."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class UserError(ValueError):
+    """A mistake only the user can mend. The message names the field or file, the value and the way out; exit code 2."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are frozen once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

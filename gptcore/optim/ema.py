@@ -1,0 +1,36 @@
+"""A moving average of the weights: what training jitters around, without waiting for the learning rate to fall."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """`average = decay * average + (1 - decay) * weights` after every step (Polyak & Juditsky 1992)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(model.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[dict[str, Tensor]]:
+        """Inside, the model holds the average; yields copies of the weights it goes on with."""
+        weights = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._set(self.average)
+        try:
+            yield weights
+        finally:
+            self._set(weights)
+
+    @torch.no_grad()
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        torch._foreach_copy_(list(self._parameters.values()), [tensors[name] for name in self._parameters])

@@ -1,0 +1,133 @@
+"""One update of the weights: gradients of all micro-batches, clipping, the optimizer, the moving average."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from gptcore.entry import DeviceMemoryError
+from gptcore.optim import lr_factor
+from gptcore.train.feed import to_device
+from gptcore.train.graph import WARMUP_STEPS, GraphedStep
+from gptcore.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def train_step(trainer: Trainer) -> tuple[Tensor, Tensor, float]:
+    """One optimizer update: (this process's part of the mean loss, gradient norm before clipping, share of the peak learning rate).
+
+    The gradient is the sum over target tokens divided by their number in the whole batch, whatever the micro-batch and the
+    number of processes. Raises NonFinite before the update (on a GPU: makes no update, and `trainer.watch.check` raises),
+    DeviceMemoryError when one sequence does not fit.
+    """
+    train = trainer.config.train
+    factor = lr_factor(
+        train.schedule,
+        trainer.step,
+        trainer.progress(),
+        train.warmup_steps,
+        train.decay_fraction,
+        train.min_lr / train.lr,
+    )
+    trainer.optimizers.set_lr_factor(factor)
+    x, y = next_batch(trainer)
+    if not trainer.use_graph:
+        loss, norm = update(trainer, x, y)
+    else:
+        if trainer.graph is None:
+            trainer.graph = GraphedStep(trainer.device.torch)
+        if trainer.graph.steps < WARMUP_STEPS:
+            loss, norm = trainer.graph.warm_up(lambda: update(trainer, x, y))
+        else:
+            loss, norm = trainer.graph.run(lambda x, y: update(trainer, x, y), x, y)
+    trainer.step += 1
+    return loss, norm, factor
+
+
+def update(trainer: Trainer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """All of a step that happens on the device. x, y: this process's sequences, (B, T); returns loss and gradient norm."""
+    train, clock = trainer.config.train, trainer.clock
+    loss = gradients_that_fit(trainer, x, y)
+    with clock.phase("clip"):
+        parameters = list(trainer.model.parameters())
+        overflow = None
+        if trainer.loss_scale is not None:
+            trainer.loss_scale.unscale([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)
+        if trainer.loss_scale is not None:  # an overflow is the scale's doing, not the model's: this step is left out
+            overflow = trainer.loss_scale.update(norm)
+            found_inf = torch.maximum(trainer.watch.note(loss, torch.zeros_like(norm)), overflow)
+        else:
+            found_inf = trainer.watch.note(loss, norm)
+        if trainer.watch.at_once:
+            trainer.watch.check(trainer.step + 1, train.lr)
+    with clock.phase("optimizer"):
+        is_certain = trainer.watch.at_once and overflow is None
+        trainer.optimizers.step(None if is_certain else found_inf)
+        trainer.optimizers.zero_grad()
+        if trainer.average is not None:
+            trainer.average.update()
+    return loss, norm
+
+
+def next_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    """This process's sequences of the next step: the order of all samples does not depend on how many processes there are."""
+    local = trainer.local_batch_size
+    start = trainer.step * trainer.config.train.global_batch_size + trainer.ranks.rank * local
+    with trainer.clock.phase("data"):
+        x, y = trainer.sampler.batch(start, local)
+        return to_device(x, trainer.device), to_device(y, trainer.device)
+
+
+def gradients_that_fit(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
+    """`backward_all`; when the device's memory runs out, with the micro-batch's largest divisor that is at most half."""
+    while True:
+        try:
+            return backward_all(trainer, x, y)
+        except torch.OutOfMemoryError as error:
+            trainer.optimizers.zero_grad()
+            trainer.micro_batch_size = smaller_micro_batch(trainer.micro_batch_size, error)
+            log.warning(
+                "out of device memory: train.micro_batch_size is now %d, a step stays %s tokens",
+                trainer.micro_batch_size,
+                f"{trainer.tokens_per_step:,}",
+            )
+        torch.cuda.empty_cache()
+
+
+def accumulate_gradients(trainer: Trainer) -> Tensor:
+    """The gradients of the next step, summed over its micro-batches; the mean loss, in nats per token."""
+    return backward_all(trainer, *next_batch(trainer))
+
+
+def backward_all(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
+    """Forward and backward over all micro-batches; this process's part of the batch's mean loss, in nats per token."""
+    micro, device, ranks, clock = trainer.micro_batch_size, trainer.device, trainer.ranks, trainer.clock
+    total = torch.zeros((), device=device.torch)
+    for offset in range(0, len(x), micro):
+        is_last = offset + micro >= len(x)
+        # Processes exchange gradients once a step, with the last micro-batch.
+        apart = contextlib.nullcontext() if is_last or ranks.count == 1 else trainer.forward.no_sync()
+        with apart:
+            with clock.phase("forward"), device.autocast():
+                part = x[offset : offset + micro], y[offset : offset + micro]
+                loss = trainer.forward(*part, reduction="sum")[1] / trainer.tokens_per_step
+            with clock.phase("backward"):
+                # DDP takes the mean over processes; the loss is a sum divided by the global count.
+                scaled = loss * ranks.count if ranks.count > 1 else loss
+                (scaled if trainer.loss_scale is None else scaled * trainer.loss_scale.scale).backward()
+        total += loss.detach()
+    return total
+
+
+def smaller_micro_batch(micro: int, error: Exception) -> int:
+    if micro == 1:
+        raise DeviceMemoryError(
+            "out of device memory with one sequence; lower model.block_size, model.n_embd or model.n_layer"
+        ) from error
+    return next(m for m in range(micro // 2, 0, -1) if micro % m == 0)

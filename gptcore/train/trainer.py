@@ -1,0 +1,185 @@
+"""What a run is made of, put together before step 0 or refused with the field to change."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gptcore.batches import Sampler
+from gptcore.config import ExperimentConfig, UserError
+from gptcore.device import Device, choose_device, seed_everything
+from gptcore.models import LanguageModel, build_model
+from gptcore.models.fp8 import use_fp8
+from gptcore.models.gpt import GPT
+from gptcore.optim import Optimizers, WeightAverage, build_optimizers
+from gptcore.ranks import ALONE, Ranks
+from gptcore.shards import ShardSet
+from gptcore.timing import PhaseClock
+from gptcore.train.feed import build_feed
+from gptcore.train.finite import FiniteWatch, LossScale
+
+log = logging.getLogger(__name__)
+
+# Up to so many FLOPs a step an H100 waits for its host to launch kernels: there, one launch for all of them pays.
+GRAPH_FLOPS = 4e12
+
+
+@dataclass
+class Trainer:
+    """All that a run is made of. `step` counts optimizer updates done."""
+
+    config: ExperimentConfig
+    shards: ShardSet
+    device: Device
+    ranks: Ranks
+    model: LanguageModel
+    optimizers: Optimizers
+    sampler: Sampler
+    micro_batch_size: int
+    forward: Any  # the model: compiled and distributed where that applies
+    watch: FiniteWatch
+    loss_scale: LossScale | None  # fp16 only
+    average: WeightAverage | None  # with train.ema_decay
+    use_graph: bool
+    graph: Any = None  # the captured step, from the third step on
+    step: int = 0
+    seconds_before: float = 0.0  # of training, in earlier attempts of a resumed run
+    started: float = field(default_factory=time.perf_counter)
+    clock: PhaseClock = field(default_factory=PhaseClock)
+
+    @property
+    def local_batch_size(self) -> int:
+        """Sequences of a step that this process learns from."""
+        return self.config.train.global_batch_size // self.ranks.count
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.config.model.block_size
+
+    @property
+    def tokens_seen(self) -> int:
+        return self.step * self.tokens_per_step
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.config.train.count_steps(self.config.model.block_size)
+
+    def elapsed_seconds(self) -> float:
+        """Of this run, all attempts together; the same on every process."""
+        return self.ranks.from_first(self.seconds_before + time.perf_counter() - self.started)
+
+    def progress(self) -> float:
+        """Share of the run that is over, 0 to 1, by whichever of steps, tokens and clock is furthest."""
+        share = self.step / self.max_steps if self.max_steps else 0.0
+        if self.config.train.minutes:
+            share = max(share, self.elapsed_seconds() / (60 * self.config.train.minutes))
+        return min(1.0, share)
+
+
+def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALONE) -> Trainer:
+    """Everything in place before step 0, or a UserError that says which field to change."""
+    train = config.train
+    shards.check_fits(config.model.block_size)
+    if train.global_batch_size % ranks.count:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} cannot be divided among {ranks.count} processes; use a multiple"
+        )
+    device = choose_device(train.device, train.precision)
+    check_memory(config, shards.vocab_size, device)
+    seed_everything(train.seed)
+    model = build_model(config.model, shards.vocab_size).to(device.torch)
+    if device.precision == "fp8":
+        turn_on_fp8(model)
+    if ranks.count > 1:
+        seed_everything(train.seed + ranks.rank)  # the same weights everywhere, but dropout of its own
+    use_graph = _graph_applies(config, model, device, ranks)
+    local = train.global_batch_size // ranks.count
+    micro = local if train.micro_batch_size == "auto" else train.micro_batch_size
+    if local % micro:
+        raise UserError(f"train.micro_batch_size={micro} does not divide the {local} sequences of each process")
+    return Trainer(
+        config=config,
+        shards=shards,
+        device=device,
+        ranks=ranks,
+        model=model,
+        optimizers=build_optimizers(model, train, on_device=use_graph),
+        sampler=build_feed(config, shards, device, ranks),
+        micro_batch_size=micro,
+        forward=build_forward(model, device, ranks, train.compile),
+        watch=FiniteWatch(device.torch, at_once=not device.is_cuda),
+        loss_scale=LossScale(device.torch) if device.precision == "fp16" else None,
+        average=WeightAverage(model, train.ema_decay) if train.ema_decay else None,
+        use_graph=use_graph,
+    )
+
+
+def state_mib(config: ExperimentConfig, vocab_size: int) -> tuple[int, float]:
+    """Parameters, and MiB of weights, gradients, optimizer state and average, without allocating any of them."""
+    with torch.device("meta"):
+        count = build_model(config.model, vocab_size).count_parameters()
+    copies = 4 + (1 if config.train.ema_decay else 0)  # weights, gradients, AdamW's two moments (Muon has one)
+    return count, copies * 4 * count / 2**20
+
+
+def check_memory(config: ExperimentConfig, vocab_size: int, device: Device) -> None:
+    """Raises UserError for a model whose state alone does not fit the device."""
+    parameters, needed = state_mib(config, vocab_size)
+    free = device.free_mib()
+    if needed > free:
+        raise UserError(
+            f"the model has {parameters:,} parameters: weights, gradients and optimizer state need {needed:,.0f} MiB, and "
+            f"{device.name} has {free:,.0f} MiB free; lower model.n_layer={config.model.n_layer} or "
+            f"model.n_embd={config.model.n_embd}"
+        )
+
+
+def turn_on_fp8(model: LanguageModel) -> None:
+    """Large products in eight bits; raises UserError for a model without linear layers of fitting sizes."""
+    if not isinstance(model, GPT) or not use_fp8(model):
+        raise UserError("train.precision=fp8: needs model.family=gpt with model.n_embd a multiple of 16; use bf16")
+    model.head_in_fp8 = not (model.vocab_size % 16)
+    if not model.head_in_fp8:
+        log.info("the head stays in bf16: set model.padded_vocab_size to a multiple of 16 to have it in fp8 too")
+
+
+def build_forward(model: LanguageModel, device: Device, ranks: Ranks, choice: str) -> Any:
+    """The model as the step calls it: compiled where that pays and works, distributed where there are several processes."""
+    forward: Any = model
+    if choice == "on" or (choice == "auto" and device.is_cuda):
+        lacking = missing_compiler(device)
+        if lacking:
+            log.warning("train.compile=%s: %s, so the model runs uncompiled", choice, lacking)
+        else:
+            forward = torch.compile(model)
+    if ranks.count == 1:
+        return forward
+    from torch.nn.parallel import DistributedDataParallel
+
+    # Buffers are tables that never change; gradients live in the buckets that travel.
+    return DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def missing_compiler(device: Device) -> str | None:
+    """What torch.compile lacks on this machine, or None."""
+    if device.is_cuda:
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "there is no Triton here"
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return None if any(map(shutil.which, names)) else f"there is no C++ compiler here ({' or '.join(names)})"
+
+
+def _graph_applies(config: ExperimentConfig, model: LanguageModel, device: Device, ranks: Ranks) -> bool:
+    choice = config.train.cuda_graph
+    if choice == "on" and (not device.is_cuda or ranks.count > 1):
+        raise UserError("train.cuda_graph=on: needs one process on one CUDA GPU; use train.cuda_graph=auto")
+    tokens = config.train.global_batch_size * config.model.block_size
+    is_small = model.flops_per_token() * tokens <= GRAPH_FLOPS
+    return choice == "on" or (choice == "auto" and device.is_cuda and ranks.count == 1 and is_small)

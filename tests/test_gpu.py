@@ -1,0 +1,155 @@
+"""What only a GPU can show: precisions, compiling, the step as one CUDA graph. Skipped where there is none.
+
+python -m pytest tests/test_gpu.py -v -s --durations=0      # about three minutes on one card, most of it compiling
+"""
+
+import math
+import time
+
+import pytest
+import torch
+
+from gptcore.config import check_config, with_changes
+from gptcore.entry import NonFinite, StopFlag, recording
+from gptcore.shards import ShardSet, prepare
+from gptcore.train import build_trainer, preflight, resume, train_loop, train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+@pytest.fixture(scope="module")
+def config(small_text):
+    return check_config(
+        {
+            "data": {"source": str(small_text), "split": "tail", "val_fraction": 0.1},
+            "model": {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 64, "padded_vocab_size": 64},
+            "train": {
+                "device": "cuda",
+                "precision": "fp32",
+                "compile": "off",
+                "cuda_graph": "off",
+                "global_batch_size": 16,
+                "max_steps": 40,
+                "warmup_steps": 5,
+                "eval_interval": 20,
+                "save_interval": 20,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(config, tmp_path_factory):
+    return ShardSet.open(prepare(config, tmp_path_factory.mktemp("home")).shards)
+
+
+def losses(config, shards, steps=40):
+    trainer = build_trainer(config, shards)
+    with trainer.device.attention(config.model.dropout):
+        found = [train_step(trainer)[0] for _ in range(steps)]
+    trainer.watch.check(trainer.step, config.train.lr)
+    return torch.stack(found).tolist()
+
+
+@pytest.fixture(scope="module")
+def reference(config, shards):
+    """fp32, uncompiled, kernel by kernel; close to the CPU's."""
+    found = losses(config, shards)
+    cpu = losses(with_changes(config, train={"device": "cpu"}), shards, 10)
+    assert found[:10] == pytest.approx(cpu, abs=0.02)  # Muon's iteration is in bf16 here
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "model", "tolerance"),
+    [
+        ("tf32", {}, 0.03),
+        ("bf16", {}, 0.05),
+        ("fp16", {}, 0.05),
+        ("fp8", {}, 0.15),
+    ],
+)
+def test_every_precision_learns_alike(config, shards, reference, precision, model, tolerance):
+    found = losses(with_changes(config, model=model, train={"precision": precision}), shards)
+    print(precision, found[-1], reference[-1])
+    assert found[0] == pytest.approx(math.log(64), rel=0.05)
+    assert found[-1] == pytest.approx(reference[-1], abs=tolerance)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("micro", [16, 4])
+def test_a_graph_of_the_step_learns_the_same(config, shards, optimizer, micro):
+    lr = 0.02 if optimizer == "muon" else 0.003
+    base = with_changes(config, train={"optimizer": optimizer, "lr": lr, "micro_batch_size": micro, "ema_decay": 0.9})
+    launched = losses(base, shards)
+    graphed = losses(with_changes(base, train={"cuda_graph": "on"}), shards)
+    assert graphed == pytest.approx(launched, abs=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_compiled_and_graphed_with_dropout_learns_and_resumes(config, shards, reference, precision, tmp_path):
+    changed = with_changes(
+        config,
+        model={"dropout": 0.1},
+        train={"precision": precision, "compile": "on", "cuda_graph": "on", "ema_decay": 0.9},
+    )
+    trainer = build_trainer(changed, shards)
+    with recording(tmp_path, "toy") as journal, trainer.device.attention(0.1):
+        start = time.perf_counter()
+        estimate = preflight(trainer)
+        print(f"{precision}: compiled in {time.perf_counter() - start:.1f} s; {estimate.line('here')}")
+        result = train_loop(trainer, journal, tmp_path, StopFlag(), resume(trainer, tmp_path))
+    assert trainer.graph.steps == 3
+    assert trainer.graph._graph is not None
+    assert result["val_loss"] < 0.9 * result["untrained_loss"]
+    again = build_trainer(changed, shards)
+    resume(again, tmp_path)
+    assert again.step == 40
+
+
+def test_a_bad_step_in_a_graph_changes_nothing_and_is_named(config, shards):
+    trainer = build_trainer(with_changes(config, train={"cuda_graph": "on"}), shards)
+    for _ in range(8):
+        train_step(trainer)
+    trainer.watch.check(trainer.step, 0.02)
+    for _ in range(2):
+        train_step(trainer)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = float("nan")
+    before = {name: p.clone() for name, p in trainer.model.weights().items()}
+    for _ in range(3):
+        train_step(trainer)
+    for name, p in trainer.model.weights().items():
+        torch.testing.assert_close(p, before[name], rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(NonFinite, match=r"at step 10 with"):
+        trainer.watch.check(trainer.step, 0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_loss_in_pieces_is_the_loss_of_the_whole(config, shards, monkeypatch, precision, compile):
+    from gptcore.models import losses as losses_module
+
+    changed = with_changes(config, model={"softcap": 15}, train={"precision": precision, "compile": compile})
+    torch._dynamo.reset()
+    whole = losses(changed, shards, 10)
+    monkeypatch.setitem(losses_module.PIECE_LOGITS, "cuda", 300 * 64)
+    torch._dynamo.reset()
+    assert losses(changed, shards, 10) == pytest.approx(whole, abs=1e-3 if precision == "fp32" else 0.03)
+
+
+def test_out_of_memory_is_survived(config, shards):
+    """A micro-batch that cannot fit: halved until it does, with the update of the whole batch."""
+    trainer = build_trainer(with_changes(config, train={"max_steps": 100}), shards)
+    free = torch.cuda.mem_get_info()[0]
+    forward = trainer.forward
+
+    def hungry(x, y, **kwargs):
+        if len(x) > 4:
+            torch.empty(2 * free, dtype=torch.uint8, device="cuda")
+        return forward(x, y, **kwargs)
+
+    trainer.forward = hungry
+    train_step(trainer)
+    assert trainer.micro_batch_size == 4
+    assert preflight(trainer).free_mib > 0
