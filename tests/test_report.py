@@ -410,6 +410,7 @@ def test_units_stay_with_their_numbers() -> None:
     )
 
 
+@pytest.mark.integration
 def test_report_needs_no_torch(whole_run: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'prefect', 'mlflow'])); sys.argv = ['report', sys.argv[1]];"

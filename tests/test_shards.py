@@ -337,6 +337,7 @@ def test_deleted_ids_are_made_again(tmp_path: Path) -> None:
     ShardSet.open(prepared.shards).verify()
 
 
+@pytest.mark.integration
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards order: chunks that finish out of turn must be strung together in turn."""
     monkeypatch.setattr(segments, "ROW_GROUP_BYTES", 10_000)

@@ -201,6 +201,7 @@ runpy.run_module("gptcore.train", run_name="__main__")
 """
 
 
+@pytest.mark.integration
 def test_the_process_trains_with_prefect_and_mlflow_blocked(config, shards, tmp_path):
     path = tmp_path / "toy.yaml"
     path.write_text(dump_yaml(config))
@@ -215,6 +216,7 @@ def test_the_process_trains_with_prefect_and_mlflow_blocked(config, shards, tmp_
     assert "step 4/4" in done.stderr
 
 
+@pytest.mark.integration
 def test_sigterm_commits_a_checkpoint_and_exits_75(config, shards, tmp_path):
     path = tmp_path / "toy.yaml"
     path.write_text(dump_yaml(config))
@@ -234,6 +236,7 @@ def test_sigterm_commits_a_checkpoint_and_exits_75(config, shards, tmp_path):
     assert read_journal(tmp_path / "out" / "metrics.jsonl")[0][-1]["status"] == "KILLED"
 
 
+@pytest.mark.integration
 def test_a_users_mistake_is_one_line_and_exit_2(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "gptcore.train", "nowhere.yaml"],

@@ -28,9 +28,9 @@ class TrainConfig(Section):
         "auto",
         description="torch.compile. auto: on for a GPU with a compiler, off on a CPU, where short runs never earn it back.",
     )
-    cuda_graph: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="Launch the whole step as one CUDA graph. auto: on for small models on one GPU, where launching "
+    cuda_graph: Literal["on", "off"] = Field(
+        "off",
+        description="Launch the whole step of one GPU as one CUDA graph, uncompiled: for small models, where launching "
         "kernels takes longer than they run.",
     )
     optimizer: Literal["muon", "adamw"] = Field(

@@ -27,7 +27,6 @@ from gptcore.train.finite import FiniteWatch, LossScale
 log = logging.getLogger(__name__)
 
 # Up to so many FLOPs a step an H100 waits for its host to launch kernels: there, one launch for all of them pays.
-GRAPH_FLOPS = 4e12
 
 
 @dataclass
@@ -98,7 +97,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         turn_on_fp8(model)
     if ranks.count > 1:
         seed_everything(train.seed + ranks.rank)  # the same weights everywhere, but dropout of its own
-    use_graph = _graph_applies(config, model, device, ranks)
+    use_graph = _graph_applies(config, device, ranks)
     local = train.global_batch_size // ranks.count
     micro = local if train.micro_batch_size == "auto" else train.micro_batch_size
     if local % micro:
@@ -112,7 +111,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         optimizers=build_optimizers(model, train, on_device=use_graph),
         sampler=build_feed(config, shards, device, ranks),
         micro_batch_size=micro,
-        forward=build_forward(model, device, ranks, train.compile),
+        forward=build_forward(model, device, ranks, "off" if use_graph else train.compile),
         watch=FiniteWatch(device.torch, at_once=not device.is_cuda),
         loss_scale=LossScale(device.torch) if device.precision == "fp16" else None,
         average=WeightAverage(model, train.ema_decay) if train.ema_decay else None,
@@ -176,10 +175,14 @@ def missing_compiler(device: Device) -> str | None:
     return None if any(map(shutil.which, names)) else f"there is no C++ compiler here ({' or '.join(names)})"
 
 
-def _graph_applies(config: ExperimentConfig, model: LanguageModel, device: Device, ranks: Ranks) -> bool:
-    choice = config.train.cuda_graph
-    if choice == "on" and (not device.is_cuda or ranks.count > 1):
-        raise UserError("train.cuda_graph=on: needs one process on one CUDA GPU; use train.cuda_graph=auto")
-    tokens = config.train.global_batch_size * config.model.block_size
-    is_small = model.flops_per_token() * tokens <= GRAPH_FLOPS
-    return choice == "on" or (choice == "auto" and device.is_cuda and ranks.count == 1 and is_small)
+def _graph_applies(config: ExperimentConfig, device: Device, ranks: Ranks) -> bool:
+    """Recording a compiled step fails on the GPUs it was tried on, so the two exclude each other."""
+    if config.train.cuda_graph == "off":
+        return False
+    if not device.is_cuda or ranks.count > 1:
+        raise UserError("train.cuda_graph=on: needs one process on one CUDA GPU; use train.cuda_graph=off")
+    if config.train.compile == "on":
+        raise UserError(
+            "train.cuda_graph=on with train.compile=on: a compiled step cannot be recorded; set one of them to off"
+        )
+    return True
