@@ -24,7 +24,7 @@ class GraphedStep:
 
     def __init__(self, device: torch.device) -> None:
         self.steps = 0
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.current_stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self, step: Callable[[], Losses]) -> Losses:

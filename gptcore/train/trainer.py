@@ -91,13 +91,16 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         )
     device = choose_device(train.device, train.precision)
     check_memory(config, shards.vocab_size, device)
+    use_graph = _graph_applies(config, device, ranks)
+    if use_graph:
+        # Autograd remembers the stream on which it first met a parameter, and the default stream cannot be recorded.
+        torch.cuda.set_stream(torch.cuda.Stream(device.torch))
     seed_everything(train.seed)
     model = build_model(config.model, shards.vocab_size).to(device.torch)
     if device.precision == "fp8":
         turn_on_fp8(model)
     if ranks.count > 1:
         seed_everything(train.seed + ranks.rank)  # the same weights everywhere, but dropout of its own
-    use_graph = _graph_applies(config, device, ranks)
     local = train.global_batch_size // ranks.count
     micro = local if train.micro_batch_size == "auto" else train.micro_batch_size
     if local % micro:
