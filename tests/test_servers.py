@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -347,28 +348,30 @@ def mlflow_runs(stack: Stack, experiment: str) -> list[Any]:
 
 
 @pytest.fixture
-def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_uri() -> Iterator[str]:
     """A PostgreSQL server of our own on a free port, as another user when we are root (it refuses to run as root)."""
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
     search = os.pathsep.join([str(installed[-1])] if installed else []) or None
     initdb = shutil.which("initdb", path=search) or require("initdb", "MLflow on PostgreSQL")
     control = str(Path(initdb).with_name("pg_ctl"))
-    directory, port = tmp_path_factory.mktemp("postgres"), free_port()
+    # Not one of pytest's folders: each session that starts closes those to other users, also under a running server.
+    directory, port = Path(tempfile.mkdtemp(prefix="gptloom-postgres-")), free_port()
     as_user: list[str] = []
     if os.geteuid() == 0:
         as_user = ["runuser", "-u", "postgres", "--"]
         shutil.chown(directory, "postgres")
-        for parent in directory.parents[:3]:  # pytest's folders are closed to other users
-            parent.chmod(parent.stat().st_mode | 0o011)
     data = str(directory / "data")
     settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={directory} -c fsync=off"
     make = [initdb, "-D", data, "-U", "gptloom", "--auth=trust", "-E", "UTF8"]
-    subprocess.run([*as_user, *make], check=True, capture_output=True, cwd="/")
     start = [control, "-D", data, "-w", "-l", str(directory / "log"), "-o", settings, "start"]
-    subprocess.run([*as_user, *start], check=True, stdout=subprocess.DEVNULL, cwd="/")
-    yield f"postgresql+psycopg2://gptloom@127.0.0.1:{port}/postgres"
     stop = [control, "-D", data, "-m", "immediate", "-w", "stop"]
-    subprocess.run([*as_user, *stop], check=True, stdout=subprocess.DEVNULL, cwd="/")
+    try:
+        subprocess.run([*as_user, *make], check=True, capture_output=True, cwd="/")
+        subprocess.run([*as_user, *start], check=True, stdout=subprocess.DEVNULL, cwd="/")
+        yield f"postgresql+psycopg2://gptloom@127.0.0.1:{port}/postgres"
+        subprocess.run([*as_user, *stop], check=True, stdout=subprocess.DEVNULL, cwd="/")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def test_journal_goes_to_postgresql(postgres_uri, home, monkeypatch):
