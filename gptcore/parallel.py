@@ -10,23 +10,27 @@ Dask cluster. What a job is never depends on who runs it, so neither do the resu
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 # function (importable by name), jobs (small, picklable values) → results in the order of the jobs
 ChunkMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 JOBS_PER_WORKER = 3  # a process for fewer is not worth its start
+JOBS_PER_LIFE = 16  # a process is replaced after so many
+PRELOADED = ["numpy", "pyarrow.parquet", "gptcore.shards"]  # what jobs import; shared pages, and half a second each
 AHEAD = 2  # jobs per worker under way or waiting to be taken
-TASKS_PER_WORKER = 16  # then a fresh process: engines remember every word they have seen
 
 
 def count_cores() -> int:
@@ -35,16 +39,6 @@ def count_cores() -> int:
     if asked.isdigit() and int(asked):
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def release_memory() -> None:
-    """Hand freed memory back to the system: the allocators keep it, and a large corpus leaves much of it behind."""
-    import pyarrow
-
-    pyarrow.default_memory_pool().release_unused()
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(AttributeError, OSError):  # a C library other than GNU's
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def map_here(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
@@ -59,22 +53,45 @@ def map_processes(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterat
         yield from map_here(function, jobs)
         return
     release_memory()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=context,
-        initializer=_enter_worker,
-        initargs=(os.getpid(),),
-        max_tasks_per_child=TASKS_PER_WORKER,
-    ) as pool:
-        yield from in_order(lambda job: pool.submit(function, job), jobs, AHEAD * workers)
+    # A worker is replaced after a while: what it remembers (an encoder, every word it met) may not grow with the corpus.
+    for begin in range(0, len(jobs), workers * JOBS_PER_LIFE):
+        with _pool(workers) as pool:
+            submit: Callable[[Any], Any] = partial(pool.submit, function)  # type: ignore[call-arg]
+            yield from in_order(submit, jobs[begin : begin + workers * JOBS_PER_LIFE], AHEAD * workers)
 
 
 def run_apart(function: Callable[..., Any], *args: Any) -> Any:
     """One call in a process of its own: what it prints goes nowhere, its memory is given back."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_enter_worker, initargs=(os.getpid(), True)) as pool:
+    with _pool(1, alone=True) as pool:
         return pool.submit(function, *args).result()
+
+
+@contextmanager
+def _pool(workers: int, *, alone: bool = False) -> Iterator[ProcessPoolExecutor]:
+    """Processes forked from a server that has done the imports. Raises MemoryError when one of them is killed."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+    else:
+        context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter_worker, initargs=(alone,)) as pool:
+            yield pool
+    except BrokenProcessPool:
+        raise MemoryError(
+            "a worker process was killed, most likely for memory; set GPTLOOM_WORKERS to fewer than "
+            f"{workers}, or free some"
+        ) from None
+
+
+def release_memory() -> None:
+    """Give back to the system what earlier steps freed: Arrow's pool and glibc's heap keep it otherwise, hundreds of MB."""
+    arrow = sys.modules.get("pyarrow")
+    if arrow is not None:
+        arrow.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:  # musl has none
+        trim(0)
 
 
 def in_order(submit: Callable[[Any], Any], jobs: Sequence[Any], window: int) -> Iterator[Any]:
@@ -120,19 +137,26 @@ class Progress:
         self._bar.close()
 
 
-def _enter_worker(parent: int, alone: bool = False) -> None:
-    """Die with the parent and leave Ctrl-C to it; one of many uses one thread, one `alone` is silenced."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+def _enter_worker(alone: bool) -> None:
+    """Die with the process that wants our work, and leave Ctrl-C to it. One of many uses one thread, one `alone` is silenced."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if alone:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-    else:
-        os.dup2(2, 1)
-        # The second is fastokens': its spinning threads cost a quarter more time, and 50 MB.
-        for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS", "OMP_NUM_THREADS"):
-            os.environ[name] = "1"
+        return
+    os.dup2(2, 1)
+    # The second is fastokens': its spinning threads cost a quarter more time, and 50 MB.
+    for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS", "OMP_NUM_THREADS"):
+        os.environ[name] = "1"
+    limit = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if limit is not None:
+        limit(-8, 1)  # M_ARENA_MAX: one heap for one thread's work spares 30 MB
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # returns when it ends, however it ends
+    os._exit(1)

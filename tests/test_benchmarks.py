@@ -39,3 +39,37 @@ def test_training_seconds_leave_evaluations_out(tmp_path, monkeypatch):
         journal.metrics({"perf/tok_per_sec": 50.0}, tokens_seen=100 * step, step=step)
         journal.metrics({"val/loss": loss}, tokens_seen=100 * step, step=step)
     assert evaluations(tmp_path) == [(0, 4.0, 0.0), (1, 3.0, 2.0), (2, 2.0, 4.0)]
+
+
+FIELDS = {"name", "unit", "ours", "peer", "ratio", "goal", "met", "n", "spread"}
+
+
+def test_data_goals_are_values_ratios_or_limits():
+    """A figure that counts as met on the wrong side of its goal."""
+    figure = runpy.run_path(str(BENCHMARKS / "data.py"))["figure"]
+    assert figure("speed", "MB/s", [59.0, 61.0, 70.0], goal=60.0)["met"]
+    assert not figure("speed", "MB/s", [99.0], goal=10.0, peer=10.0)["met"]
+    assert figure("memory", "MiB", [900.0], goal=953.0, at_most=True)["met"]
+    assert not figure("memory", "MiB", [960.0], goal=953.0, at_most=True)["met"]
+    assert figure("no goal", "MB/s", [1.0])["met"] is None
+    assert set(figure("any", "s", [1.0])) == FIELDS
+
+
+def test_data_takes_every_text_once_and_says_what_it_varied(tmp_path):
+    """A benchmark on one text repeated, or on varied text sold as real."""
+    module = runpy.run_path(str(BENCHMARKS / "data.py"))
+    (tmp_path / "in").mkdir()
+    for name, content in {"a.py": b"one", "b.py": b"one", "c.txt": b"two", "d.txt": b"\0", "e.bin": b"no"}.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    module["gather"].__globals__["ROOTS"] = (str(tmp_path / "in"),)
+    assert module["gather"](tmp_path / "six", 6) == {"bytes": 6, "files": 2, "varied_bytes": 0}
+    assert module["gather"](tmp_path / "more", 9)["varied_bytes"] == 3
+    texts = {path.read_bytes() for path in (tmp_path / "more").rglob("*.txt")}
+    assert len(texts) == 3
+
+
+def test_batches_compare_medians_of_rounds():
+    build_figure = runpy.run_path(str(BENCHMARKS / "batches.py"))["build_figure"]
+    made = build_figure(64, 256, [100.0, 110.0, 300.0], [10.0, 12.0, 10.0])
+    assert (made["ratio"], made["met"], made["spread"]) == (10.0, True, [9.17, 30.0])
+    assert set(made) == FIELDS

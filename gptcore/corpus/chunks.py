@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gptcore.corpus.segments import FILE_NAME, segment_dirs, split_of
 from gptcore.store import read_manifest
 
-if TYPE_CHECKING:
-    import pyarrow
+BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,23 +26,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Texts:
-    """The records of a chunk: an Arrow column of texts, and (n,) int64 each: document number in the segment, UTF-8 bytes,
-    source number."""
+    """Some records: their texts, and (n,) int64 each: document number in the segment, UTF-8 bytes, source number."""
 
-    column: pyarrow.Array
+    texts: list[str]
     documents: np.ndarray
     bytes: np.ndarray
     sources: np.ndarray
-
-    def batches(self, n_bytes: int = 2 << 20) -> Iterator[list[str]]:
-        """The texts in order as lists of about `n_bytes` together: Python strings of few at a time."""
-        ends = np.cumsum(self.bytes)
-        begin = 0
-        while begin < len(ends):
-            before = int(ends[begin - 1]) if begin else 0
-            end = max(begin + 1, int(np.searchsorted(ends, before + n_bytes, side="right")))
-            yield self.column.slice(begin, end - begin).to_pylist()
-            begin = end
 
 
 def list_chunks(directory: Path) -> list[Chunk]:
@@ -61,15 +48,17 @@ def list_chunks(directory: Path) -> list[Chunk]:
     return chunks
 
 
-def read_chunk(chunk: Chunk) -> Texts:
-    """The records of a chunk, in order. Raises UserError if its segment is not whole."""
-    import pyarrow as pa
+def read_chunk(chunk: Chunk) -> Iterator[Texts]:
+    """The records of a chunk in order, about BATCH_BYTES of them at a time: never the whole chunk in memory.
+
+    Raises UserError if its segment is not whole.
+    """
     import pyarrow.parquet as pq
 
-    pa.default_memory_pool().release_unused()  # of the chunk before
     read_manifest(Path(chunk.segment))
     with pq.ParquetFile(Path(chunk.segment) / FILE_NAME) as file:
-        table = file.read_row_group(chunk.group, columns=["document", "source", "text", "bytes"], use_threads=False)
-    numbers = [table[name].to_numpy().astype(np.int64) for name in ("document", "bytes", "source")]
-    (column,) = table["text"].chunks if table["text"].num_chunks == 1 else [table["text"].combine_chunks()]
-    return Texts(column, *numbers)
+        rows = file.metadata.row_group(chunk.group).num_rows * BATCH_BYTES // max(chunk.bytes, 1)
+        columns = ["text", "document", "bytes", "source"]
+        for batch in file.iter_batches(max(rows, 1), row_groups=[chunk.group], columns=columns, use_threads=False):
+            numbers = [batch[name].to_numpy().astype(np.int64) for name in columns[1:]]
+            yield Texts(batch["text"].to_pylist(), *numbers)

@@ -95,21 +95,20 @@ def encode_chunk(job: EncodeJob) -> Part:
     """Encode a chunk into a file of ids below `job.out`; runs in any process that sees the same files."""
     vocabulary = load_vocab(job.vocab_dir)
     vocabulary.require_engine()
-    texts = read_chunk(job.chunk)
     path = Path(job.out) / f"part_{job.number:06d}"
-    starts: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    rows: list[np.ndarray] = [np.empty((0, INDEX_COLUMNS), dtype=np.int64)]
     n_tokens = n_unknown = 0
     with open(path, "wb") as file:
-        for batch in texts.batches():  # a few MB at a time: an encoder's working memory grows with what it is given
-            ids, offsets = vocabulary.encode_batch(batch)
+        for some in read_chunk(job.chunk):
+            ids, offsets = vocabulary.encode_batch(some.texts)
             check_range(ids, vocabulary.size)
-            starts.append(n_tokens + offsets[:-1] + np.arange(len(batch)))
-            n_unknown += vocabulary.count_unknown(ids)
+            starts = n_tokens + offsets[:-1] + np.arange(len(some.texts))
+            rows.append(np.stack([starts, some.documents, some.bytes, some.sources], axis=1))
             whole = _behind_ends(ids, offsets, vocabulary.eot_id, token_dtype(vocabulary.size))
             file.write(whole.data)
             n_tokens += len(whole)
-    index = np.stack([np.concatenate(starts), texts.documents, texts.bytes, texts.sources], axis=1)
-    return Part(str(path), index, n_unknown)
+            n_unknown += vocabulary.count_unknown(ids)
+    return Part(str(path), np.concatenate(rows), n_unknown)
 
 
 @lru_cache(maxsize=2)

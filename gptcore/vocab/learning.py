@@ -81,13 +81,13 @@ def count_chunk(job: tuple[Chunk, bool]) -> dict[int, int]:
     chunk, exact = job
     if exact:
         found: Counter[int] = Counter()
-        for batch in read_chunk(chunk).batches():
-            codes, counts = np.unique(code_points("".join(batch)), return_counts=True)
+        for some in read_chunk(chunk):
+            codes, counts = np.unique(code_points("".join(some.texts)), return_counts=True)
             found.update(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
         return dict(found)
     seen = np.zeros(CODE_POINTS, dtype=bool)
     known = b""  # ASCII that was met: deleting it from a text costs a fraction of looking at each character
-    for text in chain.from_iterable(read_chunk(chunk).batches()):
+    for text in chain.from_iterable(some.texts for some in read_chunk(chunk)):
         if text.isascii():
             news = text.encode().translate(None, known)
             if news:
@@ -159,7 +159,7 @@ def _read_records(path: str) -> Iterator[str]:
 def sample_chunk(job: tuple[Chunk, float]) -> bytes:
     """The chosen training records, each followed by SEPARATOR. A record is chosen by its own text, so always or never."""
     chunk, share = job
-    chosen = (text.encode() for text in chain.from_iterable(read_chunk(chunk).batches()))
+    chosen = (text.encode() for text in chain.from_iterable(some.texts for some in read_chunk(chunk)))
     limit = int(share * (1 << 64))
     return b"".join(
         text + SEPARATOR
