@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from gptcore import parallel
 from gptcore.parallel import in_order, map_here, map_processes, run_apart
-from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
