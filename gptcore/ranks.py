@@ -8,6 +8,7 @@ on GPUs, gloo what is on CPUs, in the same group.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,5 +71,7 @@ def joined_ranks() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield ranks
+        ranks.wait()  # nobody leaves while another still hears from it
     finally:
+        gc.collect()  # a dead DDP wrapper is a cycle that keeps gloo's threads; Python's exit under them would abort
         dist.destroy_process_group()
