@@ -11,6 +11,7 @@ Dask cluster. What a job is never depends on who runs it, so neither do the resu
 from __future__ import annotations
 
 import ctypes
+import importlib.abc
 import multiprocessing
 import os
 import signal
@@ -94,6 +95,17 @@ def release_memory() -> None:
         trim(0)
 
 
+class _NoPandas(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name, name=name)
+
+
+def go_without_pandas() -> None:
+    """For a worker process: pyarrow would import pandas to see whether an array is one of its own, at half a second a process."""
+    sys.meta_path.insert(0, _NoPandas())
+
+
 def in_order(submit: Callable[[Any], Any], jobs: Sequence[Any], window: int) -> Iterator[Any]:
     """Results of futures in the order of the jobs, never more than `window` submitted and not yet taken."""
     waiting: deque[Future[Any]] = deque()
@@ -147,6 +159,7 @@ def _enter_worker(alone: bool) -> None:
         os.dup2(nowhere, 2)
         return
     os.dup2(2, 1)
+    go_without_pandas()
     # The second is fastokens': its spinning threads cost a quarter more time, and 50 MB.
     for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = "1"

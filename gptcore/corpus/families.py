@@ -1,9 +1,9 @@
 """What a home remembers of a source between two ingests: its corpora, and which files held which documents.
 
-A family is one source with its settings, whatever it holds at the moment: `home/data/families/<id>/`.
-`corpora.json` lists its corpora, newest last. `ledger.npz` has, for the newest, every file's signature (inode, size,
-times) and the digests of its documents, so that an untouched file is neither opened nor decompressed again. Both are
-caches: without them everything is read again, with the same result.
+A family is one source with its settings, whatever it holds at the moment: `home/data/families/<id>/`. Each ingest adds a
+ledger there, `<number>-<corpus>.npz`: every file's signature (inode, size, times) and the digests of its documents, so that
+an untouched file is neither opened nor decompressed again. Ledgers are caches: without them everything is read again, with
+the same result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus.segments import FORMAT, segment_dirs
 from gptcore.corpus.sources import SourceFile
-from gptcore.store import content_id, write_json
+from gptcore.store import content_id
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ INCIDENTAL = {"processes", "order", "dask_address", "timeout_seconds", "max_over
     f"max_{limit}" for limit in ("members", "member_bytes", "total_bytes", "expansion", "download_bytes")
 }
 RACY_SECONDS = 2.0  # a file written so shortly before it is read may change again within its clock's resolution
+KEPT = 20  # ledgers of a family; an older corpus than these is not added to
 NO_DIGESTS = np.zeros((0, 2), dtype=np.uint64)
 
 
@@ -71,8 +72,8 @@ class Family:
 
     def newest(self) -> Path | None:
         """The family's newest corpus that is still whole."""
-        for name in reversed(self._names()):
-            directory = self.home / "data" / "corpora" / name
+        for ledger in reversed(self._ledgers()):
+            directory = self.home / "data" / "corpora" / _corpus_of(ledger)
             try:
                 segment_dirs(directory)
             except (UserError, OSError, ValueError, KeyError):
@@ -81,9 +82,12 @@ class Family:
         return None
 
     def ledger(self, corpus: Path) -> Ledger:
-        """The ledger of that corpus; empty if it is another's, or damaged."""
+        """The newest ledger of that corpus; empty if there is none, or it is damaged."""
+        path = next((path for path in reversed(self._ledgers()) if _corpus_of(path) == corpus.name), None)
+        if path is None:
+            return Ledger(corpus.name)
         try:
-            with np.load(self.folder / "ledger.npz", allow_pickle=False) as arrays:
+            with np.load(path, allow_pickle=False) as arrays:
                 head = json.loads(arrays["head"].tobytes())
                 if head["corpus"] != corpus.name:
                     return Ledger(corpus.name)
@@ -94,21 +98,20 @@ class Family:
                 notes = map(Note, signatures, parts, rules)
                 return Ledger(corpus.name, dict(zip(head["names"], notes, strict=True)))
         except Exception as error:  # zipfile, zlib and NumPy have many words for damage
-            if not isinstance(error, FileNotFoundError):
-                logger.info("%s: not usable (%s); everything is read again", self.folder / "ledger.npz", error)
+            logger.info("%s: not usable (%s); everything is read again", path, error)
             return Ledger(corpus.name)
 
     def remember(self, corpus: Path, files: list[SourceFile], notes: list[Note], started: float) -> None:
         """Note that `corpus` is what these files held, file i what `notes[i]` says; `started`: when they were listed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = [name for name in self._names() if name != corpus.name] + [corpus.name]
-        write_json(self.folder / "corpora.json", names[-20:])
+        before = self._ledgers()
+        number = 1 + (int(before[-1].name.partition("-")[0]) if before else 0)
         untouched = [file.mtime < started - RACY_SECONDS for file in files]
         signatures = [note.signature if old else (0,) * 5 for note, old in zip(notes, untouched, strict=True)]
         keys = [file_key(file) for file in files]
         rules = {key: note.rules for key, note in zip(keys, notes, strict=True) if note.rules}
         head = json.dumps({"corpus": corpus.name, "names": keys, "rules": rules}).encode()
-        tmp = self.folder / f".ledger.{os.getpid()}.tmp.npz"
+        tmp = self.folder / f".{os.getpid()}.tmp.npz"
         np.savez(
             tmp,
             head=np.frombuffer(head, dtype=np.uint8),
@@ -116,14 +119,17 @@ class Family:
             counts=np.array([len(note.digests) for note in notes], dtype=np.int64),
             digests=np.concatenate([NO_DIGESTS, *(note.digests for note in notes)]),
         )
-        tmp.replace(self.folder / "ledger.npz")
+        tmp.replace(self.folder / f"{number:06d}-{corpus.name}.npz")
+        for old in before[: 1 - KEPT]:
+            old.unlink(missing_ok=True)
 
-    def _names(self) -> list[str]:
-        try:
-            names = json.loads((self.folder / "corpora.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return []
-        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    def _ledgers(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("[0-9]*-*.npz"))
+
+
+def _corpus_of(ledger: Path) -> str:
+    return ledger.stem.partition("-")[2]
 
 
 def _whereabouts(source: str) -> Any:

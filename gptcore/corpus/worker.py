@@ -18,9 +18,11 @@ from gptcore.corpus.records import make_batch, read_batches_of
 from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import Entry
 from gptcore.entry import EXIT_BUG, describe_error, exit_code
+from gptcore.parallel import go_without_pandas
 
 
 def main() -> int:
+    go_without_pandas()
     import pyarrow as pa
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
