@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from pydantic.json_schema import SkipJsonSchema
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
-from gptcore.journal import Journal
+from gptcore.journal import FILE_NAME, Journal
 from gptcore.store import home_dir, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
@@ -106,6 +106,8 @@ def new_run_name(experiment: str) -> str:
 
 
 def _flow_run_name() -> str:
+    if (home_dir() / "runs" / (flow_run.get_name() or "")).joinpath(FILE_NAME).exists():
+        return str(flow_run.get_name())  # another attempt at a run that has begun: it goes on in its directory
     parameters = flow_run.get_parameters()
     try:
         name = load_config(parameters["experiment"], parameters["overrides"].as_list()).name

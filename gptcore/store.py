@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError
+from gptcore.leftovers import hold, sweep
 
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
@@ -52,8 +53,10 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     stays and ours is dropped: the contents are equal by definition of the id.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
+    sweep(directory.parent)
     tmp = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
     tmp.mkdir()
+    hold_fd = hold(tmp)
     try:
         yield tmp
         manifest["files"] = {
@@ -79,6 +82,7 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
             _fsync(directory)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        os.close(hold_fd)
 
 
 def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
