@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
-    takes_stdout = args.verb in (run_experiment, work_on_data)
+    takes_stdout = args.verb in (run_experiment, work_on_data, run_reconciler, run_doctor)
     stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
@@ -101,6 +101,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("words", metavar="EXPERIMENT.yaml", nargs="+", help=argparse.SUPPRESS)
     data.set_defaults(verb=work_on_data)
+
+    reconcile = verbs.add_parser(
+        "reconcile",
+        help="put runs right whose processes died without a word",
+        description="Match Prefect's flow runs, MLflow's runs, journals, processes and GPUs; say what is wrong. The same runs by\n"
+        "schedule while `gptloom up` is up.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    reconcile.add_argument("--apply", action="store_true", help="put it right; without, nothing is changed")
+    reconcile.add_argument("--resume", action="store_true", help="start dead runs again from their last checkpoint")
+    reconcile.set_defaults(verb=run_reconciler)
+
+    doctor = verbs.add_parser(
+        "doctor",
+        help="look whether all is well with this machine, its servers and its files",
+        description="One line a check: ok, warn or fail, with the remedy. Exit code 2 when one fails.",
+    )
+    doctor.add_argument("--full", action="store_true", help="read every byte of checkpoints and shards")
+    doctor.set_defaults(verb=run_doctor)
 
     up = verbs.add_parser(
         "up",
@@ -191,6 +210,35 @@ def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
     _quiet_expected_errors()
     result.update(data(experiment=experiment, overrides=Overrides(more=overrides)))
     return EXIT_OK
+
+
+def run_reconciler(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom reconcile`: the scheduled flow, started by hand."""
+    prepare_home()
+    use_servers()
+    from tasks.tracking import check_store
+
+    check_store()
+    _start_prefect_server()
+    from flows.reconcile import reconcile
+
+    result.update(reconcile(apply=args.apply, resume=args.resume))
+    for finding in result["findings"]:
+        print("{what} {subject}: {problem}; {remedy} ({outcome})".format(**finding), file=sys.stderr)
+    if not result["findings"]:
+        print("Prefect, MLflow, journals and processes agree; nothing to do", file=sys.stderr)
+    return EXIT_OK
+
+
+def run_doctor(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom doctor`: see flows/doctor.py."""
+    from flows.doctor import FAIL, examine
+
+    for check in examine(home_dir(), full=args.full):
+        print(check.line(), file=sys.stderr)
+        result.setdefault("checks", []).append(check.as_json())
+    result["ok"] = all(check["status"] != FAIL for check in result["checks"])
+    return EXIT_OK if result["ok"] else EXIT_USER
 
 
 def check_source(data: DataConfig) -> None:

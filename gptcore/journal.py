@@ -57,9 +57,7 @@ class Journal:
 
     def open(self, run: str, parent: str | None = None, title: str = "") -> None:
         """`run` is the run's name everywhere; `parent` the name of the run it is nested in."""
-        self._append(
-            "open", run=run, parent=parent, title=title or run, host=socket.gethostname(), pid=os.getpid()
-        )
+        self._append("open", run=run, parent=parent, title=title or run, host=socket.gethostname(), pid=os.getpid())
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._append("params", values=dict(values))

@@ -109,6 +109,35 @@ def common_tags() -> dict[str, str]:
     return tags
 
 
+def running_runs() -> list[dict[str, str]]:
+    """Runs that MLflow believes under way: {"id", "run", "flow_run_id" (empty: none)}. Raises what MLflow raises."""
+    client = _client(tracking_uri())
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found: list[dict[str, str]] = []
+    token = None
+    while experiments:
+        page = client.search_runs(
+            experiments, "attributes.status = 'RUNNING'", max_results=MAX_METRICS, page_token=token
+        )
+        for run in page:
+            if RUN_TAG in run.data.tags:
+                tags = run.data.tags
+                found.append(
+                    {"id": run.info.run_id, "run": tags[RUN_TAG], "flow_run_id": tags.get("prefect.flow_run_id", "")}
+                )
+        token = page.token
+        if not token:
+            break
+    return found
+
+
+def end_run(run_id: str, status: str, reason: str) -> None:
+    """Close a run of which only MLflow is left."""
+    client = _client(tracking_uri())
+    client.set_tag(run_id, REASON_TAG, reason)
+    client.set_terminated(run_id, status)
+
+
 def _client(uri: str) -> MlflowClient:
     """A client that gives up after seconds (MLflow's own default is four minutes per call) and sends no telemetry."""
     for name, value in {

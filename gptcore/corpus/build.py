@@ -67,7 +67,9 @@ class Build:
         self.base_dir = newest if data.split != "tail" and data.drop_duplicates else None
         self.ledger = self.family.ledger(newest) if newest else None
         self.newest = newest
-        self.folders: dict[Path, int] = {}  # of segments being written, each with the lock that keeps it from being swept
+        self.folders: dict[
+            Path, int
+        ] = {}  # of segments being written, each with the lock that keeps it from being swept
 
     def unchanged(self) -> Path | None:
         """The newest corpus, if every file is untouched since and none is gone. Opens no file of the source."""
