@@ -95,23 +95,46 @@ def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
             f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it"
         )
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(directory / MANIFEST)
+        files = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{directory / MANIFEST}: missing or damaged; delete {directory} and run again to remake it"
         ) from None
-    for name, facts in files.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+    for name, (size, sha256) in files.items():
+        path = inside(directory, name)
+        if not path.is_file() or path.stat().st_size != size:
             raise UserError(
                 f"{path}: missing or of another size than its manifest says; delete {directory} and run again to remake it"
             )
-        if verify and hash_file(path) != facts["sha256"]:
+        if verify and hash_file(path) != sha256:
             raise UserError(
                 f"{path}: content differs from its manifest (sha256); delete {directory} and run again to remake it"
             )
     return manifest
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory/name` for a name that a file states. Raises UserError for one that leads out, by `..`, a root or a link."""
+    path = directory / name
+    if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"{directory}: names a file outside of itself, {name[:80]!r}; it is damaged or was tampered with"
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError when it is missing, or holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, it holds no JSON object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -29,6 +29,7 @@ ROOMS = (
     "batches",
     "models",
     "optim",
+    "weights",
     "checkpoint",
     "evaluate",
     "train",
