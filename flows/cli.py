@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config
+from gptcore.config import DataConfig, ExperimentConfig, UserError, hide_password, load_config
 from gptcore.entry import (
     EXIT_BUG,
     EXIT_OK,
@@ -37,7 +37,7 @@ from gptcore.entry import (
     describe_error,
     exit_code,
 )
-from gptcore.store import home_dir
+from gptcore.store import home_dir, keep_private
 
 CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
 EPILOG = """\
@@ -47,6 +47,7 @@ state lives under $GPTLOOM_HOME (default ./.gptloom): data, runs, mlflow.db, pre
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    keep_private()
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
@@ -175,8 +176,8 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     from tasks.tracking import check_store
 
     store = check_store()
-    where = os.environ.get("PREFECT_API_URL", "a temporary server")
-    print(f"experiment {args.experiment}: Prefect at {where}, MLflow at {store}", file=sys.stderr)
+    where = hide_password(os.environ.get("PREFECT_API_URL", "a temporary server"))
+    print(f"experiment {args.experiment}: Prefect at {where}, MLflow at {hide_password(store)}", file=sys.stderr)
     _start_prefect_server()
     from flows.pipeline import Overrides, new_run_name, pipeline
 
@@ -257,7 +258,7 @@ def prepare_home() -> Path:
     """GPTLOOM_HOME, made if need be. Raises UserError when it cannot be."""
     home = home_dir()
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
@@ -282,10 +283,12 @@ def use_servers() -> None:
     if theirs := os.environ.get("PREFECT_API_URL"):
         if not answers(f"{theirs}/health"):
             raise UserError(
-                f"PREFECT_API_URL={theirs}: no Prefect server answers there; start it, or unset the variable to use a temporary one"
+                f"PREFECT_API_URL={hide_password(theirs)}: no Prefect server answers there; start it, or unset the variable to use a temporary one"
             )
     elif (ours := read_servers().get("prefect_api_url")) and answers(f"{ours}/health"):
         defaults["PREFECT_API_URL"] = str(ours)
+    if login := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # what our server asks for, we have to say
+        defaults["PREFECT_API_AUTH_STRING"] = login
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

@@ -335,7 +335,8 @@ def _log_to_stderr() -> None:
 
 
 def _check_host(host: str) -> None:
-    if not _is_loopback(host) and not os.environ.get(AUTH_VARIABLE):
+    user, _, password = os.environ.get(AUTH_VARIABLE, "").partition(":")
+    if not _is_loopback(host) and not (user and password):
         raise UserError(
             f"--host {host}: everyone who reaches it could run code here; set {AUTH_VARIABLE}=USER:PASSWORD first, or keep 127.0.0.1"
         )

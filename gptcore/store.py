@@ -29,6 +29,11 @@ def home_dir() -> Path:
     return Path(os.environ.get("GPTLOOM_HOME") or ".gptloom").expanduser().resolve()
 
 
+def keep_private() -> None:
+    """What this process and its children write is for the user, and for the group as far as the user's umask says; others see nothing."""
+    os.umask(os.umask(0o077) | 0o007)
+
+
 def content_id(value: Any) -> str:
     """16 hex digits that stand for a JSON value: equal values, equal ids, on any machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

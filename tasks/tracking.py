@@ -27,7 +27,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcore.config import UserError
+from gptcore.config import UserError, hide_password
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.store import home_dir
 
@@ -86,7 +86,7 @@ def check_store(uri: str | None = None) -> str:
         _client(uri).search_experiments(max_results=1)
     except Exception as error:
         raise UserError(
-            f"MLflow at {uri} does not answer ({_first_line(error)}); start that server, or correct or unset MLFLOW_TRACKING_URI "
+            f"MLflow at {hide_password(uri)} does not answer ({hide_password(_first_line(error))}); start that server, or correct or unset MLFLOW_TRACKING_URI "
             "(without it records go to a local SQLite file)"
         ) from None
     return uri

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import ast
+import base64
+import contextlib
 import json
+import os
 import random
+import re
+import secrets
 import shutil
+import stat
 import struct
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
+from flows import servers
+from flows.pipeline import NO_LOGIN, Overrides
 from gptcore.checkpoint import FORMAT, load_model
-from gptcore.config import UserError, dump_yaml, load_config
+from gptcore.config import UserError, dump_yaml, flatten, load_config
 from gptcore.models import build_model
-from gptcore.store import commit_dir, hash_file, inside, read_manifest
+from gptcore.store import commit_dir, hash_file, inside, keep_private, read_manifest
 from gptcore.vocab import CharVocab
 
 ROOT = Path(__file__).parent.parent
@@ -260,3 +273,180 @@ def test_code_unpickles_nothing(package: str) -> None:
                     assert "allow_pickle=False" in call, path
                 if (owner, node.func.attr) == ("yaml", "load"):
                     assert "Loader=_YamlLoader" in call, path
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+SECRETS = [
+    "https://me:hunter2@host/a.txt",
+    "https://me:hun@ter2@host/a.txt",
+    "http://hunter2@host/a.txt",
+    "https://host/a.txt?access_token=hunter2",
+    "https://host/a.txt?v=1&X-Amz-Signature=hunter2&n=2",
+    "https://host/a.txt?sig=hunter2#sha256=" + "0" * 64,
+    "ftp://me:hunter2@host/a.txt",
+]
+
+
+@pytest.mark.parametrize("source", SECRETS)
+def test_a_secret_in_an_address_is_refused_unspoken(tmp_path: Path, source: str) -> None:
+    """It would reach config.yaml, MLflow's parameters, Prefect's form and the report; the refusal must not spread it either."""
+    path = tmp_path / "a.yaml"
+    listed = json.dumps([{"source": source, "weight": 1}, "b.txt"])
+    for text, override in (
+        ("", f"data.source={source}"),
+        ("", f"data.source={listed}"),
+        (f"data: {{source: {listed}}}", ""),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError) as refused:
+            load_config(path, [override] if override else [])
+        assert "netrc" in str(refused.value)
+        assert "ter2" not in str(refused.value)
+    for field in ({"data_source": source}, {"more": [f"data.source={source}"]}):
+        with pytest.raises(ValueError) as refused_form:
+            Overrides(**field)  # type: ignore[arg-type]
+        assert "ter2" not in str(refused_form.value)
+        assert re.search(NO_LOGIN["pattern"], source) is None or "?" in source  # the server knows logins only
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a@b.txt",
+        "hf://datasets/me/it@main",
+        "https://host/a@b.txt?v=token",
+        "package:a==1/x?token=1",
+        "folder/?key=*.txt",
+    ],
+)
+def test_harmless_addresses_are_left_alone(tmp_path: Path, source: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("")
+    if not source.startswith("package:"):
+        assert flatten(load_config(path, [f"data.source={source}"]))["data.source"] == source
+    assert re.search(NO_LOGIN["pattern"], source)
+
+
+class _Private(BaseHTTPRequestHandler):
+    """Gives the text to whoever logs in; counts those who did."""
+
+    text = b""
+    login = ""
+    served: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") != "Basic " + base64.b64encode(self.login.encode()).decode():
+            self.send_error(401)
+            return
+        self.served.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.text)))
+        self.end_headers()
+        self.wfile.write(self.text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads command lines in /proc (Linux)")
+def test_planted_secrets_appear_nowhere(small_text: Path, tmp_path: Path) -> None:
+    """A whole run with a download behind a login and credentials in the environment: every byte it wrote is searched, every
+    command line it started, all it printed; and it wrote nothing that others may read."""
+    password, planted = secrets.token_hex(12), {name: f"planted:{secrets.token_hex(12)}" for name in ENVIRONMENT}
+    _Private.text, _Private.login = small_text.read_bytes(), f"reader:{password}"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Private)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login reader password {password}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    home = tmp_path / "home"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    env = kept | planted | {"GPTLOOM_HOME": str(home), "NETRC": str(tmp_path / "netrc")}
+    source = f"http://127.0.0.1:{server.server_port}/not-secret-at-all.txt"
+    command = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "tiny.yaml"), f"data.source={source}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    seen: set[bytes] = set()
+    watcher = threading.Thread(target=_watch_commands, args=(process, str(home), seen))
+    watcher.start()
+    output, _ = process.communicate(timeout=240)
+    watcher.join()
+    server.shutdown()
+    assert process.returncode == 0, output.decode()
+    assert _Private.served, "the text came from somewhere else"
+
+    everything = b"\n".join([output, *seen, *(path.read_bytes() for path in home.rglob("*") if path.is_file())])
+    names = b"\n".join(str(path).encode() for path in home.rglob("*"))
+    assert any(b"gptcore.train" in words for words in seen), "the command lines of its processes were not seen"
+    assert everything.count(b"not-secret-at-all") >= 3, "a search that finds nothing proves nothing"
+    for secret in (
+        password,
+        base64.b64encode(_Private.login.encode()).decode(),
+        *(value.partition(":")[2] for value in planted.values()),
+    ):
+        assert secret.encode() not in everything + names, secret
+    exposed = [path for path in home.rglob("*") if not path.is_symlink() and path.stat().st_mode & stat.S_IRWXO]
+    assert not exposed
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+# Where people keep credentials that these programs, or libraries below them, look at.
+ENVIRONMENT = (
+    "HF_TOKEN",
+    "PREFECT_API_KEY_OF_MINE",
+    "AWS_SECRET_ACCESS_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "PREFECT_SERVER_API_AUTH_STRING",
+)
+TINY = {
+    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
+    "train": {"max_steps": 20, "global_batch_size": 4, "warmup_steps": 2, "eval_tokens": 512},
+    "evaluate": {"samples": 1, "sample_tokens": 20, "bootstrap": 0},
+    "studies": {"floor": False, "timing": False, "quantization": False, "accumulation": False, "rnn": False},
+}
+
+
+def _watch_commands(process: subprocess.Popen[bytes], home: str, seen: set[bytes]) -> None:
+    """Command lines of all processes of this home, while they run."""
+    entry = f"GPTLOOM_HOME={home}".encode()
+    while process.poll() is None:
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if entry in (directory / "environ").read_bytes().split(b"\0"):
+                    seen.add((directory / "cmdline").read_bytes())
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o022, 0o027), (0o077, 0o077), (0o002, 0o007), (0, 0o007)])
+def test_what_is_written_is_private(before: int, after: int) -> None:
+    """A journal or a database that every user of the machine can read; or a group's shared folder made useless."""
+    old = os.umask(before)
+    try:
+        keep_private()
+        assert os.umask(0) == after
+    finally:
+        os.umask(old)
+
+
+@pytest.mark.parametrize("auth", [None, "", "admin", "admin:", ":secret"])
+def test_other_hosts_need_a_whole_login(monkeypatch: pytest.MonkeyPatch, auth: str | None) -> None:
+    """Prefect runs code for whoever reaches it; an empty password is none."""
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
+    if auth is not None:
+        monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", auth)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(UserError, match="USER:PASSWORD"):
+            servers._check_host(host)
+    servers._check_host("127.0.0.1")
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:secret")
+    servers._check_host("0.0.0.0")
+
+
+def test_compose_has_no_secret_on_a_command_line() -> None:
+    """Every user of a host can read command lines, and `docker inspect` prints them."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for name, service in services.items():
+        assert "PASSWORD" not in str(service.get("command", "")), name
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), name

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gptcore.config.base import Section, UserError
-from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password
+from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password, refuse_secret
 from gptcore.config.model import PRESET_FIELDS, ModelConfig
 from gptcore.config.train import ENDS, TrainConfig
 
@@ -38,6 +38,7 @@ __all__ = [
     "flatten",
     "hide_password",
     "load_config",
+    "refuse_secret",
     "with_changes",
 ]
 
@@ -209,7 +210,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if separator and key == "name":
             tree["name"] = text
             return
-        raise UserError(f"override {override!r}: expected section.field=value, e.g. train.lr=0.01")
+        raise UserError(f"override {hide_password(override)!r}: expected section.field=value, e.g. train.lr=0.01")
     section, field = parts
     try:
         value = yaml.load(text, Loader=_YamlLoader)
@@ -228,7 +229,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = text
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
-        raise UserError(f"override {override!r}: section {section!r} of the experiment file is not a mapping")
+        raise UserError(
+            f"override {hide_password(override)!r}: section {section!r} of the experiment file is not a mapping"
+        )
     branch[field] = value
 
 
