@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -140,14 +141,14 @@ class Reconciler:
     def _end_disobedient(self) -> None:
         """Flow runs that Prefect has ended, or was asked to end, and whose process goes on: their worker was dead."""
         for run in unfinished_runs(self.home):
-            pid = run.writers.get(run.directory / FILE_NAME)
+            pid = run.writers.get(run.directory / FILE_NAME, 0)
             flow_run = self._by_name(run.name) if pid and run.is_here else None
             if flow_run is None or flow_run.state is None or not _is_ended(flow_run.state, self.now):
                 continue
             problem = (
                 f"Prefect says {flow_run.state.name} since {_age(flow_run.state, self.now)}, process {pid} goes on"
             )
-            self._found("process", run.name, problem, "end it", lambda pid=pid: not end_processes([pid]))  # type: ignore[misc]
+            self._found("process", run.name, problem, "end it", partial(_end_process, pid))
 
     # --- journals and MLflow ---------------------------------------------------------------------------------------
 
@@ -165,14 +166,17 @@ class Reconciler:
 
     def _close_and_forward(self, directory: Path, error: BaseException) -> bool:
         close_journals(directory, error)
-        if not (directory / FILE_NAME).exists():  # a trainer by itself, without MLflow
-            return True
+        is_alone = not (directory / FILE_NAME).exists()  # a trainer by itself, without MLflow
+        return is_alone or self._forward(directory)
+
+    def _forward(self, directory: Path) -> bool:
+        """True when MLflow has all of it."""
         return not forward_tree(directory, experiment_of(directory))
 
     def _correct_mlflow(self) -> None:
         """Runs that MLflow believes under way: bring them up to their journals, or to what Prefect says of them."""
         unfinished = {run.name for run in unfinished_runs(self.home)} | {run.name for run in self.dead}
-        stale: dict[str, list[dict[str, Any]]] = {}
+        stale: dict[str, list[dict[str, str]]] = {}
         for running in running_runs():
             stale.setdefault(running["run"].partition("/")[0], []).append(running)
         for name, entries in stale.items():
@@ -182,7 +186,7 @@ class Reconciler:
             if (directory / FILE_NAME).exists():
                 self._found(
                     "mlflow", name, f"{len(entries)} run(s) RUNNING, their journals are closed", "copy what MLflow misses",
-                    lambda directory=directory: not forward_tree(directory, experiment_of(directory)),
+                    partial(self._forward, directory),
                 )  # fmt: skip
                 continue
             flow_run = self._by_id(entries[0]["flow_run_id"])
@@ -190,20 +194,18 @@ class Reconciler:
                 status = "KILLED" if flow_run.state.is_cancelled() else "FAILED"
                 self._found(
                     "mlflow", name, f"RUNNING, its files are gone and Prefect says {flow_run.state.name}", f"mark {status}",
-                    lambda entries=entries, status=status: [end_run(entry["id"], status, GONE) for entry in entries],
+                    partial(_end_mlflow_runs, entries, status),
                 )  # fmt: skip
 
     # --- Prefect -----------------------------------------------------------------------------------------------------
 
     def _active_flow_runs(self) -> list[FlowRun]:
-        """All that are under way, parents before their subflows, without ourselves."""
+        """All that are under way, without ourselves."""
         wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ACTIVE)))
         found: list[FlowRun] = []
         while page := self.client.read_flow_runs(flow_run_filter=wanted, limit=PAGE, offset=len(found)):
             found += page
-        return sorted(
-            (r for r in found if str(r.id) != this_flow_run.get_id()), key=lambda r: r.expected_start_time or r.created
-        )
+        return [run for run in found if str(run.id) != this_flow_run.get_id()]
 
     def _settle(self, flow_run: FlowRun) -> None:
         """A flow run whose process is gone gets the state its journal tells, and its task runs and slots are freed with it."""
@@ -296,27 +298,31 @@ class Reconciler:
         """Flow runs that crashed by our word and have a directory to go on in: the worker takes them up under the same name."""
         crashed = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])))
         before = self.client.read_flow_runs(flow_run_filter=crashed, limit=PAGE)
-        ids = {run.id for run in self.crashed}
-        earlier = [
-            run
-            for run in before
-            if run.id not in ids and run.state is not None and (run.state.message or "").startswith(MARK)
-        ]
-        for flow_run in [*self.crashed, *earlier]:
-            if not (self.home / "runs" / flow_run.name / FILE_NAME).exists() or flow_run.parent_task_run_id:
+        for flow_run in {run.id: run for run in [*self.crashed, *before]}.values():
+            if flow_run.parent_task_run_id or not self._died(flow_run):
                 continue
             if flow_run.deployment_id is None:
                 self._found("resume", flow_run.name, "was started by hand", f"gptloom run --resume {flow_run.name}")
             elif flow_run.run_count > MOST_RESUMES:
                 self._found("resume", flow_run.name, f"crashed {flow_run.run_count} times", "look into its log")
             elif flow_run.state is not None and self.now - flow_run.state.timestamp < RESUME_WITHIN:
-                again = Scheduled(name="AwaitingRetry", message=MARK + "resubmitted", scheduled_time=self.now)
+                again: State[Any] = Scheduled(
+                    name="AwaitingRetry", message=MARK + "resubmitted", scheduled_time=self.now
+                )
                 self._found(
                     "resume", flow_run.name, "can go on from its last checkpoint", "resubmit",
-                    lambda flow_run=flow_run, again=again: self._is_accepted(flow_run, again),
+                    partial(self._reschedule, flow_run, again),
                 )  # fmt: skip
 
-    def _is_accepted(self, flow_run: FlowRun, state: State[Any]) -> bool:
+    def _died(self, flow_run: FlowRun) -> bool:
+        """Without a word, by its journal; what failed with a reason would fail again."""
+        journal = self.home / "runs" / flow_run.name / FILE_NAME
+        record = last_record(journal) if journal.exists() else None
+        if record is None or record["kind"] != "close":
+            return record is not None and flow_run in self.crashed  # a dry run: not closed yet
+        return record["status"] == "FAILED" and record["reason"] == GONE
+
+    def _reschedule(self, flow_run: FlowRun, state: State[Any]) -> bool:
         result = self.client.set_flow_run_state(flow_run.id, state)
         return result.state is not None and result.state.is_scheduled()
 
@@ -326,14 +332,10 @@ class Reconciler:
         for pattern in LEFTOVER_FOLDERS:
             for folder in sorted(self.home.glob(pattern)):
                 for path in find_leftovers(folder) if folder.is_dir() else []:
-                    subject = str(path.relative_to(self.home))
                     self._found(
-                        "files",
-                        subject,
-                        "left half-written by a process that is gone",
-                        "delete",
-                        lambda folder=folder: sweep(folder),
-                    )  # type: ignore[misc]
+                        "files", str(path.relative_to(self.home)), "left half-written by a process that is gone", "delete",
+                        partial(sweep, folder),
+                    )  # fmt: skip
 
     def _by_name(self, name: str) -> FlowRun | None:
         found = self.client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])), limit=2)
@@ -344,6 +346,15 @@ class Reconciler:
             return None
         found = self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(flow_run_id)])))
         return found[0] if found else None
+
+
+def _end_process(pid: int) -> bool:
+    return not end_processes([pid])
+
+
+def _end_mlflow_runs(entries: list[dict[str, str]], status: str) -> None:
+    for entry in entries:
+        end_run(entry["id"], status, GONE)
 
 
 def experiment_of(directory: Path) -> str:
