@@ -390,3 +390,39 @@ time.sleep(60)
     assert record is not None
     assert (record["status"], record["reason"]) == ("KILLED", GONE)
     assert time.time() * 1000 - record["time_ms"] < 60_000
+
+
+@pytest.mark.integration
+def test_slots_are_freed(home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deployment for one run at a time: the dead one would keep every later one out, night after night."""
+    from prefect import get_client
+    from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+    from prefect.states import Pending, Running
+
+    monkeypatch.setattr("flows.reconcile.SETTLE", timedelta(0))
+    monkeypatch.setattr("flows.reconcile.SILENCE", timedelta(0))
+    cancel_new = ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(
+            client.create_flow_from_name("toy"), "one", entrypoint="flows/toy.py:toy",
+            concurrency_limit=1, concurrency_options=cancel_new,
+        )  # fmt: skip
+
+        def begin_run() -> tuple[Any, str]:
+            run = client.create_flow_run_from_deployment(deployment)
+            result = client.set_flow_run_state(run.id, Pending())
+            assert result.state is not None
+            return run, result.state.type.value
+
+        dead, state = begin_run()
+        assert state == "PENDING"
+        client.set_flow_run_state(dead.id, Running())
+        assert begin_run()[1] == "CANCELLED", "the slot is taken"
+        found = Reconciler(client, home, True, False).run()
+        assert [(finding.what, finding.subject, finding.outcome) for finding in found] == [
+            ("prefect", dead.name, "done")
+        ]
+        state_now = client.read_flow_run(dead.id).state
+        assert state_now is not None
+        assert state_now.is_crashed()
+        assert begin_run()[1] == "PENDING", "the slot is free again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -31,9 +32,11 @@ from flows import servers
 from flows.pipeline import NO_LOGIN, Overrides
 from gptcore.checkpoint import FORMAT, load_model
 from gptcore.config import UserError, dump_yaml, flatten, load_config
+from gptcore.device import _open_lock
 from gptcore.models import build_model
 from gptcore.store import commit_dir, hash_file, inside, keep_private, read_manifest
 from gptcore.vocab import CharVocab
+from tasks.liveness import device_locks
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8}}
@@ -427,6 +430,30 @@ def test_what_is_written_is_private(before: int, after: int) -> None:
         assert os.umask(0) == after
     finally:
         os.umask(old)
+
+
+def test_the_device_lock_is_everybodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One user's umask must not keep all others from the GPU; nor may a link make us open their file."""
+    lock = tmp_path / "gptloom-GPU-1.lock"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old = os.umask(0o077)
+    try:
+        fd = _open_lock(lock)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o666
+    assert device_locks() == {}
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    second = _open_lock(lock)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    holder = os.getpid() if Path("/proc/locks").exists() else None
+    assert device_locks() == {"GPU-1": holder}
+    os.close(fd)
+    os.close(second)
+    (tmp_path / "link.lock").symlink_to(lock)
+    with pytest.raises(OSError, match="symbolic links"):
+        _open_lock(tmp_path / "link.lock")
 
 
 @pytest.mark.parametrize("auth", [None, "", "admin", "admin:", ":secret"])
