@@ -21,6 +21,12 @@ lint: .venv/.installed
 bench: .venv/.installed
 	.venv/bin/python benchmarks/main_job.py
 
+# A bill of materials of every pin (CycloneDX), then known vulnerabilities; one that could not be looked up counts as not passed.
+audit: .venv/.installed
+	.venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[audit]'
+	mkdir -p build && .venv/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/bom.json constraints.txt
+	.venv/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
@@ -30,4 +36,4 @@ clean:
 	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.PHONY: run test up down lint bench clean
+.PHONY: run test up down lint bench audit clean

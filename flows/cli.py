@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config
+from gptcore.config import DataConfig, ExperimentConfig, UserError, hide_password, load_config
 from gptcore.entry import (
     EXIT_BUG,
     EXIT_OK,
@@ -37,7 +37,7 @@ from gptcore.entry import (
     describe_error,
     exit_code,
 )
-from gptcore.store import home_dir
+from gptcore.store import home_dir, keep_private
 
 CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
 EPILOG = """\
@@ -47,10 +47,11 @@ state lives under $GPTLOOM_HOME (default ./.gptloom): data, runs, mlflow.db, pre
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    keep_private()
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
-    takes_stdout = args.verb in (run_experiment, work_on_data)
+    takes_stdout = args.verb in (run_experiment, work_on_data, run_reconciler, run_doctor)
     stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
@@ -101,6 +102,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("words", metavar="EXPERIMENT.yaml", nargs="+", help=argparse.SUPPRESS)
     data.set_defaults(verb=work_on_data)
+
+    reconcile = verbs.add_parser(
+        "reconcile",
+        help="put runs right whose processes died without a word",
+        description="Match Prefect's flow runs, MLflow's runs, journals, processes and GPUs; say what is wrong. The same runs by\n"
+        "schedule while `gptloom up` is up.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    reconcile.add_argument("--apply", action="store_true", help="put it right; without, nothing is changed")
+    reconcile.add_argument("--resume", action="store_true", help="start dead runs again from their last checkpoint")
+    reconcile.set_defaults(verb=run_reconciler)
+
+    doctor = verbs.add_parser(
+        "doctor",
+        help="look whether all is well with this machine, its servers and its files",
+        description="One line a check: ok, warn or fail, with the remedy. Exit code 2 when one fails.",
+    )
+    doctor.add_argument("--full", action="store_true", help="read every byte of checkpoints and shards")
+    doctor.set_defaults(verb=run_doctor)
 
     up = verbs.add_parser(
         "up",
@@ -156,8 +176,8 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     from tasks.tracking import check_store
 
     store = check_store()
-    where = os.environ.get("PREFECT_API_URL", "a temporary server")
-    print(f"experiment {args.experiment}: Prefect at {where}, MLflow at {store}", file=sys.stderr)
+    where = hide_password(os.environ.get("PREFECT_API_URL", "a temporary server"))
+    print(f"experiment {args.experiment}: Prefect at {where}, MLflow at {hide_password(store)}", file=sys.stderr)
     _start_prefect_server()
     from flows.pipeline import Overrides, new_run_name, pipeline
 
@@ -193,6 +213,35 @@ def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def run_reconciler(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom reconcile`: the scheduled flow, started by hand."""
+    prepare_home()
+    use_servers()
+    from tasks.tracking import check_store
+
+    check_store()
+    _start_prefect_server()
+    from flows.reconcile import reconcile
+
+    result.update(reconcile(apply=args.apply, resume=args.resume))
+    for finding in result["findings"]:
+        print("{what} {subject}: {problem}; {remedy} ({outcome})".format(**finding), file=sys.stderr)
+    if not result["findings"]:
+        print("Prefect, MLflow, journals and processes agree; nothing to do", file=sys.stderr)
+    return EXIT_OK
+
+
+def run_doctor(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom doctor`: see flows/doctor.py."""
+    from flows.doctor import FAIL, examine
+
+    for check in examine(home_dir(), full=args.full):
+        print(check.line(), file=sys.stderr)
+        result.setdefault("checks", []).append(check.as_json())
+    result["ok"] = all(check["status"] != FAIL for check in result["checks"])
+    return EXIT_OK if result["ok"] else EXIT_USER
+
+
 def check_source(data: DataConfig) -> None:
     """Look at local sources for half a second and say what they will take, so that what is missing, empty or not text is refused
     before anything is started.
@@ -209,7 +258,7 @@ def prepare_home() -> Path:
     """GPTLOOM_HOME, made if need be. Raises UserError when it cannot be."""
     home = home_dir()
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
@@ -234,10 +283,12 @@ def use_servers() -> None:
     if theirs := os.environ.get("PREFECT_API_URL"):
         if not answers(f"{theirs}/health"):
             raise UserError(
-                f"PREFECT_API_URL={theirs}: no Prefect server answers there; start it, or unset the variable to use a temporary one"
+                f"PREFECT_API_URL={hide_password(theirs)}: no Prefect server answers there; start it, or unset the variable to use a temporary one"
             )
     elif (ours := read_servers().get("prefect_api_url")) and answers(f"{ours}/health"):
         defaults["PREFECT_API_URL"] = str(ours)
+    if login := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # what our server asks for, we have to say
+        defaults["PREFECT_API_AUTH_STRING"] = login
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 from prefect import Task, flow
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
-from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
-from gptcore.journal import Journal
+from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config, refuse_secret
+from gptcore.journal import FILE_NAME, Journal
 from gptcore.store import home_dir, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
@@ -45,13 +45,20 @@ def _without_nulls(schema: dict[str, Any]) -> None:
             del field["default"]
 
 
+# Checked by the server when a run is created, before it stores the form.
+NO_LOGIN: dict[str, Any] = {"pattern": r"^(?!.*://[^/?#\s]*@)"}
+
+
 class Overrides(BaseModel):
     """What differs from the experiment file; empty fields keep the file's values."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_without_nulls)
+    # A value that is refused may hold a password: the error does not repeat it.
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_without_nulls, hide_input_in_errors=True)
 
     data_source: str | Unset = Field(
-        None, description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX."
+        None,
+        description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX.",
+        json_schema_extra=NO_LOGIN,
     )
     max_steps: Annotated[int, Field(ge=1)] | Unset = Field(None, description="train.max_steps: optimizer steps.")
     n_layer: Annotated[int, Field(ge=1)] | Unset = Field(None, description="model.n_layer: depth.")
@@ -76,8 +83,17 @@ class Overrides(BaseModel):
     accumulation: bool | None = Field(None, description="studies.accumulation: one batch in several micro-steps.")
     rnn: bool | None = Field(None, description="studies.rnn: LSTM baseline.")
     more: list[str] = Field(
-        default_factory=list, description="Any other field as section.field=value, e.g. train.warmup_steps=50."
+        default_factory=list,
+        description="Any other field as section.field=value, e.g. train.warmup_steps=50.",
+        json_schema_extra={"items": {"type": "string"} | NO_LOGIN},
     )
+
+    @field_validator("data_source", "more")
+    @classmethod
+    def _no_secret(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for text in value if isinstance(value, list) else [value or ""]:
+            refuse_secret(text)
+        return value
 
     @model_serializer(mode="wrap")
     def _only_what_is_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -106,6 +122,8 @@ def new_run_name(experiment: str) -> str:
 
 
 def _flow_run_name() -> str:
+    if (home_dir() / "runs" / (flow_run.get_name() or "")).joinpath(FILE_NAME).exists():
+        return str(flow_run.get_name())  # another attempt at a run that has begun: it goes on in its directory
     parameters = flow_run.get_parameters()
     try:
         name = load_config(parameters["experiment"], parameters["overrides"].as_list()).name

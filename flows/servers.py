@@ -47,6 +47,7 @@ CANCEL_S = 30.0  # Prefect's own grace for a flow run
 WORKER_S = 10.0
 SERVER_S = 10.0
 DOWN_S = CANCEL_S + 60.0
+MOST_REVIVALS, REVIVAL_S = 3, 600.0  # of workers: one that dies more often ends `up`, with its log's last lines
 
 
 class _StopRequested(Exception):
@@ -120,6 +121,7 @@ class _Stack:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.mark = uuid.uuid4().hex
         self.began = datetime.now(UTC)
+        self.revivals: list[float] = []  # when workers were started again
         self.warden: subprocess.Popen[str] | None = None
 
     def run(self) -> int:
@@ -159,15 +161,18 @@ class _Stack:
             if not answers(f"{self.prefect_url}/api/work_pools/{pool}"):
                 self._command(f"pool-{pool}", "work-pool", "create", pool, "--type", "process")
         for pool in self.pools:
-            self._spawn(
-                f"worker-{pool}", "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
-                "--name", f"{pool}-{socket.gethostname()}",
-            )  # fmt: skip
+            self._spawn_worker(pool)
         self._command("deploy", "--no-prompt", "deploy", "--all")
         for pool in self.pools:
             self._wait_until(lambda pool=pool: self._worker_is_online(pool), f"worker-{pool}")  # type: ignore[misc]
 
-    def _announce(self) -> None:
+    def _spawn_worker(self, pool: str) -> None:
+        name = f"{pool}-{socket.gethostname()}"
+        self._spawn(
+            f"worker-{pool}", "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name
+        )
+
+    def _write_state(self) -> None:
         pids = {name: child.pid for name, child in self.children.items()}
         write_json(
             self.home / STATE_FILE,
@@ -180,6 +185,9 @@ class _Stack:
                 "pools": self.pools,
             },
         )
+
+    def _announce(self) -> None:
+        self._write_state()
         print(f"Prefect  {self.prefect_url}   start runs: Deployments, then Run; the nightly schedule is on")
         print(f"MLflow   {self.mlflow_url}   every run's numbers and files")
         print(f"workers  {', '.join(self.pools)}   logs: {self.logs}")
@@ -192,8 +200,21 @@ class _Stack:
 
     def _watch(self) -> NoReturn:
         while True:
+            for pool in self.pools:
+                self._revive(pool)
             self._check_children()
             time.sleep(0.5)
+
+    def _revive(self, pool: str) -> None:
+        """Start a worker again that ended by itself: its flow runs go on without it, and nothing would cancel or follow them."""
+        child = self.children[f"worker-{pool}"]
+        recent = [moment for moment in self.revivals if time.monotonic() - moment < REVIVAL_S]
+        if child.poll() is None or len(recent) >= MOST_REVIVALS:
+            return
+        log.warning("worker-%s ended by itself (exit code %s); starting it again", pool, child.returncode)
+        self.revivals = [*recent, time.monotonic()]
+        self._spawn_worker(pool)
+        self._write_state()
 
     def _check_children(self) -> None:
         for name, child in self.children.items():
@@ -226,7 +247,7 @@ class _Stack:
     def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         assert self.warden is not None
         assert self.warden.stdin is not None
-        with open(self._log_path(name), "wb") as output:
+        with open(self._log_path(name), "ab" if name in self.children else "wb") as output:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -314,7 +335,8 @@ def _log_to_stderr() -> None:
 
 
 def _check_host(host: str) -> None:
-    if not _is_loopback(host) and not os.environ.get(AUTH_VARIABLE):
+    user, _, password = os.environ.get(AUTH_VARIABLE, "").partition(":")
+    if not _is_loopback(host) and not (user and password):
         raise UserError(
             f"--host {host}: everyone who reaches it could run code here; set {AUTH_VARIABLE}=USER:PASSWORD first, or keep 127.0.0.1"
         )

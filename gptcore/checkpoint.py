@@ -7,7 +7,6 @@ safetensors for tensors, JSON for the rest, no pickle. Loading checks every hash
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.models import LanguageModel, build_model
-from gptcore.store import commit_dir, is_committed, read_manifest, write_json
+from gptcore.store import commit_dir, is_committed, read_json, read_manifest, write_json
+from gptcore.vocab import Vocab
+from gptcore.weights import WAY_OUT, check_weights, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +77,20 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
         raise UserError(
             f"checkpoint {directory}: not a checkpoint of format {FORMAT}; it was written by another version"
         )
-    return Checkpoint(
-        directory,
-        load_config(directory / "config.yaml"),
-        json.loads((directory / "state.json").read_text(encoding="utf-8")),
-        load_file(directory / "model.safetensors", device=str(device)),
-    )
+    config, state = load_config(directory / "config.yaml"), read_json(directory / "state.json")
+    check_weights(directory / "model.safetensors", config, state.get("vocab_size"))
+    return Checkpoint(directory, config, state, load_tensors(directory / "model.safetensors", str(device)))
 
 
 def load_optimizer_tensors(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "optimizer.safetensors")
+    return load_tensors(directory / "optimizer.safetensors")
 
 
 def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, Checkpoint]:
     """The trained model of a checkpoint, in evaluation mode on `device`, and what came with it."""
     checkpoint = load_checkpoint(directory, device)
+    if Vocab.load(directory / "tokenizer.json").fingerprint != checkpoint.state.get("vocab_fingerprint"):
+        raise UserError(f"{directory / 'tokenizer.json'}: not the vocabulary this model was trained with; {WAY_OUT}")
     model = build_model(checkpoint.config.model, checkpoint.state["vocab_size"]).to(device)
     model.load_weights(checkpoint.model)
     return model.eval(), checkpoint

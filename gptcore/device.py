@@ -146,7 +146,7 @@ def reserve_device(device: Device) -> Iterator[None]:
         return
     uuid = str(torch.cuda.get_device_properties(device.torch).uuid)
     path = Path(tempfile.gettempdir()) / f"gptloom-{uuid}.lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    fd = _open_lock(path)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,6 +156,18 @@ def reserve_device(device: Device) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _open_lock(path: Path) -> int:
+    """A lock file that every user of the machine can take, whatever their umask; never through somebody's link.
+
+    An existing one is opened without O_CREAT: in a shared folder Linux refuses that for another user's file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    os.fchmod(fd, 0o666)
+    return fd
 
 
 def _cpu_name() -> str:

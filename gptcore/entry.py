@@ -21,6 +21,7 @@ from typing import Any
 
 from gptcore.config import UserError
 from gptcore.journal import Journal
+from gptcore.store import keep_private
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -81,6 +82,7 @@ def follow_parent() -> None:
 def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
     """Run `main(argv)`; print its result as the last line on stdout; turn exceptions into exit codes and one sentence."""
     follow_parent()
+    keep_private()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes under torchrun one speaks for all
     try:

@@ -2,45 +2,62 @@
 
 A line is `{"seq", "attempt", "time_ms", "kind", …}`; the kinds and their further fields:
 
-    open      run, parent (or null), title        close     status FINISHED | FAILED | KILLED, reason
+    open      run, parent (or null), title, host, pid        close     status FINISHED | FAILED | KILLED, reason
     params    values {key: str | number | bool}   tags      values {key: str}
     metrics   step, tokens_seen, values {key: number}
     dataset   name, digest, source, context, profile {…}
     artifact  path (absolute, or relative to the journal's folder), folder (in MLflow)
 
 Whoever measures appends; `tasks/tracking.py` forwards. Replaying a journal changes nothing that is already there.
+A writer holds the file's lock, which the kernel frees however it ends: an unclosed journal that nobody holds is a dead run's.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gptcore.config import UserError
+
 FILE_NAME = "metrics.jsonl"
+LOCK_S = 2.0  # a look at the lock holds it for an instant; another writer holds it for hours
+TAIL_BYTES = 1 << 16
 
 
 class Journal:
-    """Writer of `directory/metrics.jsonl`. Opening it again continues it, as the next attempt."""
+    """Writer of `directory/metrics.jsonl`. Opening it again continues it, as the next attempt.
+
+    Raises UserError while another process writes there.
+    """
+
+    _fd = -1
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / FILE_NAME
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        _lock(self._fd, self.path)
         records: list[dict[str, Any]] = []
         if self.path.exists():
             records, whole = read_journal(self.path)
             os.truncate(self.path, whole)  # a kill can leave half a line; it was never read by anyone
         self._seq = records[-1]["seq"] + 1 if records else 0
         self.attempt = records[-1]["attempt"] + 1 if records else 0
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def open(self, run: str, parent: str | None = None, title: str = "") -> None:
         """`run` is the run's name everywhere; `parent` the name of the run it is nested in."""
-        self._append("open", run=run, parent=parent, title=title or run)
+        self._append("open", run=run, parent=parent, title=title or run, host=socket.gethostname(), pid=os.getpid())
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._append("params", values=dict(values))
@@ -99,6 +116,51 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
         return [], offset
     whole = data.rfind(b"\n") + 1
     return [json.loads(line) for line in data[:whole].splitlines()], offset + whole
+
+
+def is_held(path: Path) -> bool:
+    """Does a living process write this journal? True also where a file system has no locks: then nobody can tell."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The newest whole line, without reading what stands before it; None for a journal without one."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - TAIL_BYTES, 0))
+        lines = file.read().rpartition(b"\n")[0].splitlines()
+    if size <= TAIL_BYTES or len(lines) > 1:  # the first of several may be cut
+        return json.loads(lines[-1]) if lines else None
+    records, _ = read_journal(path)
+    return records[-1] if records else None
+
+
+def _lock(fd: int, path: Path) -> None:
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{path.parent}: another process writes this run; stop it, or give another directory"
+                ) from None
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return
 
 
 def last_metrics(path: Path) -> dict[str, float]:

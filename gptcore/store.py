@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError
+from gptcore.leftovers import hold, sweep
 
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
@@ -26,6 +27,11 @@ MANIFEST = "manifest.json"
 def home_dir() -> Path:
     """Where all state lives: $GPTLOOM_HOME, by default ./.gptloom; absolute."""
     return Path(os.environ.get("GPTLOOM_HOME") or ".gptloom").expanduser().resolve()
+
+
+def keep_private() -> None:
+    """What this process and its children write is for the user, and for the group as far as the user's umask says; others see nothing."""
+    os.umask(os.umask(0o077) | 0o007)
 
 
 def content_id(value: Any) -> str:
@@ -52,8 +58,10 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     stays and ours is dropped: the contents are equal by definition of the id.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
+    sweep(directory.parent)
     tmp = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
     tmp.mkdir()
+    hold_fd = hold(tmp)
     try:
         yield tmp
         manifest["files"] = {
@@ -79,6 +87,7 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
             _fsync(directory)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        os.close(hold_fd)
 
 
 def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -91,23 +100,46 @@ def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
             f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it"
         )
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(directory / MANIFEST)
+        files = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{directory / MANIFEST}: missing or damaged; delete {directory} and run again to remake it"
         ) from None
-    for name, facts in files.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+    for name, (size, sha256) in files.items():
+        path = inside(directory, name)
+        if not path.is_file() or path.stat().st_size != size:
             raise UserError(
                 f"{path}: missing or of another size than its manifest says; delete {directory} and run again to remake it"
             )
-        if verify and hash_file(path) != facts["sha256"]:
+        if verify and hash_file(path) != sha256:
             raise UserError(
                 f"{path}: content differs from its manifest (sha256); delete {directory} and run again to remake it"
             )
     return manifest
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory/name` for a name that a file states. Raises UserError for one that leads out, by `..`, a root or a link."""
+    path = directory / name
+    if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"{directory}: names a file outside of itself, {name[:80]!r}; it is damaged or was tampered with"
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError when it is missing, or holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, it holds no JSON object")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

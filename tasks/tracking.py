@@ -27,7 +27,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcore.config import UserError
+from gptcore.config import UserError, hide_password
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.store import home_dir
 
@@ -86,7 +86,7 @@ def check_store(uri: str | None = None) -> str:
         _client(uri).search_experiments(max_results=1)
     except Exception as error:
         raise UserError(
-            f"MLflow at {uri} does not answer ({_first_line(error)}); start that server, or correct or unset MLFLOW_TRACKING_URI "
+            f"MLflow at {hide_password(uri)} does not answer ({hide_password(_first_line(error))}); start that server, or correct or unset MLFLOW_TRACKING_URI "
             "(without it records go to a local SQLite file)"
         ) from None
     return uri
@@ -107,6 +107,35 @@ def common_tags() -> dict[str, str]:
     if flow_run_id := flow_run.get_id():
         tags["prefect.flow_run_id"] = str(flow_run_id)
     return tags
+
+
+def running_runs() -> list[dict[str, str]]:
+    """Runs that MLflow believes under way: {"id", "run", "flow_run_id" (empty: none)}. Raises what MLflow raises."""
+    client = _client(tracking_uri())
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found: list[dict[str, str]] = []
+    token = None
+    while experiments:
+        page = client.search_runs(
+            experiments, "attributes.status = 'RUNNING'", max_results=MAX_METRICS, page_token=token
+        )
+        for run in page:
+            if RUN_TAG in run.data.tags:
+                tags = run.data.tags
+                found.append(
+                    {"id": run.info.run_id, "run": tags[RUN_TAG], "flow_run_id": tags.get("prefect.flow_run_id", "")}
+                )
+        token = page.token
+        if not token:
+            break
+    return found
+
+
+def end_run(run_id: str, status: str, reason: str) -> None:
+    """Close a run of which only MLflow is left."""
+    client = _client(tracking_uri())
+    client.set_tag(run_id, REASON_TAG, reason)
+    client.set_terminated(run_id, status)
 
 
 def _client(uri: str) -> MlflowClient:

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SIDE = ("config", "store", "journal", "entry", "device", "timing", "parallel", "ranks")  # may be imported from anywhere
+SIDE = (
+    "config",
+    "store",
+    "leftovers",
+    "journal",
+    "entry",
+    "device",
+    "timing",
+    "parallel",
+    "ranks",
+)  # may be imported from anywhere
 # A token's journey, in order; a room imports only rooms before it.
 ROOMS = (
     "corpus",
@@ -19,6 +29,7 @@ ROOMS = (
     "batches",
     "models",
     "optim",
+    "weights",
     "checkpoint",
     "evaluate",
     "train",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -175,7 +176,8 @@ def test_up_tells_where_it_listens_once_it_is_healthy(stack):
     assert f"http://127.0.0.1:{stack.prefect_port}" in said
     assert stack.mlflow_url in said
     # One process more per server would be MLflow's eight job runners (2 GB) again.
-    assert len(stack.processes()) <= 7, stack.processes()
+    servers = [command for command in stack.processes().values() if "prefect.engine" not in command]
+    assert len(servers) <= 7, servers
 
 
 def test_schedules_fire(stack):
@@ -186,9 +188,11 @@ def test_schedules_fire(stack):
         return retried(lambda: request(f"{stack.api}/flow_runs/filter", scheduled))
 
     assert wait_for(lambda: bool(runs()), 20), (stack.home / "servers" / "prefect.log").read_text()[-3000:]
-    nightly = stack.deployment("nightly/nightly")
-    assert all(run["auto_scheduled"] and run["deployment_id"] == nightly["id"] for run in runs())
-    assert all("T02:30:00" in run["expected_start_time"] for run in runs())  # UTC in prefect.yaml
+    nightly, reconcile = stack.deployment("nightly/nightly")["id"], stack.deployment("reconcile/reconcile")["id"]
+    assert wait_for(lambda: {nightly, reconcile} <= {run["deployment_id"] for run in runs()}, 20)
+    assert all(run["auto_scheduled"] for run in runs())
+    nights = [run for run in runs() if run["deployment_id"] == nightly]
+    assert all("T02:30:00" in run["expected_start_time"] for run in nights)  # UTC in prefect.yaml
 
 
 def test_deployments_are_registered(stack):
@@ -287,6 +291,55 @@ def start_long_run(stack: Stack, tiny: Path) -> str:
     journal = stack.home / "runs" / name / "train" / "metrics.jsonl"
     assert wait_for(lambda: journal.exists() and "train/loss" in journal.read_text(), 60), stack.worker_log()
     return run
+
+
+def test_power_cut_of_a_run_is_put_right_and_resumed(stack, tiny):
+    """Killed with its worker, a run stays RUNNING in both systems for ever, holds its slot, and its hours are lost."""
+    steps = {"max_steps": 1000, "more": ["train.save_interval=100"]}
+    parameters = {"experiment": str(tiny), "overrides": steps}
+    whole = stack.wait_for_run(stack.start_run("pipeline/smoke", parameters), {"COMPLETED"}, 120)
+    run = stack.start_run("pipeline/smoke", parameters)
+    assert wait_for(lambda: bool(checkpoints(stack, run)), 60), stack.worker_log()
+    name = request(f"{stack.api}/flow_runs/{run}")["name"]
+    worker = json.loads(stack.state.read_text())["pids"]["worker-cpu"]
+    flow_run = [
+        pid for pid, command in stack.processes().items() if "prefect.engine" in command or "flow-run" in command
+    ]
+    os.kill(worker, signal.SIGKILL)
+    for pid in flow_run:
+        os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: not training_processes(stack), 30), stack.processes()
+    assert wait_for(lambda: json.loads(stack.state.read_text())["pids"]["worker-cpu"] != worker, 20), "no worker again"
+    assert request(f"{stack.api}/flow_runs/{run}")["state_type"] == "RUNNING"  # nobody knows yet
+
+    code = "from datetime import timedelta; import flows.reconcile as r; r.SETTLE = timedelta(0); r.reconcile(apply=True, resume=True)"
+    env = stack.env | {"PREFECT_API_URL": stack.api, "MLFLOW_TRACKING_URI": stack.mlflow_url}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=90, capture_output=True)
+    found = [entry for entry in mlflow_runs(stack, "tiny") if entry.data.tags["gptloom.run"].startswith(name)]
+    assert [entry.info.status for entry in found] == ["FAILED", "FAILED"]  # the pipeline's run and its training
+    states = request(f"{stack.api}/flow_run_states/?flow_run_id={run}")
+    crashed = [state["message"] for state in states if state["type"] == "CRASHED"]
+    assert len(crashed) == 1, states
+    assert "its process is gone" in crashed[0]
+
+    done = stack.wait_for_run(run, {"COMPLETED"}, 120)
+    assert done["name"] == name, "a resumed run keeps its name"
+    assert re.search(r"resumed at step [1-9]\d*00 ", (stack.home / "runs" / name / "train" / "log.txt").read_text())
+    assert weights(stack, name) == weights(stack, whole["name"])
+
+
+def checkpoints(stack: Stack, run: str) -> list[Path]:
+    name = request(f"{stack.api}/flow_runs/{run}")["name"]
+    return list((stack.home / "runs" / name / "train" / "checkpoints").glob("step_*/COMMITTED"))
+
+
+def training_processes(stack: Stack) -> list[str]:
+    return [command for command in stack.processes().values() if "gptcore.train" in command]
+
+
+def weights(stack: Stack, name: str) -> str:
+    (newest,) = (stack.home / "runs" / name / "train" / "checkpoints").glob("step_001000")
+    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_down_cancels_and_stops_everything(stack, tiny):

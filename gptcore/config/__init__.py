@@ -9,6 +9,7 @@ a wrong key or value is refused in one place with one sentence. No torch here: c
 from __future__ import annotations
 
 import re
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gptcore.config.base import Section, UserError
-from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password
+from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password, refuse_secret
 from gptcore.config.model import PRESET_FIELDS, ModelConfig
 from gptcore.config.train import ENDS, TrainConfig
 
@@ -37,6 +38,7 @@ __all__ = [
     "flatten",
     "hide_password",
     "load_config",
+    "refuse_secret",
     "with_changes",
 ]
 
@@ -62,6 +64,8 @@ _YamlLoader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+
+MAX_TOLD = 10  # mistakes in one message
 
 # How pydantic names the choices of a field with several types; no part of the field's name.
 UNION_ARMS = ("int", "str", "literal['auto']", "tuple[SourceConfig, ...]")
@@ -141,8 +145,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ) from None
     try:
         tree = yaml.load(text, Loader=_YamlLoader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"experiment file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"experiment file {path}: not valid YAML ({hide_password(' '.join(str(error).split()))[:300]})"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(
             f"experiment file {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}"
@@ -157,14 +163,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def check_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
-    """Validate a nested dict; every mistake in it becomes part of one UserError."""
+    """Validate a nested dict; every mistake in it, up to ten, becomes part of one UserError."""
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
         errors = error.errors()
         # A list of sources fails twice, as a list and as a string; only the first says something.
         told = [e for e in errors if not (e["loc"][-1:] == ("str",) and isinstance(e["input"], tuple))] or errors
-        raise UserError(f"{origin}: " + "; ".join(_describe(e, tree) for e in told)) from None
+        raise UserError(f"{origin}: " + "; ".join(_describe(e, tree) for e in told[:MAX_TOLD])) from None
 
 
 def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -204,7 +210,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if separator and key == "name":
             tree["name"] = text
             return
-        raise UserError(f"override {override!r}: expected section.field=value, e.g. train.lr=0.01")
+        raise UserError(f"override {hide_password(override)!r}: expected section.field=value, e.g. train.lr=0.01")
     section, field = parts
     try:
         value = yaml.load(text, Loader=_YamlLoader)
@@ -223,7 +229,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = text
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
-        raise UserError(f"override {override!r}: section {section!r} of the experiment file is not a mapping")
+        raise UserError(
+            f"override {hide_password(override)!r}: section {section!r} of the experiment file is not a mapping"
+        )
     branch[field] = value
 
 
@@ -234,7 +242,14 @@ def _describe(error: Any, tree: dict[str, Any]) -> str:
         return f"unknown key {where!r}; {_known_keys(loc)}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{where}={error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+    return f"{where}={hide_password(_short(error['input']))}: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def _short(value: Any) -> str:
+    """Its repr, cut: a few lines of YAML, each an alias of the one before, can name a value of gigabytes."""
+    cutter = reprlib.Repr()
+    cutter.maxlevel, cutter.maxstring, cutter.maxother = 3, 200, 100
+    return cutter.repr(value)[:200]
 
 
 def _known_keys(loc: list[Any]) -> str:

@@ -9,10 +9,30 @@ from pydantic import Field, field_validator, model_validator
 
 from gptcore.config.base import Section
 
+# Query fields that let whoever reads them in: presigned addresses and tokens.
+_SECRET_FIELD = (
+    r"(?:[^=&#\s]*(?:token|secret|signature|password|passwd|api-?_?key|credential)[^=&#\s]*|sig|key|auth|pw)"
+)
+SECRET_QUERY = re.compile(rf"(?<=[?&]){_SECRET_FIELD}=[^&#\s]+", re.IGNORECASE)
+LOGIN = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 
-def hide_password(source: str) -> str:
-    """An address without `user:password@`."""
-    return re.sub(r"(?<=://)[^/@]*@", "", source)
+
+def hide_password(text: str) -> str:
+    """Text without the logins (`user:password@`) and secret query fields of the addresses in it."""
+    return SECRET_QUERY.sub("…", LOGIN.sub("", text))
+
+
+def refuse_secret(source: str) -> str:
+    """The source itself. Raises ValueError where it holds a secret: what an experiment says is written down and shown widely."""
+    hidden = hide_password(source)
+    if "://" not in source or hidden == source:
+        return source
+    host = hidden.partition("://")[2].partition("/")[0].partition(":")[0]
+    raise ValueError(
+        f"data.source={hidden!r}: holds a password or token, which would end up in logs and records; put a line 'machine {host} "
+        "login USER password PASSWORD' into ~/.netrc (or the file that NETRC names) and leave it out of the address, or "
+        "download the file yourself and give its path"
+    )
 
 
 class SourceConfig(Section):
@@ -25,6 +45,11 @@ class SourceConfig(Section):
     text_column: str | None = Field(None, description="Column of its tables that holds text; None: data.text_column.")
     title: str | None = Field(None, description="What the source is called in the manifest; None: what it says itself.")
     licence: str | None = Field(None, description="Its licence, for the manifest; None: what the source says itself.")
+
+    @field_validator("source")
+    @classmethod
+    def _no_secret(cls, value: str) -> str:
+        return refuse_secret(value)
 
 
 class DataConfig(Section):
@@ -125,6 +150,11 @@ class DataConfig(Section):
         if isinstance(value, list | tuple):
             return tuple({"source": item} if isinstance(item, str) else item for item in value)
         return value
+
+    @field_validator("source")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        return refuse_secret(value) if isinstance(value, str) else value
 
     @field_validator("formats")
     @classmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -30,6 +31,7 @@ from gptcore.corpus.records import BATCH_BYTES, Batch, CleanText, make_batch, re
 from gptcore.corpus.sections import SplitPlan, is_balanced, plan_hash_split, plan_tail_split
 from gptcore.corpus.segments import FORMAT, SPLITS, load_arrays
 from gptcore.corpus.sources import SourceFile, list_files, plan_units, sign
+from gptcore.leftovers import hold, sweep
 from gptcore.store import commit_dir, content_id, is_committed, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,9 @@ class Build:
         self.base_dir = newest if data.split != "tail" and data.drop_duplicates else None
         self.ledger = self.family.ledger(newest) if newest else None
         self.newest = newest
-        self.folders: list[Path] = []
+        self.folders: dict[
+            Path, int
+        ] = {}  # of segments being written, each with the lock that keeps it from being swept
 
     def unchanged(self) -> Path | None:
         """The newest corpus, if every file is untouched since and none is gone. Opens no file of the source."""
@@ -83,8 +87,9 @@ class Build:
         return self._added() or self._fresh()
 
     def close(self) -> None:
-        for folder in self.folders:
+        for folder, hold_fd in self.folders.items():
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(hold_fd)
 
     # --- what a source that grew adds ---------------------------------------------------------------------------
 
@@ -224,8 +229,10 @@ class Build:
         folder = None
         if self.write:
             folder = self.home / "data" / "segments" / f".{uuid.uuid4().hex[:16]}.tmp"
-            folder.mkdir(parents=True)
-            self.folders.append(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            sweep(folder.parent)
+            folder.mkdir()
+            self.folders[folder] = hold(folder)
         return Pass(self.data, plan, base, folder).run(batches(plan), size)
 
     # --- what it comes to ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """One file from an http(s) address: resumed where the connection broke, checked, and whole or absent.
 
-    https://HOST/PATH[#sha256=HEX]
+    https://HOST/PATH[#sha256=HEX]        a login for HOST comes from ~/.netrc, or the file that NETRC names
 
 Kept under home/data/downloads. With a sha256 a whole copy is used without any network; without, the server is asked
 whether its copy changed (ETag, Last-Modified), and if it cannot be reached the copy that is here is used, with a warning.
@@ -142,7 +142,8 @@ class _Fetch:
             raise Broken("HTTP 416")
         if status in (408, 429) or status >= 500:
             raise Broken(f"HTTP {status}")
-        raise UserError(f"{self.where}: HTTP {status}; correct the address, or {OWN_COPY}")
+        login = " (a login for it can stand in ~/.netrc)" if status in (401, 403) else ""
+        raise UserError(f"{self.where}: HTTP {status}; correct the address{login}, or {OWN_COPY}")
 
     def _facts(self, answer: requests.Response) -> Facts:
         headers = answer.headers

@@ -24,6 +24,7 @@ SPECIALS = (END_OF_TEXT, UNKNOWN)
 CODE_POINTS = 0x110000
 REPLACEMENT = "\ufffd"  # what an unknown character decodes to
 BYTES = 256
+MAX_IDS = 1 << 24  # as in vocab.size
 NOTE = "gptloom"  # our key in the file's `model`
 
 
@@ -244,6 +245,7 @@ class ForeignVocab(TreeVocab):
 def vocab_of(tree: dict[str, Any], origin: str) -> Vocab:
     """The vocabulary of a tokenizer.json's content. Raises UserError naming `origin` when it is none of ours."""
     try:
+        check_ids(tree)
         model = tree["model"]
         if model["type"] == "WordLevel" and NOTE not in model:
             return _char_vocab(model["vocab"])
@@ -251,7 +253,7 @@ def vocab_of(tree: dict[str, Any], origin: str) -> Vocab:
             own = list(model["vocab"]) == [*CHARACTER_OF_BYTE, END_OF_TEXT] and not model["merges"]
             return ByteVocab(tree) if own else BytePairVocab(tree)
         return ForeignVocab(tree)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(
             f"{origin}: not a vocabulary of gptloom; give one below data/vocabs, or take this file in with vocab.source={origin}"
         ) from None
@@ -265,11 +267,24 @@ def read_tree(path: str | Path) -> tuple[dict[str, Any], Path]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a tokenizer.json or its directory") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or not tree["model"].get("vocab"):
         raise UserError(f"{path}: not a tokenizer.json; give one that `tokenizers` can open, or its directory")
     return tree, path
+
+
+def check_ids(tree: dict[str, Any]) -> None:
+    """Raises ValueError or the like unless every id is stated once, from 0 on, and none so large that a table of them explodes."""
+    stated = list(ids_of(tree).values())
+    added = {token["id"]: token["content"] for token in tree["added_tokens"]}
+    for number in (*stated, *added):
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_IDS:
+            raise ValueError(f"id {number}")
+    if len(set(stated)) != len(stated) or len(added) != len(tree["added_tokens"]):
+        raise ValueError("an id stands for two tokens")
+    if not all(isinstance(token, str) for token in (*ids_of(tree), *added.values())):
+        raise ValueError("a token is no text")
 
 
 def ids_of(tree: dict[str, Any]) -> dict[str, int]:

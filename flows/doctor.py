@@ -1,0 +1,311 @@
+"""`gptloom doctor`: one line a check, ok, warn or fail, each with its remedy. It changes nothing and needs no server.
+
+    gptloom doctor            # sizes of everything, hashes of what is newest, a few seconds
+    gptloom doctor --full     # every byte of checkpoints and shards
+
+The last line on stdout is JSON: {"checks": [{"name", "status", "message", "remedy"}], "ok"}; exit code 2 when a check fails.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sqlite3
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+import psutil
+
+from gptcore.config import UserError, hide_password
+from gptcore.leftovers import find_leftovers
+from gptcore.store import MARKER, is_committed, read_json, read_manifest
+from tasks.liveness import Snapshot, device_locks, is_dead, unfinished_runs
+from tasks.tracking import answers, read_servers
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+ROOT = Path(__file__).resolve().parent.parent
+LITTLE_GIB, FULL_GIB = 10.0, 1.0  # free disk: below the first a warning, below the second a failure
+HASHED_BYTES = 1 << 30  # without --full: so much is hashed, newest first; about two seconds
+PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at and how it is. `remedy` is empty where all is well."""
+
+    name: str
+    status: str
+    message: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        return f"{self.status:<5} {self.name}: {self.message}" + (f"; {self.remedy}" if self.remedy else "")
+
+    def as_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
+    """All checks, in the order in which a beginner would ask. One that breaks is a failed check and does not stop the rest."""
+    checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        ("python", check_python),
+        ("packages", lambda: check_packages(ROOT / "constraints.txt")),
+        ("devices", check_devices),
+        ("compiler", check_compiler),
+        ("disk", lambda: check_disk(home)),
+        ("permissions", lambda: check_permissions(home)),
+        ("servers", check_servers),
+        ("stores", lambda: check_stores(home)),
+        ("data", lambda: check_files(home, "data/*/*", full)),
+        ("checkpoints", lambda: check_files(home, "runs/*/*/checkpoints/*", full)),
+        ("runs", lambda: check_runs(home)),
+    ]
+    for name, check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            yield Check(
+                name, FAIL, f"could not be looked at ({type(error).__name__}: {error})", "this is a bug; report it"
+            )
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def check_python() -> Iterator[Check]:
+    yield Check(
+        "python", OK, f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
+    )
+
+
+def check_packages(constraints: Path) -> Iterator[Check]:
+    """Installed packages against the pins; what the project asks for must be there within its bounds."""
+    from packaging.requirements import Requirement
+
+    reinstall = "pip install -c constraints.txt -e . in the checkout"
+    try:
+        wanted = [Requirement(text) for text in distribution("gptloom").requires or []]
+    except PackageNotFoundError:
+        wanted = []
+        yield Check("packages", WARN, "gptloom itself is not installed, its bounds are not known", reinstall)
+    wrong = []
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} {found or 'missing'} (needs {requirement.specifier})")
+    if wrong:
+        yield Check("packages", FAIL, ", ".join(wrong), reinstall)
+    if not constraints.is_file():
+        yield Check(
+            "packages", WARN, "no constraints.txt beside the code, pins are not known", "install from a checkout"
+        )
+        return
+    pins = [
+        match.groups() for match in map(PIN.fullmatch, constraints.read_text(encoding="utf-8").splitlines()) if match
+    ]
+    found_pins = [(name, pin, found) for name, pin in pins if (found := _version(name)) is not None]
+    # A build's local part (2.13.0+cpu) is no other version.
+    other = [f"{name} {found} (pinned {pin})" for name, pin, found in found_pins if found.partition("+")[0] != pin]
+    if other:
+        more = f" and {len(other) - 8} more" if len(other) > 8 else ""
+        yield Check("packages", WARN, ", ".join(other[:8]) + more, f"what is tested are the pins: {reinstall}")
+    elif not wrong:
+        yield Check("packages", OK, f"{len(found_pins)} packages as pinned")
+
+
+def check_devices() -> Iterator[Check]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = psutil.virtual_memory().available / 2**30
+    status, remedy = (WARN, "end other programs, or train a smaller model") if free < 1 else (OK, "")
+    yield Check("cpu", status, f"{cores} cores, {free:.1f} GiB of memory free", remedy)
+    if not torch.cuda.is_available():
+        has_driver = shutil.which("nvidia-smi") is not None
+        if has_driver and torch.version.cuda is None:
+            yield Check("gpu", WARN, "a driver is here, but this torch is built for CPUs", "install torch's CUDA build")
+        elif has_driver:
+            yield Check(
+                "gpu",
+                WARN,
+                "a driver is here, but torch finds no usable GPU",
+                "compare nvidia-smi with torch.version.cuda",
+            )
+        else:
+            yield Check("gpu", OK, "none; training runs on the CPU")
+    holders = device_locks()
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(number)
+        free_bytes, all_bytes = torch.cuda.mem_get_info(number)
+        memory = f"{free_bytes / 2**30:.1f} of {all_bytes / 2**30:.1f} GiB free"
+        uuid = str(properties.uuid)
+        holder = f", a training holds it (process {holders[uuid] or 'unknown'})" if uuid in holders else ""
+        busy = free_bytes < all_bytes / 10 and not holder
+        remedy = "nvidia-smi tells which process has its memory" if busy else ""
+        yield Check(f"gpu {number}", WARN if busy else OK, f"{properties.name}, {memory}{holder}", remedy)
+
+
+def check_compiler() -> Iterator[Check]:
+    found = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if found:
+        yield Check("compiler", OK, found)
+    else:
+        remedy = "apt-get install gcc libc6-dev (or the like), or set train.compile=off"
+        yield Check("compiler", WARN, "no C compiler; torch.compile cannot be used", remedy)
+
+
+def check_disk(home: Path) -> Iterator[Check]:
+    place = next(path for path in (home, *home.parents) if path.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    status = FAIL if free < FULL_GIB else WARN if free < LITTLE_GIB else OK
+    remedy = "" if status == OK else "free some, or point GPTLOOM_HOME at another disk"
+    yield Check("disk", status, f"{free:.1f} GiB free for {home}", remedy)
+    if not os.access(place, os.W_OK | os.X_OK):
+        yield Check("disk", FAIL, f"{place} cannot be written to", "point GPTLOOM_HOME at a folder you can write to")
+
+
+def check_permissions(home: Path) -> Iterator[Check]:
+    """Others must not read texts, models and logs, much less replace a model."""
+    if not home.exists():
+        yield Check("permissions", OK, f"{home} is not there yet; it will be for you alone")
+        return
+    mode = stat.S_IMODE(home.stat().st_mode)
+    remedy = f"chmod o-rwx {home}"
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        yield Check("permissions", FAIL, f"everyone may write to {home}", remedy)
+    elif mode & stat.S_IRWXO:
+        yield Check("permissions", WARN, f"everyone may look into {home}", remedy)
+    elif hasattr(os, "getuid") and home.stat().st_uid not in (os.getuid(), 0):
+        yield Check("permissions", WARN, f"{home} belongs to another user", "use a GPTLOOM_HOME of your own")
+    else:
+        yield Check("permissions", OK, f"{home} is closed to others")
+
+
+# --- servers and stores ------------------------------------------------------------------------------------------------
+
+
+def check_servers() -> Iterator[Check]:
+    """What the environment or `gptloom up` names must answer; nothing named is well too."""
+    ours = read_servers()
+    for name, variable, key, health in (
+        ("prefect", "PREFECT_API_URL", "prefect_api_url", "/health"),
+        ("mlflow", "MLFLOW_TRACKING_URI", "mlflow_url", "/health"),
+    ):
+        url = os.environ.get(variable) or str(ours.get(key, ""))
+        where = f"{variable}={hide_password(url)}" if os.environ.get(variable) else hide_password(url)
+        if not url:
+            yield Check(
+                name,
+                OK,
+                "no server is up; runs use a temporary one"
+                if name == "prefect"
+                else "no server is up; runs use a file",
+            )
+        elif not url.startswith(("http://", "https://")):
+            yield Check(name, OK, f"{where}: a database, no server")
+        elif answers(url + health):
+            yield Check(name, OK, f"{where} answers")
+        elif os.environ.get(variable):
+            yield Check(name, FAIL, f"{where} does not answer", f"start that server, or unset {variable}")
+        else:
+            yield Check(
+                name, FAIL, f"{where} does not answer, `gptloom up` says it is up", "`gptloom down`, then `gptloom up`"
+            )
+    if ours and not psutil.pid_exists(int(ours.get("pid", 0))):
+        yield Check("servers", WARN, "`gptloom up` was killed", "`gptloom down` tidies up, then `gptloom up`")
+
+
+def check_stores(home: Path) -> Iterator[Check]:
+    """Both SQLite files, by their own quick check, without writing."""
+    for path in (home / "mlflow.db", home / "prefect" / "prefect.db"):
+        if not path.exists():
+            continue
+        name = path.stem
+        try:
+            with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10) as database:
+                answer = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
+        except sqlite3.Error as error:
+            answer = str(error)
+        if answer == "ok":
+            yield Check(f"{name} store", OK, f"{path} is whole, {path.stat().st_size / 2**20:.1f} MiB")
+        else:
+            remedy = f"`gptloom down`, move {path} away; journals below runs/ hold all numbers"
+            yield Check(f"{name} store", FAIL, f"{path}: {answer.splitlines()[0]}", remedy)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
+    """Committed directories against their manifests: all sizes, and hashes up to HASHED_BYTES, newest first."""
+    name = pattern.partition("/")[0].replace("runs", "checkpoints")
+    folders = sorted({path.parent for path in home.glob(pattern)})
+    directories = [
+        path
+        for path in home.glob(pattern)
+        if path.is_dir() and not path.name.startswith(".") and _is_committed_kind(path)
+    ]
+    directories.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    budget = float("inf") if full else float(HASHED_BYTES)
+    hashed, bad = 0, 0
+    for directory in directories:
+        try:
+            if not is_committed(directory):
+                raise UserError(f"{directory}: was not committed (no {MARKER} in it); its maker was killed")
+            size = sum(facts["bytes"] for facts in read_json(directory / "manifest.json")["files"].values())
+            budget -= size
+            read_manifest(directory, verify=budget >= 0)
+            hashed += budget >= 0
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            bad += 1
+            problem = str(error).partition(";")[0]
+            yield Check(
+                name,
+                FAIL,
+                problem,
+                f"delete {directory}; data is made again, training goes on from an older checkpoint",
+            )
+    left = [path for folder in folders for path in find_leftovers(folder)]
+    if left:
+        message = f"{len(left)} half-written, left by killed processes: {left[0]}" + (" …" if len(left) > 1 else "")
+        yield Check(name, WARN, message, "`gptloom reconcile --apply` deletes them, and so does the next build")
+    if not bad:
+        how = (
+            "every byte hashed" if hashed == len(directories) else f"all sizes, {hashed} hashed; --full reads the rest"
+        )
+        yield Check(name, OK, f"{len(directories)} directories whole ({how})" if directories else "none yet")
+
+
+def _is_committed_kind(path: Path) -> bool:
+    """Downloads and a family's ledger are kept in another way."""
+    return path.parent.name in ("corpora", "segments", "vocabs", "tokens", "shards", "checkpoints")
+
+
+def check_runs(home: Path) -> Iterator[Check]:
+    snapshot = Snapshot.take(home)
+    runs = unfinished_runs(home)
+    dead = [run.name for run in runs if is_dead(run, snapshot.orphans)]
+    remedy = "`gptloom reconcile` says what it would do, with --apply it does it"
+    if snapshot.orphans:
+        pids = ", ".join(map(str, snapshot.orphans))
+        yield Check("runs", FAIL, f"processes {pids} go on without the one that started them", remedy)
+    if dead:
+        more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+        yield Check("runs", WARN, f"died without a word: {', '.join(dead[:5])}{more}", remedy)
+    if not snapshot.orphans and not dead:
+        yield Check("runs", OK, f"{len(runs)} under way, none dead")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

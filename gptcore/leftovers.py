@@ -1,0 +1,72 @@
+"""Directories under a temporary name: held while they are filled, swept once their maker is gone.
+
+A builder that is killed leaves `.NAME.tmp` behind, as large as what it built. The lock on the directory tells it from a
+living one's: the kernel frees it when the process ends, however it ends.
+
+    python -m gptcore.leftovers DIR        # sweeps one folder; prints what went
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+NEW_S = 60.0  # between making and holding a directory lies an instant
+FILE_S = 86_400.0  # files have no lock: a download of a day ago is nobody's
+
+
+def hold(directory: Path) -> int:
+    """Keep `sweep` away from a directory, until the descriptor is closed; the lock follows a rename."""
+    fd = os.open(directory, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a network file system may have no locks on directories; `sweep` then leaves it
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def find_leftovers(folder: Path) -> list[Path]:
+    """`.*.tmp` entries directly in `folder` that nobody holds: what killed processes left."""
+    return [path for path in sorted(folder.glob(".*.tmp")) if _is_left(path)]
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete the leftovers of a folder; returns them."""
+    gone = find_leftovers(folder)
+    for path in gone:
+        log.info("removing %s, left by a process that was killed", path)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return gone
+
+
+def _is_left(path: Path) -> bool:
+    try:
+        if path.is_symlink():
+            return False
+        age = time.time() - path.stat().st_mtime
+        if not path.is_dir():
+            return age > FILE_S
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return age > NEW_S
+    except OSError:  # held, or locks are not to be had: nobody knows
+        return False
+    finally:
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    for left in sweep(Path(sys.argv[1])):
+        print(left)
