@@ -13,6 +13,7 @@ Whoever measures appends; `tasks/tracking.py` forwards. Replaying a journal chan
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -34,6 +35,7 @@ class Journal:
         if self.path.exists():
             records, whole = read_journal(self.path)
             os.truncate(self.path, whole)  # a kill can leave half a line; it was never read by anyone
+        self.restarts = sum(record["kind"] == "open" for record in records)  # earlier processes of this run
         self._seq = records[-1]["seq"] + 1 if records else 0
         self.attempt = records[-1]["attempt"] + 1 if records else 0
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -74,13 +76,18 @@ class Journal:
             "kind": kind,
             **fields,
         }
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        os.write(self._fd, line.encode())  # one write per line: a reader sees whole lines in order
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        written = os.write(self._fd, line)  # one write per line: a reader sees whole lines in order
+        if written < len(line):  # the disk is full: take the piece back, so that the next line does not join it
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._seq += 1
 
 
 class NoJournal(Journal):
     """For processes that are not the one that writes."""
+
+    restarts = 0
 
     def __init__(self) -> None:
         pass
