@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "metrics.jsonl"
+TAIL_BYTES = 1 << 16
 
 
 class Journal:
@@ -96,16 +97,35 @@ class NoJournal(Journal):
         pass
 
 
-def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from byte `offset` on, and the offset to continue from. A missing file has no lines yet."""
+def read_journal(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from byte `offset` on, and the offset to continue from. A missing file has no lines yet.
+
+    limit: bytes to read at most (-1: all), but one line at least.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            data = file.read()
+            data = file.read(limit)
+            while limit > 0 and b"\n" not in data and (more := file.read(limit)):
+                data += more
     except FileNotFoundError:
         return [], offset
     whole = data.rfind(b"\n") + 1
     return [json.loads(line) for line in data[:whole].splitlines()], offset + whole
+
+
+def read_last_record(path: Path) -> tuple[dict[str, Any], int]:
+    """The last whole line of a journal that has one, and the byte after it; the rest is not read."""
+    with open(path, "rb") as file:
+        start = size = file.seek(0, os.SEEK_END)
+        data = b""
+        while True:
+            start = max(0, start - TAIL_BYTES)
+            file.seek(start)
+            data = file.read(size - start)
+            lines = data[: data.rfind(b"\n") + 1].splitlines()
+            if start == 0 or len(lines) > 1:
+                return json.loads(lines[-1]), start + data.rfind(b"\n") + 1
 
 
 def last_metrics(path: Path) -> dict[str, float]:
