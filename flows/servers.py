@@ -7,6 +7,7 @@ What is up is written to $GPTLOOM_HOME/servers.json once all of it is healthy: {
 "pids"}. Whoever holds the lock $GPTLOOM_HOME/servers/up.lock is the `up` of this home; its process id stands in it. Each
 process logs to $GPTLOOM_HOME/servers/NAME.log. All children are started from the main thread, each in a session of
 its own (Ctrl-C must not reach them before their flow runs are cancelled); flows/warden.py ends them if `up` is killed.
+A server or worker that ends by itself is started again: runs go on meanwhile, and their records wait for it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ CANCEL_S = 30.0  # Prefect's own grace for a flow run
 WORKER_S = 10.0
 SERVER_S = 10.0
 DOWN_S = CANCEL_S + 60.0
+MAX_RESTARTS, RESTART_WINDOW_S = (
+    3,
+    600.0,
+)  # a server that ends more often than so has a reason that starting it will not mend
 
 
 class _StopRequested(Exception):
@@ -121,6 +126,8 @@ class _Stack:
         self.mark = uuid.uuid4().hex
         self.began = datetime.now(UTC)
         self.warden: subprocess.Popen[str] | None = None
+        self.arguments: dict[str, tuple[str, ...]] = {}
+        self.restarts: dict[str, list[float]] = {}
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -167,7 +174,7 @@ class _Stack:
         for pool in self.pools:
             self._wait_until(lambda pool=pool: self._worker_is_online(pool), f"worker-{pool}")  # type: ignore[misc]
 
-    def _announce(self) -> None:
+    def _write_state(self) -> None:
         pids = {name: child.pid for name, child in self.children.items()}
         write_json(
             self.home / STATE_FILE,
@@ -180,6 +187,9 @@ class _Stack:
                 "pools": self.pools,
             },
         )
+
+    def _announce(self) -> None:
+        self._write_state()
         print(f"Prefect  {self.prefect_url}   start runs: Deployments, then Run; the nightly schedule is on")
         print(f"MLflow   {self.mlflow_url}   every run's numbers and files")
         print(f"workers  {', '.join(self.pools)}   logs: {self.logs}")
@@ -192,8 +202,24 @@ class _Stack:
 
     def _watch(self) -> NoReturn:
         while True:
-            self._check_children()
+            for name, child in list(self.children.items()):
+                if child.poll() is not None:
+                    self._restart(name, child.returncode)
             time.sleep(0.5)
+
+    def _restart(self, name: str, code: int) -> None:
+        """Start a server or worker again that ended by itself, unless it does so all the time."""
+        now = time.monotonic()
+        recent = [at for at in self.restarts.get(name, []) if now - at < RESTART_WINDOW_S]
+        if len(recent) >= MAX_RESTARTS:
+            self._check_children()
+        log.warning("%s ended by itself (exit code %s); it is started again\n%s", name, code, self._tail(name))
+        self.restarts[name] = [*recent, now]
+        with contextlib.suppress(ProcessLookupError):  # a child of its own may still hold the port
+            os.killpg(self.children[name].pid, signal.SIGKILL)
+        self._log_path(name).replace(self._log_path(f"{name}.before"))
+        self._spawn(name, *self.arguments[name])
+        self._write_state()
 
     def _check_children(self) -> None:
         for name, child in self.children.items():
@@ -232,7 +258,7 @@ class _Stack:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 cwd=ROOT, env=self._environment(), start_new_session=True,
             )  # fmt: skip
-        self.children[name] = child
+        self.children[name], self.arguments[name] = child, arguments
         self.warden.stdin.write(f"{child.pid}\n")
         self.warden.stdin.flush()
         return child
@@ -295,6 +321,7 @@ def child_environment(
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Without this, any page open in the browser could start flow runs here.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{prefect_url},http://localhost:{port}",
+        "PREFECT_CLIENT_MAX_RETRIES": "7",  # in all four minutes of patience with a server that is being restarted
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # Prefect's smallest: a dead run is noticed soon
         "MLFLOW_TRACKING_URI": mlflow_url,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight helper processes, 2 GB, for features not used here

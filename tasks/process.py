@@ -264,7 +264,8 @@ class _Progress:
         records, self._offset = read_journal(self._directory / FILE_NAME, self._offset)
         for record in records:
             if record["kind"] == "metrics":
-                self._first = self._first or record
+                if self._first is None or self._first["attempt"] != record["attempt"]:
+                    self._first = record  # an interruption is no time of training
                 self._newest = record
                 self._values.update(record["values"])
 

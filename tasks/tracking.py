@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import re
 import socket
 import subprocess
 import threading
@@ -97,10 +96,10 @@ def check_store(uri: str | None = None) -> str:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        _client(uri).search_experiments(max_results=1)
+        connect(uri).search_experiments(max_results=1)
     except Exception as error:
         raise UserError(
-            f"MLflow at {uri} does not answer ({_first_line(error)}); start that server, or correct or unset MLFLOW_TRACKING_URI "
+            f"MLflow at {uri} does not answer ({first_line(error)}); start that server, or correct or unset MLFLOW_TRACKING_URI "
             "(without it records go to a local SQLite file)"
         ) from None
     return uri
@@ -123,7 +122,7 @@ def common_tags() -> dict[str, str]:
     return tags
 
 
-def _client(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
     """A client that gives up after seconds (MLflow's own default is four minutes per call) and sends no telemetry."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -210,7 +209,7 @@ class Forwarder:
                 if not self._in_trouble:
                     log.warning(
                         "MLflow does not take records (%s); the journal keeps them and forwarding is tried again",
-                        _first_line(error),
+                        first_line(error),
                     )
                 self._in_trouble = True
                 self._client = None  # the next try looks for the store afresh
@@ -255,7 +254,7 @@ class Forwarder:
             if path not in self._copies:
                 self._copies[path] = _JournalCopy(path, self._tags)
         if self._client is None and any(copy.is_behind() for copy in self._copies.values()):
-            client = _client(tracking_uri())
+            client = connect(tracking_uri())
             self._experiment_id = _experiment_id(client, self.experiment)
             self._client = client
         for copy in self._copies.values():
@@ -285,24 +284,6 @@ def read_tags(directory: Path) -> dict[str, str]:
             if folder.parent.name == "runs":
                 break
     return {}
-
-
-def run_named(text: str) -> str:
-    """The name of a pipeline run, from its name, that of one of its steps (`RUN/train`) or an MLflow run id. Raises UserError."""
-    runs = home_dir() / "runs"
-    name = text.partition("/")[0]
-    if name and (runs / name / FILE_NAME).is_file():
-        return name
-    if re.fullmatch("[0-9a-f]{32}", text):
-        try:
-            tag = _client(tracking_uri()).get_run(text).data.tags.get(RUN_TAG, "")
-        except Exception as error:
-            raise UserError(f"run {text}: MLflow does not know it ({_first_line(error)})") from None
-        if tag and (runs / tag.partition("/")[0] / FILE_NAME).is_file():
-            return tag.partition("/")[0]
-    newest = sorted(runs.glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)[-3:]
-    there = f"the newest are {', '.join(path.parent.name for path in reversed(newest))}" if newest else "it has none"
-    raise UserError(f"run {text}: {runs} has no such run; {there}")
 
 
 class _JournalCopy:
@@ -360,7 +341,7 @@ class _JournalCopy:
             except Exception as error:
                 if not _is_refusal(error):
                     raise
-                log.warning("MLflow refuses a %s line of %s: %s", batch[0]["kind"], self.path, _first_line(error))
+                log.warning("MLflow refuses a %s line of %s: %s", batch[0]["kind"], self.path, first_line(error))
             for _ in batch:
                 self.pending.popleft()
         return True
@@ -482,7 +463,7 @@ def _is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(" (Caused by")[0][:300]  # urllib3 nests its reasons; the outermost says enough
 
