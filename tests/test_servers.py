@@ -307,12 +307,17 @@ def test_dead_server_is_started_again_and_a_dying_one_ends_the_rest(stack):
     """Half a stack looks alive and loses every record; whoever restarts it needs to know what died, and why."""
     stack.start()  # also: a second start on the databases of the first
 
+    def pid() -> int | None:
+        try:
+            return json.loads(stack.state.read_text())["pids"]["mlflow"]
+        except FileNotFoundError:  # it has given up
+            return None
+
     def kill_mlflow() -> None:
-        pid = json.loads(stack.state.read_text())["pids"]["mlflow"]
-        os.kill(pid, signal.SIGKILL)
-        assert wait_for(
-            lambda: stack.process.poll() is not None or json.loads(stack.state.read_text())["pids"]["mlflow"] != pid, 60
-        )
+        before = pid()
+        assert before is not None, "it has given up too early"
+        os.kill(before, signal.SIGKILL)
+        assert wait_for(lambda: pid() != before, 60)
 
     kill_mlflow()
     assert wait_for(lambda: answers(f"{stack.mlflow_url}/health"), 60), (stack.home / "up.txt").read_text()
