@@ -1,6 +1,8 @@
 """The `gptloom` command. Output for people goes to stderr; the last line on stdout is one JSON object, also after a failure.
 
 gptloom run experiments/shakespeare.yaml train.max_steps=200
+gptloom run --resume RUN      # a run that was interrupted, from where it was
+gptloom sync        # MLflow gets what it missed while it was away
 gptloom up          # Prefect and MLflow with their UIs, until Ctrl-C or `gptloom down`
 """
 
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
-    takes_stdout = args.verb in (run_experiment, work_on_data, run_reconciler, run_doctor)
+    takes_stdout = args.verb in (run_experiment, work_on_data, sync_runs, run_reconciler, run_doctor)
     stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
@@ -81,7 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"fields (default in brackets):\n{describe_fields()}\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("experiment", metavar="EXPERIMENT.yaml", help="experiment file, e.g. experiments/smoke.yaml")
+    run.add_argument(
+        "experiment", metavar="EXPERIMENT.yaml", nargs="?", help="experiment file, e.g. experiments/smoke.yaml"
+    )
+    run.add_argument(
+        "--resume", metavar="RUN", help="go on with an interrupted run (its name or MLflow id), with its own settings"
+    )
     run.add_argument(
         "overrides",
         metavar="section.field=value",
@@ -121,6 +128,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--full", action="store_true", help="read every byte of checkpoints and shards")
     doctor.set_defaults(verb=run_doctor)
+    sync = verbs.add_parser(
+        "sync",
+        help="bring MLflow up to date with runs that it missed",
+        description="Replay the journals of these runs (default: all) to MLflow; what is there already stays as it is.",
+    )
+    sync.add_argument("runs", metavar="RUN", nargs="*", help="name of a run, or its MLflow id")
+    sync.set_defaults(verb=sync_runs)
 
     up = verbs.add_parser(
         "up",
@@ -169,25 +183,44 @@ def describe_fields() -> str:
 
 def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom run`: check what can be checked in a moment, then the flow."""
-    config = load_config(args.experiment, args.overrides)
-    check_source(config.data)
+    words = [*filter(None, [args.experiment]), *args.overrides]
+    experiment, overrides = ("", words) if args.resume else ("".join(words[:1]), words[1:])
+    if not experiment and not args.resume:
+        raise UserError("gptloom run needs EXPERIMENT.yaml, e.g. experiments/smoke.yaml, or --resume RUN")
+    config = load_config(experiment, overrides) if experiment else None
+    if config is not None:
+        check_source(config.data)
     home = prepare_home()
     use_servers()
+    from tasks.runs import run_named
     from tasks.tracking import check_store
 
     store = check_store()
+    resume = run_named(args.resume) if args.resume else ""
     where = hide_password(os.environ.get("PREFECT_API_URL", "a temporary server"))
-    print(f"experiment {args.experiment}: Prefect at {where}, MLflow at {hide_password(store)}", file=sys.stderr)
-    _start_prefect_server()
-    from flows.pipeline import Overrides, new_run_name, pipeline
+    print(f"{experiment or resume}: Prefect at {where}, MLflow at {hide_password(store)}", file=sys.stderr)
+    from flows.pipeline import Overrides, load_run, new_run_name, pipeline
 
+    if config is None:
+        config = load_run(resume, overrides)
+    _start_prefect_server()
     _quiet_expected_errors()
-    result["run"] = new_run_name(config.name)
+    result["run"] = resume or new_run_name(config.name)
     flow = pipeline.with_options(flow_run_name=result["run"])
-    outcome = flow(experiment=args.experiment, overrides=Overrides(more=args.overrides))
+    outcome = flow(experiment=experiment, overrides=Overrides(more=overrides), resume=resume)
     result.update({key: outcome[key] for key in CONTRACT})
     _print_results(home / "runs" / result["run"])
     return EXIT_OK
+
+
+def sync_runs(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom sync`: journals to MLflow. Exit code 1 when it still misses some: it did not answer half-way."""
+    from tasks.runs import sync
+    from tasks.tracking import check_store
+
+    check_store()
+    result.update(sync(args.runs))
+    return EXIT_BUG if result["missing"] else EXIT_OK
 
 
 def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
@@ -277,6 +310,7 @@ def use_servers() -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_CLIENT_MAX_RETRIES": "7",  # in all four minutes of patience with a server that is being restarted
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }

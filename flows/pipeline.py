@@ -1,10 +1,12 @@
 """The main job as one Prefect flow: raw text → corpus → vocabulary → shards → model → comparison → report.
 
 gptloom run experiments/shakespeare.yaml            # or from the Prefect UI, where the parameters below are a form
+gptloom run --resume RUN                            # a run that was interrupted, from where it was
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -20,15 +22,23 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from pydantic.json_schema import SkipJsonSchema
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config, refuse_secret
+from gptcore.entry import RESUMES_TAG
 from gptcore.journal import FILE_NAME, Journal
-from gptcore.store import home_dir, read_manifest, write_json
+from gptcore.leftovers import sweep
+from gptcore.store import claim, home_dir, is_claimed, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
-from tasks.process import closing_line
+from tasks.process import closing_line, run_logger
 from tasks.reporting import build_report
+from tasks.runs import run_named
 from tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
-from tasks.tracking import Forwarder, check_store, common_tags, forward_tree
+from tasks.tracking import Forwarder, check_store, common_tags, forward_tree, write_tags
 from tasks.training import train_floor, train_model
+
+FINISHED_S, INTERRUPTED_S = (
+    30.0,
+    3.0,
+)  # for the last records on their way to a slow MLflow; Prefect kills 30 s after a cancel
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,6 +135,8 @@ def _flow_run_name() -> str:
     if (home_dir() / "runs" / (flow_run.get_name() or "")).joinpath(FILE_NAME).exists():
         return str(flow_run.get_name())  # another attempt at a run that has begun: it goes on in its directory
     parameters = flow_run.get_parameters()
+    if parameters.get("resume"):
+        return str(parameters["resume"])
     try:
         name = load_config(parameters["experiment"], parameters["overrides"].as_list()).name
     except UserError:  # the flow itself says what is wrong
@@ -133,18 +145,28 @@ def _flow_run_name() -> str:
 
 
 @flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
-def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
+def pipeline(
+    experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES, resume: str = ""
+) -> dict[str, Any]:
     """From raw text to a trained, evaluated model and a report.
 
     Args:
         experiment: Path of an experiment file (YAML), as seen from the repository's folder.
         overrides: What differs from that file.
+        resume: Name of an interrupted run to go on with, with its own settings; steps that were done are not done again.
     """
-    config = load_config(experiment, overrides.as_list())
-    check_store()
     home = home_dir()
+    if resume:
+        directory = home / "runs" / run_named(resume)
+        config = load_run(directory.name, overrides.as_list())
+    else:
+        config = load_config(experiment, overrides.as_list())
+        directory = home / "runs" / (flow_run.get_name() or new_run_name(config.name))
+    check_store()
+    for folder in (home / "data").glob("*/"):
+        sweep(folder)
     try:
-        with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
+        with open_run(config, directory) as run:
             corpus = run.step(ingest, config.data, home)
             run.describe_data(corpus)
             cluster = config.data.dask_address
@@ -183,6 +205,16 @@ def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overri
     }
 
 
+def load_run(name: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
+    """The settings of a run that is to go on. Raises UserError when there is none of that name, or it is still at work."""
+    directory = home_dir() / "runs" / name
+    if is_claimed(directory):
+        raise UserError(
+            f"run {name}: it is still at work; cancel it in Prefect, or stop its command, before it is resumed"
+        )
+    return load_config(directory / "config.yaml", overrides)
+
+
 # Steps that a run directory has folders for, by the task that does them.
 FOLDERS = {
     "train_model": "train",
@@ -203,9 +235,10 @@ class PipelineRun:
         self.config = config
         self.directory = directory
         self.name = directory.name
-        self.seconds: dict[str, float] = {}
+        self.seconds = _earlier_seconds(directory)
+        write_tags(directory, common_tags() | {"gptloom.step": "pipeline"})
         self.journal = Journal(directory)
-        self.forwarder = Forwarder(directory, config.name, common_tags() | {"gptloom.step": "pipeline"}, below=False)
+        self.forwarder = Forwarder(directory, config.name, below=False)
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -213,13 +246,12 @@ class PipelineRun:
         return self.forwarder.run_id
 
     def step(self, task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a task to its end, note its seconds, forward what there is; returns its value also when Prefect calls it cached."""
+        """Run a task to its end and note its seconds, over all attempts; returns its value also when Prefect calls it cached."""
         name = NAMES.get(task.fn.__name__, task.fn.__name__)
         start = time.perf_counter()
         value: T = task(*args, return_state=True, **kwargs).result()
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         write_json(self.directory / "timing.json", self.seconds)
-        self.forwarder.pump()
         return value
 
     def process(self, task: Task[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
@@ -267,26 +299,42 @@ class PipelineRun:
                 self.journal.artifact(file)
 
 
+def _earlier_seconds(directory: Path) -> dict[str, float]:
+    """What the steps of a resumed run have taken already."""
+    try:
+        seconds: dict[str, float] = json.loads((directory / "timing.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return seconds
+
+
 @contextmanager
 def open_run(config: ExperimentConfig, directory: Path) -> Iterator[PipelineRun]:
     """The parent run around the steps: FINISHED at the end, else FAILED or KILLED with the reason, and nothing left RUNNING."""
-    run = PipelineRun(config, directory)
-    run.journal.open(run.name)
-    (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    run.journal.params(flatten(config))
-    run.forwarder.pump()
-    try:
-        yield run
-    except BaseException as error:
-        run.journal.close(*closing_line(error))
-        _finish(run)
-        raise
-    run.journal.metrics({f"time/{name}_seconds": value for name, value in run.seconds.items()}, tokens_seen=0)
-    run.journal.close()
-    _finish(run)
-
-
-def _finish(run: PipelineRun) -> None:
-    """Forward the parent's last lines, then whatever MLflow missed while it was away."""
-    run.forwarder.flush()
-    forward_tree(run.directory, run.config.name, common_tags())
+    patience_s = INTERRUPTED_S
+    with claim(directory):
+        run = PipelineRun(config, directory)
+        run.journal.open(run.name)
+        (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        run.journal.params(flatten(config))
+        if run.journal.restarts:
+            run.journal.tags({RESUMES_TAG: str(run.journal.restarts)})
+        try:
+            with run.forwarder.follow():
+                try:
+                    yield run
+                    run.journal.metrics(
+                        {f"time/{name}_seconds": value for name, value in run.seconds.items()}, tokens_seen=0
+                    )
+                except BaseException as error:
+                    run.journal.close(*closing_line(error))
+                    raise
+                run.journal.close()
+            patience_s = FINISHED_S
+        finally:
+            if forward_tree(directory, config.name, seconds=patience_s):
+                run_logger().warning(
+                    "MLflow misses records of this run; once it answers: gptloom sync %s (the files are in %s)",
+                    run.name,
+                    directory,
+                )

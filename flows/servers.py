@@ -7,6 +7,7 @@ What is up is written to $GPTLOOM_HOME/servers.json once all of it is healthy: {
 "pids"}. Whoever holds the lock $GPTLOOM_HOME/servers/up.lock is the `up` of this home; its process id stands in it. Each
 process logs to $GPTLOOM_HOME/servers/NAME.log. All children are started from the main thread, each in a session of
 its own (Ctrl-C must not reach them before their flow runs are cancelled); flows/warden.py ends them if `up` is killed.
+A server or worker that ends by itself is started again: runs go on meanwhile, and their records wait for it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ CANCEL_S = 30.0  # Prefect's own grace for a flow run
 WORKER_S = 10.0
 SERVER_S = 10.0
 DOWN_S = CANCEL_S + 60.0
-MOST_REVIVALS, REVIVAL_S = 3, 600.0  # of workers: one that dies more often ends `up`, with its log's last lines
+MAX_RESTARTS, RESTART_WINDOW_S = (
+    3,
+    600.0,
+)  # a server that ends more often than so has a reason that starting it will not mend
 
 
 class _StopRequested(Exception):
@@ -121,8 +125,9 @@ class _Stack:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.mark = uuid.uuid4().hex
         self.began = datetime.now(UTC)
-        self.revivals: list[float] = []  # when workers were started again
         self.warden: subprocess.Popen[str] | None = None
+        self.arguments: dict[str, tuple[str, ...]] = {}
+        self.restarts: dict[str, list[float]] = {}
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -161,16 +166,13 @@ class _Stack:
             if not answers(f"{self.prefect_url}/api/work_pools/{pool}"):
                 self._command(f"pool-{pool}", "work-pool", "create", pool, "--type", "process")
         for pool in self.pools:
-            self._spawn_worker(pool)
+            self._spawn(
+                f"worker-{pool}", "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
+                "--name", f"{pool}-{socket.gethostname()}",
+            )  # fmt: skip
         self._command("deploy", "--no-prompt", "deploy", "--all")
         for pool in self.pools:
             self._wait_until(lambda pool=pool: self._worker_is_online(pool), f"worker-{pool}")  # type: ignore[misc]
-
-    def _spawn_worker(self, pool: str) -> None:
-        name = f"{pool}-{socket.gethostname()}"
-        self._spawn(
-            f"worker-{pool}", "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name
-        )
 
     def _write_state(self) -> None:
         pids = {name: child.pid for name, child in self.children.items()}
@@ -200,20 +202,23 @@ class _Stack:
 
     def _watch(self) -> NoReturn:
         while True:
-            for pool in self.pools:
-                self._revive(pool)
-            self._check_children()
+            for name, child in list(self.children.items()):
+                if child.poll() is not None:
+                    self._restart(name, child.returncode)
             time.sleep(0.5)
 
-    def _revive(self, pool: str) -> None:
-        """Start a worker again that ended by itself: its flow runs go on without it, and nothing would cancel or follow them."""
-        child = self.children[f"worker-{pool}"]
-        recent = [moment for moment in self.revivals if time.monotonic() - moment < REVIVAL_S]
-        if child.poll() is None or len(recent) >= MOST_REVIVALS:
-            return
-        log.warning("worker-%s ended by itself (exit code %s); starting it again", pool, child.returncode)
-        self.revivals = [*recent, time.monotonic()]
-        self._spawn_worker(pool)
+    def _restart(self, name: str, code: int) -> None:
+        """Start a server or worker again that ended by itself, unless it does so all the time."""
+        now = time.monotonic()
+        recent = [at for at in self.restarts.get(name, []) if now - at < RESTART_WINDOW_S]
+        if len(recent) >= MAX_RESTARTS:
+            self._check_children()
+        log.warning("%s ended by itself (exit code %s); it is started again\n%s", name, code, self._tail(name))
+        self.restarts[name] = [*recent, now]
+        with contextlib.suppress(ProcessLookupError):  # a child of its own may still hold the port
+            os.killpg(self.children[name].pid, signal.SIGKILL)
+        self._log_path(name).replace(self._log_path(f"{name}.before"))
+        self._spawn(name, *self.arguments[name])
         self._write_state()
 
     def _check_children(self) -> None:
@@ -253,7 +258,7 @@ class _Stack:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 cwd=ROOT, env=self._environment(), start_new_session=True,
             )  # fmt: skip
-        self.children[name] = child
+        self.children[name], self.arguments[name] = child, arguments
         self.warden.stdin.write(f"{child.pid}\n")
         self.warden.stdin.flush()
         return child
@@ -316,6 +321,7 @@ def child_environment(
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Without this, any page open in the browser could start flow runs here.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{prefect_url},http://localhost:{port}",
+        "PREFECT_CLIENT_MAX_RETRIES": "7",  # in all four minutes of patience with a server that is being restarted
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # Prefect's smallest: a dead run is noticed soon
         "MLFLOW_TRACKING_URI": mlflow_url,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight helper processes, 2 GB, for features not used here

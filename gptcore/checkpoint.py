@@ -2,30 +2,35 @@
 
     step_001000/{model.safetensors, optimizer.safetensors, state.json, config.yaml, tokenizer.json, manifest.json, COMMITTED}
 
-safetensors for tensors, JSON for the rest, no pickle. Loading checks every hash.
+safetensors for tensors, JSON for the rest, no pickle. Loading checks every hash. A `Snapshot` is a checkpoint that is still in
+memory: taking it holds the training up, writing it does not have to (gptcore/train/writer.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.models import LanguageModel, build_model
-from gptcore.store import commit_dir, is_committed, read_json, read_manifest, write_json
+from gptcore.store import DamagedError, commit_dir, is_committed, read_json, read_manifest, write_json
 from gptcore.vocab import Vocab
 from gptcore.weights import WAY_OUT, check_weights, load_tensors
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # 1: parameters without GPT-2's prefix `transformer.`
+FORMAT = 3  # 1: parameters without GPT-2's prefix `transformer.`; 2: random state of the first process only
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass
@@ -38,38 +43,80 @@ class Checkpoint:
     model: dict[str, Tensor]
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: LanguageModel,
-    optimizer_tensors: dict[str, Tensor],
-    state: dict[str, Any],
-    config: ExperimentConfig,
-    tokenizer: Path,
-    keep: int,
-) -> Path:
-    """Commit `folder/step_NNNNNN` and delete all but the newest `keep`; returns its absolute path."""
-    directory = (folder / f"step_{step:06d}").resolve()
-    if not is_committed(directory):
-        manifest = {"kind": "checkpoint", "format": FORMAT, "step": step, "vocab_size": state["vocab_size"]}
-        with commit_dir(directory, manifest) as tmp:
-            save_file(_contiguous(model.weights()), tmp / "model.safetensors")
-            save_file(_contiguous(optimizer_tensors), tmp / "optimizer.safetensors")
-            write_json(tmp / "state.json", {**state, "step": step})
-            (tmp / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-            shutil.copyfile(tokenizer, tmp / "tokenizer.json")
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+@dataclass
+class Snapshot:
+    """All of a checkpoint, in tensors that nobody changes any more."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    config: ExperimentConfig
+    tokenizer: Path
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Commit `folder/step_NNNNNN`; returns its absolute path. Raises OSError (ENOSPC too) and leaves nothing of a failed one."""
+    directory = checkpoint_path(folder, snapshot.step)
+    if is_committed(directory):
+        return directory
+    manifest = {
+        "kind": "checkpoint",
+        "format": FORMAT,
+        "step": snapshot.step,
+        "vocab_size": snapshot.state["vocab_size"],
+    }
+    with commit_dir(directory, manifest) as tmp:
+        write_tensors(snapshot.model, tmp / MODEL)
+        write_tensors(snapshot.optimizer, tmp / OPTIMIZER)
+        write_json(tmp / "state.json", {**snapshot.state, "step": snapshot.step})
+        (tmp / "config.yaml").write_text(dump_yaml(snapshot.config), encoding="utf-8")
+        shutil.copyfile(snapshot.tokenizer, tmp / "tokenizer.json")
     return directory
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, absolute."""
+    return (folder / f"step_{step:06d}").resolve()
+
+
+def prune_checkpoints(folder: Path, last: int, every: int = 0) -> None:
+    """Delete all but the newest `last`, those at multiples of `every` steps (0: none), and the best that a kept one knows of."""
+    found = {step_of(path): path for path in list_checkpoints(folder)}
+    kept = set(sorted(found)[-last:])
+    for step in tuple(kept):
+        with contextlib.suppress(OSError, ValueError):  # a damaged one knows of no best one
+            kept.add(read_state(found[step])["best_step"] or step)
+    for step, path in found.items():
+        if step not in kept and not (every and step % every == 0):
+            # Renamed first: a kill in the middle must not leave a checkpoint that looks whole.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.old.tmp")))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if is_committed(path))
+    return sorted((path for path in folder.glob("step_*") if is_committed(path)), key=step_of)
 
 
-def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read and verify a checkpoint's model and state. Raises UserError when it is not there, not whole or from another format."""
+def step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every byte is what its manifest says, and what is wrong with each newer one."""
+    skipped = []
+    for directory in sorted(folder.glob("step_*"), key=step_of, reverse=True):
+        try:
+            check_checkpoint(directory)
+        except DamagedError as error:
+            skipped.append(str(error).partition(";")[0])
+        else:
+            return directory, skipped
+    return None, skipped
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Raises UserError when it is not there or from another format, DamagedError when it is not whole. Reads every byte."""
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory}: no such directory; give the path of a step_NNNNNN directory of a run")
     manifest = read_manifest(directory, verify=True)
@@ -77,13 +124,19 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
         raise UserError(
             f"checkpoint {directory}: not a checkpoint of format {FORMAT}; it was written by another version"
         )
-    config, state = load_config(directory / "config.yaml"), read_json(directory / "state.json")
-    check_weights(directory / "model.safetensors", config, state.get("vocab_size"))
-    return Checkpoint(directory, config, state, load_tensors(directory / "model.safetensors", str(device)))
 
 
-def load_optimizer_tensors(directory: Path) -> dict[str, Tensor]:
-    return load_tensors(directory / "optimizer.safetensors")
+def read_state(directory: Path) -> dict[str, Any]:
+    """Step, tokens_seen, seconds, random state and the loop's memory."""
+    return read_json(directory / "state.json")
+
+
+def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read and verify a checkpoint's model and state. Raises what `check_checkpoint` raises."""
+    check_checkpoint(directory)
+    config, state = load_config(directory / "config.yaml"), read_state(directory)
+    check_weights(directory / MODEL, config, state.get("vocab_size"))
+    return Checkpoint(directory, config, state, load_tensors(directory / MODEL, str(device)))
 
 
 def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, Checkpoint]:
@@ -96,5 +149,29 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[Lan
     return model.eval(), checkpoint
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file one after the other, each a copy of its own on the CPU: never is the whole file in memory."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no dict)
+            yield name, file.get_tensor(name).clone()
+
+
+def copy_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fill `targets` from a file that holds exactly them."""
+    seen = set()
+    for name, tensor in read_tensors(path):
+        targets[name].copy_(tensor)
+        seen.add(name)
+    assert seen == set(targets), f"{path} lacks {sorted(set(targets) - seen)}"
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file. Raises OSError for a full disk, as everything else that writes does."""
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        # Its own type carries the number of the cause in words only: "I/O error: … (os error 28)".
+        number = str(error).rpartition("(os error ")[2].rstrip(")")
+        if number.isdigit():
+            raise OSError(int(number), str(error), str(path)) from None
+        raise

@@ -13,6 +13,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from typing import Any
 
 from gptcore.config import UserError
 from gptcore.journal import Journal
-from gptcore.store import keep_private
+from gptcore.store import claim, keep_private
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -31,6 +33,7 @@ EXIT_NON_FINITE = 76  # loss or gradient was not a number
 EXIT_MEMORY = 77  # out of device memory at the smallest micro-batch
 
 PARENT_VARIABLE = "GPTLOOM_PARENT_PID"
+RESUMES_TAG = "gptloom.resumes"
 
 
 class Stopped(Exception):
@@ -46,37 +49,67 @@ class DeviceMemoryError(Exception):
 
 
 class StopFlag:
-    """True once SIGTERM or SIGINT arrived; a second signal exits at once."""
+    """True once SIGTERM or SIGINT arrived; a second signal exits at once.
+
+    Inside `interrupting` the first one raises Stopped there and then, for work that has nothing to save: setting up, compiling,
+    evaluating.
+    """
 
     def __init__(self) -> None:
-        self._raised = False
+        self._raised_at: float | None = None
+        self._interrupts = False
+        # torchrun passes on to its processes what a terminal, or whoever ends their group, has sent them already.
+        self._echo_s = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        if self:
+            raise Stopped("stopped")
+        before, self._interrupts = self._interrupts, True
+        try:
+            yield
+        finally:
+            self._interrupts = before
+
     def _handle(self, number: int, frame: object) -> None:
-        if self._raised:
+        now = time.monotonic()
+        if self._raised_at is None:
+            self._raised_at = now
+            if self._interrupts:
+                raise Stopped("stopped before the first step")
+        elif now - self._raised_at >= self._echo_s:
             os._exit(EXIT_STOPPED)
-        self._raised = True
 
     def __bool__(self) -> bool:
-        return self._raised
+        return self._raised_at is not None
 
 
 def follow_parent() -> None:
     """Die with the process that started us (named in GPTLOOM_PARENT_PID), also when it is killed without warning.
 
-    Linux only: prctl(PR_SET_PDEATHSIG). The parent may be gone before the call, hence the second look. Between that process
-    and us may stand torchrun, which then is the one to follow.
+    On Linux prctl(PR_SET_PDEATHSIG); the parent may be gone before the call, hence the second look. Elsewhere a thread that looks
+    every second. Between that process and us may stand torchrun, which then is the one to follow.
     """
     parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None or not sys.platform.startswith("linux"):
+    if parent is None:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != 1
     if os.getppid() != int(parent) and not is_under_torchrun:
         os._exit(EXIT_STOPPED)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(EXIT_STOPPED)
 
 
 def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
@@ -135,13 +168,20 @@ def process_parser(description: str | None, positional: str, help_text: str) -> 
 
 @contextmanager
 def recording(directory: Path, run: str | None = None, parent: str | None = None) -> Iterator[Journal]:
-    """A journal in `directory` that is closed whatever happens: FINISHED, KILLED when stopped, else FAILED with the reason."""
-    journal = Journal(directory)
+    """A journal in `directory` that is closed whatever happens: FINISHED, KILLED when stopped, else FAILED with the reason.
+
+    Raises UserError while another process has one there. A run that was there before is tagged with the number of its resumes.
+    """
     run = run or directory.resolve().name
-    journal.open(run, parent, title=run.rsplit("/", 1)[-1])
-    try:
-        yield journal
-    except BaseException as error:
-        journal.close("KILLED" if isinstance(error, (Stopped, KeyboardInterrupt)) else "FAILED", describe_error(error))
-        raise
-    journal.close()
+    with claim(directory):
+        journal = Journal(directory)
+        journal.open(run, parent, title=run.rsplit("/", 1)[-1])
+        if journal.restarts:
+            journal.tags({RESUMES_TAG: str(journal.restarts)})
+        try:
+            yield journal
+        except BaseException as error:
+            is_stop = isinstance(error, (Stopped, KeyboardInterrupt))
+            journal.close("KILLED" if is_stop else "FAILED", describe_error(error))
+            raise
+        journal.close()

@@ -14,6 +14,7 @@ A writer holds the file's lock, which the kernel frees however it ends: an unclo
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -48,6 +49,7 @@ class Journal:
         if self.path.exists():
             records, whole = read_journal(self.path)
             os.truncate(self.path, whole)  # a kill can leave half a line; it was never read by anyone
+        self.restarts = sum(record["kind"] == "open" for record in records)  # earlier processes of this run
         self._seq = records[-1]["seq"] + 1 if records else 0
         self.attempt = records[-1]["attempt"] + 1 if records else 0
 
@@ -91,13 +93,18 @@ class Journal:
             "kind": kind,
             **fields,
         }
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        os.write(self._fd, line.encode())  # one write per line: a reader sees whole lines in order
+        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        written = os.write(self._fd, line)  # one write per line: a reader sees whole lines in order
+        if written < len(line):  # the disk is full: take the piece back, so that the next line does not join it
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._seq += 1
 
 
 class NoJournal(Journal):
     """For processes that are not the one that writes."""
+
+    restarts = 0
 
     def __init__(self) -> None:
         pass
@@ -106,12 +113,17 @@ class NoJournal(Journal):
         pass
 
 
-def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from byte `offset` on, and the offset to continue from. A missing file has no lines yet."""
+def read_journal(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from byte `offset` on, and the offset to continue from. A missing file has no lines yet.
+
+    limit: bytes to read at most (-1: all), but one line at least.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            data = file.read()
+            data = file.read(limit)
+            while limit > 0 and b"\n" not in data and (more := file.read(limit)):
+                data += more
     except FileNotFoundError:
         return [], offset
     whole = data.rfind(b"\n") + 1
@@ -137,14 +149,10 @@ def is_held(path: Path) -> bool:
 
 def last_record(path: Path) -> dict[str, Any] | None:
     """The newest whole line, without reading what stands before it; None for a journal without one."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - TAIL_BYTES, 0))
-        lines = file.read().rpartition(b"\n")[0].splitlines()
-    if size <= TAIL_BYTES or len(lines) > 1:  # the first of several may be cut
-        return json.loads(lines[-1]) if lines else None
-    records, _ = read_journal(path)
-    return records[-1] if records else None
+    try:
+        return read_last_record(path)[0]
+    except IndexError:
+        return None
 
 
 def _lock(fd: int, path: Path) -> None:
@@ -161,6 +169,20 @@ def _lock(fd: int, path: Path) -> None:
             time.sleep(0.05)
         except OSError:  # a file system without locks
             return
+
+
+def read_last_record(path: Path) -> tuple[dict[str, Any], int]:
+    """The last whole line of a journal that has one, and the byte after it; the rest is not read."""
+    with open(path, "rb") as file:
+        start = size = file.seek(0, os.SEEK_END)
+        data = b""
+        while True:
+            start = max(0, start - TAIL_BYTES)
+            file.seek(start)
+            data = file.read(size - start)
+            lines = data[: data.rfind(b"\n") + 1].splitlines()
+            if start == 0 or len(lines) > 1:
+                return json.loads(lines[-1]), start + data.rfind(b"\n") + 1
 
 
 def last_metrics(path: Path) -> dict[str, float]:

@@ -31,14 +31,17 @@ def hold(directory: Path) -> int:
     return fd
 
 
-def find_leftovers(folder: Path) -> list[Path]:
+def find_leftovers(folder: Path, new_s: float = NEW_S) -> list[Path]:
     """`.*.tmp` entries directly in `folder` that nobody holds: what killed processes left."""
-    return [path for path in sorted(folder.glob(".*.tmp")) if _is_left(path)]
+    return [path for path in sorted(folder.glob(".*.tmp")) if _is_left(path, new_s)]
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Delete the leftovers of a folder; returns them."""
-    gone = find_leftovers(folder)
+def sweep(folder: Path, new_s: float = NEW_S) -> list[Path]:
+    """Delete the leftovers of a folder; returns them.
+
+    new_s: seconds a directory is left alone after its making; 0 where nobody else makes any.
+    """
+    gone = find_leftovers(folder, new_s)
     for path in gone:
         log.info("removing %s, left by a process that was killed", path)
         if path.is_dir():
@@ -48,7 +51,7 @@ def sweep(folder: Path) -> list[Path]:
     return gone
 
 
-def _is_left(path: Path) -> bool:
+def _is_left(path: Path, new_s: float) -> bool:
     try:
         if path.is_symlink():
             return False
@@ -60,7 +63,7 @@ def _is_left(path: Path) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return age > NEW_S
+        return age >= new_s
     except OSError:  # held, or locks are not to be had: nobody knows
         return False
     finally:

@@ -50,6 +50,14 @@ class Ranks:
         dist.broadcast(tensor, 0)
         return tensor.item()
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, which has one shape on all of them, in order; on all."""
+        if self.count == 1:
+            return [tensor]
+        tensors = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(tensors, tensor)
+        return tensors
+
     def wait(self) -> None:
         if self.count > 1:
             dist.barrier()

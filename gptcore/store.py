@@ -2,15 +2,18 @@
 
 Everything gptloom keeps on disk (corpora, vocabularies, shards, checkpoints) is a directory written under a temporary
 name, flushed, given a manifest of sizes and hashes, renamed, and marked last. A reader that finds no marker finds
-nothing, so a kill at any moment leaves either the old state or the new one.
+nothing, so a kill at any moment leaves either the old state or the new one. What a kill leaves half-written is swept by
+`leftovers.sweep` at the next start; a writer holds a lock on its temporary directory, so that nobody sweeps under its hands.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,11 @@ from gptcore.leftovers import hold, sweep
 
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+
+
+class DamagedError(UserError):
+    """A committed directory is not what its manifest says: torn, changed, or a file is missing."""
 
 
 def home_dir() -> Path:
@@ -61,7 +69,7 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     sweep(directory.parent)
     tmp = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
     tmp.mkdir()
-    hold_fd = hold(tmp)
+    lock = hold(tmp)
     try:
         yield tmp
         manifest["files"] = {
@@ -87,43 +95,87 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
             _fsync(directory)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        os.close(hold_fd)
+        os.close(lock)
+
+
+@contextmanager
+def claim(directory: Path, patience_s: float = 5.0) -> Iterator[None]:
+    """Be the only process that writes below `directory` while the block lasts.
+
+    The lock is the kernel's, so it falls with its holder, however that ends; a holder that was just killed is waited for. Raises
+    UserError naming the process that holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / LOCK
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + patience_s
+    try:
+        while not _is_locked_by_us(lock):
+            if time.monotonic() > deadline:
+                holder = path.read_text(encoding="utf-8").strip() or "unknown"
+                raise UserError(f"{directory}: process {holder} is at work there; wait for its end, or stop it first")
+            time.sleep(0.1)
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(lock)
+
+
+def is_claimed(directory: Path) -> bool:
+    """Whether a living process has claimed `directory`."""
+    try:
+        lock = os.open(directory / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _is_locked_by_us(lock)
+    finally:
+        os.close(lock)
+
+
+def _is_locked_by_us(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     """The manifest of a committed directory, sizes checked; with `verify` the hashes too.
 
-    Raises UserError naming the file that is missing or changed.
+    Raises DamagedError, a UserError, naming the file that is missing or changed.
     """
     if not is_committed(directory):
-        raise UserError(
+        raise DamagedError(
             f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it"
         )
     try:
         manifest = read_json(directory / MANIFEST)
         files = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
+        raise DamagedError(
             f"{directory / MANIFEST}: missing or damaged; delete {directory} and run again to remake it"
         ) from None
     for name, (size, sha256) in files.items():
         path = inside(directory, name)
         if not path.is_file() or path.stat().st_size != size:
-            raise UserError(
+            raise DamagedError(
                 f"{path}: missing or of another size than its manifest says; delete {directory} and run again to remake it"
             )
         if verify and hash_file(path) != sha256:
-            raise UserError(
+            raise DamagedError(
                 f"{path}: content differs from its manifest (sha256); delete {directory} and run again to remake it"
             )
     return manifest
 
 
 def inside(directory: Path, name: str) -> Path:
-    """`directory/name` for a name that a file states. Raises UserError for one that leads out, by `..`, a root or a link."""
+    """`directory/name` for a name that a file states. Raises DamagedError for one that leads out, by `..`, a root or a link."""
     path = directory / name
     if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
-        raise UserError(
+        raise DamagedError(
             f"{directory}: names a file outside of itself, {name[:80]!r}; it is damaged or was tampered with"
         )
     return path

@@ -8,6 +8,7 @@ forwarded to MLflow from a thread, so neither service can slow the training down
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -19,8 +20,11 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache
 from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Thread
 from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -39,13 +43,14 @@ from gptcore.entry import (
     NonFinite,
     Stopped,
 )
-from gptcore.journal import FILE_NAME, Journal, read_journal
-from tasks.tracking import Forwarder
+from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
+from tasks.tracking import Forwarder, write_tags
 
 LOG_NAME = "log.txt"
 GRACE_S = 20.0  # Prefect kills its own process 30 s after a cancel
 POLL_S = 0.2
 REPORT_S = 5.0
+MAX_TAIL, MAX_REASON = 2000, 5000  # characters of a log's end, of a reason; an MLflow tag holds 6000
 
 
 def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
@@ -69,32 +74,50 @@ def run_device_process(
     Output goes to `directory/log.txt`; journals below `directory` go to MLflow's `experiment`, with `tags` on every run.
     `max_steps` (optimizer steps) makes a progress bar of the journal's steps.
 
-    Raises UserError, Stopped, NonFinite or DeviceMemoryError when the child says so by its exit code, else RuntimeError with
-    its last lines. However this function is left, the child's whole process group is gone and its journal closed.
+    Raises UserError, Stopped, NonFinite or DeviceMemoryError when the child says so by its exit code, ProcessDied when a signal
+    ended it, else RuntimeError; the last two with its last lines. However this function is left, the child's whole process group is
+    gone and its journal closed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with Forwarder(directory, experiment, tags).follow():
+    write_tags(directory, tags or {})
+    with Forwarder(directory, experiment).follow():
         try:
             _watch(_start(args, directory), directory, max_steps)
             return _result(args, directory)
         except BaseException as error:
-            close_journals(directory, error)
+            try:
+                close_journals(directory, error)
+            except OSError as trouble:  # a full disk: what went wrong first is the news
+                run_logger().warning("the journals below %s could not be closed: %s", directory, trouble)
             raise
 
 
+class ProcessDied(RuntimeError):
+    """A signal ended the child that we did not send: a fault of the machine, or of whoever sent it; a checkpoint may be there."""
+
+
 def close_journals(directory: Path, error: BaseException) -> None:
-    """Write the closing line that a process which died could not."""
+    """Write the closing line that a process which died could not; and the whole reason, with its log, where it failed."""
+    status, reason = closing_line(error)
     for path in directory.rglob(FILE_NAME):
-        records, _ = read_journal(path)
-        if records and records[-1]["kind"] != "close":
-            Journal(path.parent).close(*closing_line(error))
+        last = read_last_record(path)[0] if path.stat().st_size else None
+        if last is None:
+            continue
+        is_own = path.parent == directory
+        if last["kind"] != "close" or (
+            is_own and status == "FAILED" and (last["status"], last["reason"]) != (status, reason)
+        ):
+            journal = Journal(path.parent)
+            if is_own and (directory / LOG_NAME).exists():
+                journal.artifact(LOG_NAME)
+            journal.close(status, reason)
 
 
 def closing_line(error: BaseException) -> tuple[str, str]:
     """A run's last status and reason: KILLED when it was stopped from outside (Ctrl-C, SIGTERM, a cancel), else FAILED."""
+    if isinstance(error, asyncio.CancelledError):  # what Prefect raises in a task whose time is over
+        return "FAILED", "timed out"
     is_interrupt = not isinstance(error, Exception) or isinstance(error, (Stopped, CancelledRun))
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return ("KILLED" if is_interrupt else "FAILED"), reason
+    return ("KILLED" if is_interrupt else "FAILED"), str(error).strip()[:MAX_REASON] or type(error).__name__
 
 
 @cache
@@ -105,6 +128,7 @@ def _launcher() -> ThreadPoolExecutor:
 
 def _start(args: list[str], directory: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    _keep_log(directory)
     with open(directory / LOG_NAME, "wb") as output:
         future = _launcher().submit(
             subprocess.Popen,
@@ -120,6 +144,13 @@ def _start(args: list[str], directory: Path) -> subprocess.Popen[bytes]:
         except BaseException:
             _end(future.result())  # interrupted between the fork and here
             raise
+
+
+def _keep_log(directory: Path) -> None:
+    """The log of an earlier attempt gets a number; a result is only looked for in the newest one."""
+    log = directory / LOG_NAME
+    if log.exists():
+        log.rename(directory / f"log.{len(list(directory.glob('log.*.txt'))) + 1}.txt")
 
 
 def _watch(process: subprocess.Popen[bytes], directory: Path, max_steps: int | None) -> None:
@@ -173,14 +204,22 @@ def _failure(code: int, directory: Path) -> Exception:
     """The exception that stands for a child's exit code."""
     path = directory / LOG_NAME
     message = (_last_json(path) or {}).get("error")
-    kinds = {EXIT_USER: UserError, EXIT_STOPPED: Stopped, EXIT_NON_FINITE: NonFinite, EXIT_MEMORY: DeviceMemoryError}
-    if message and code in kinds:
-        return kinds[code](message)
+    if message and code == EXIT_USER:
+        return UserError(message)
     if code == EXIT_STOPPED:
-        return Stopped("stopped before its first checkpoint")
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    tail = "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-    return RuntimeError(f"the process of step {directory.name} {how}; the end of {path}:\n{tail}")
+        return Stopped(message or "stopped before its first checkpoint")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    tail = "\n".join(line[:300] for line in lines if not line.startswith('{"error"'))[-MAX_TAIL:]
+    end = f"the end of {path}:\n{tail}"
+    kinds = {EXIT_NON_FINITE: NonFinite, EXIT_MEMORY: DeviceMemoryError}
+    if message and code in kinds:
+        return kinds[code](f"{message} (exit code {code})\n{end}")
+    if code < 0:
+        who = " (the kernel does this when memory runs out)" if -code == signal.SIGKILL else ""
+        return ProcessDied(
+            f"the process of step {directory.name} was killed by {signal.Signals(-code).name}{who}; {end}"
+        )
+    return RuntimeError(f"the process of step {directory.name} failed with exit code {code}; {end}")
 
 
 def _last_json(path: Path) -> dict[str, Any] | None:
@@ -207,9 +246,8 @@ class _Progress:
         self._first: dict[str, Any] | None = None
         self._newest: dict[str, Any] | None = None
         self._last_line = ""
-        self._artifact: Any = None
-        self._is_shown = bool(max_steps) and TaskRunContext.get() is not None
-        self._show(0.0)
+        is_shown = bool(max_steps) and TaskRunContext.get() is not None
+        self._bar = _ProgressBar(directory.name) if is_shown else None
 
     def report(self, *, is_last: bool = False) -> None:
         self._read()
@@ -217,13 +255,17 @@ class _Progress:
         if line and line != self._last_line:
             run_logger().info("%s", line)
             self._last_line = line
-        self._show(100.0 if is_last else self._percent())
+        if self._bar is not None:
+            self._bar.show(100.0 if is_last else self._percent())
+            if is_last:
+                self._bar.close()
 
     def _read(self) -> None:
         records, self._offset = read_journal(self._directory / FILE_NAME, self._offset)
         for record in records:
             if record["kind"] == "metrics":
-                self._first = self._first or record
+                if self._first is None or self._first["attempt"] != record["attempt"]:
+                    self._first = record  # an interruption is no time of training
                 self._newest = record
                 self._values.update(record["values"])
 
@@ -255,17 +297,40 @@ class _Progress:
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("{")]
         return re.sub(r"^\d\d:\d\d:\d\d ", "", lines[-1]) if lines else ""
 
-    def _show(self, percent: float) -> None:
-        if not self._is_shown:
-            return
-        try:
-            if self._artifact is None:
-                step = re.sub(r"[^a-z0-9]+", "-", self._directory.name.lower())
-                self._artifact = create_progress_artifact(
-                    percent, key=f"{step}-progress", description=f"optimizer steps of {step}"
-                )
-            else:
-                update_progress_artifact(self._artifact, percent)
-        except Exception as error:  # a picture of the work must not stop the work
-            self._is_shown = False
-            run_logger().warning("no progress bar: Prefect's server says %s", error)
+
+class _ProgressBar:
+    """Prefect's progress artifact, from a thread of its own: a server that is away for minutes holds only that thread up."""
+
+    def __init__(self, name: str) -> None:
+        step = re.sub(r"[^a-z0-9]+", "-", name.lower())
+        self._key, self._description = f"{step}-progress", f"optimizer steps of {step}"
+        self._percent: Queue[float | None] = Queue(1)  # the newest one only
+        context = copy_context()  # in which Prefect finds the task run
+        self._thread = Thread(target=context.run, args=(self._work,), name="gptloom-progress", daemon=True)
+        self._thread.start()
+        self.show(0.0)
+
+    def show(self, percent: float | None) -> None:
+        with contextlib.suppress(Empty):
+            self._percent.get_nowait()
+        with contextlib.suppress(Full):
+            self._percent.put_nowait(percent)
+
+    def close(self) -> None:
+        """What was shown last is on its way; that is waited for a moment only."""
+        deadline = time.monotonic() + 2.0
+        while not self._percent.empty() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.show(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _work(self) -> None:
+        artifact: Any = None
+        while (percent := self._percent.get()) is not None:
+            try:
+                if artifact is None:
+                    artifact = create_progress_artifact(percent, key=self._key, description=self._description)
+                else:
+                    update_progress_artifact(artifact, percent)
+            except Exception as error:  # a picture of the work must not stop the work
+                run_logger().warning("the progress bar stands still: Prefect's server says %s", error)

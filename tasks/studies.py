@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 
 from gptcore.config import ExperimentConfig
-from tasks.training import run_step
+from tasks.training import RETRIES, run_step
 
 
 @task(task_run_name="profile a training step", persist_result=False)
@@ -35,7 +35,7 @@ def gradient_accumulation(
     return run_step("gptcore.studies.accumulation", config, shards, run, directory, checkpoint=checkpoint)
 
 
-@task(task_run_name="train the LSTM baseline, {config.train.length}", persist_result=False)
+@task(task_run_name="train the LSTM baseline, {config.train.length}", persist_result=False, **RETRIES)
 def rnn_baseline(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train an LSTM with the GPT's parameters on the same tokens."""
     from gptcore.shards import ShardSet

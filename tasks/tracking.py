@@ -13,14 +13,16 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
@@ -28,19 +30,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.config import UserError, hide_password
-from gptcore.journal import FILE_NAME, read_journal
-from gptcore.store import home_dir
+from gptcore.journal import FILE_NAME, read_journal, read_last_record
+from gptcore.store import home_dir, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_TAG = "gptloom.run"
 REASON_TAG = "gptloom.reason"
+TAGS_FILE = "tags.json"  # beside a journal: the tags of its run and of those below that have none of their own
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000  # what one MLflow request, and one parameter, may hold
+QUEUE_BYTES = 1 << 20  # of a journal in memory; the rest waits on the disk, where it is safe
 POLL_S = 1.0
+FLUSH_S = (
+    5.0  # for what is left at the end of a step; what takes longer is left to the end of the run, or `gptloom sync`
+)
 LONGEST_PAUSE_S = 15.0  # between two tries while MLflow does not answer
 
 log = logging.getLogger("gptloom.tracking")
+
+_sending = threading.Lock()  # one thread of this process talks to MLflow: two would both make a run that neither finds
+
+
+class _ParentMissing(LookupError):
+    """A nested run came before its parent; it is tried again."""
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
@@ -83,10 +96,10 @@ def check_store(uri: str | None = None) -> str:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        _client(uri).search_experiments(max_results=1)
+        connect(uri).search_experiments(max_results=1)
     except Exception as error:
         raise UserError(
-            f"MLflow at {hide_password(uri)} does not answer ({hide_password(_first_line(error))}); start that server, or correct or unset MLFLOW_TRACKING_URI "
+            f"MLflow at {hide_password(uri)} does not answer ({hide_password(first_line(error))}); start that server, or correct or unset MLFLOW_TRACKING_URI "
             "(without it records go to a local SQLite file)"
         ) from None
     return uri
@@ -111,7 +124,7 @@ def common_tags() -> dict[str, str]:
 
 def running_runs() -> list[dict[str, str]]:
     """Runs that MLflow believes under way: {"id", "run", "flow_run_id" (empty: none)}. Raises what MLflow raises."""
-    client = _client(tracking_uri())
+    client = connect(tracking_uri())
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found: list[dict[str, str]] = []
     token = None
@@ -133,12 +146,12 @@ def running_runs() -> list[dict[str, str]]:
 
 def end_run(run_id: str, status: str, reason: str) -> None:
     """Close a run of which only MLflow is left."""
-    client = _client(tracking_uri())
+    client = connect(tracking_uri())
     client.set_tag(run_id, REASON_TAG, reason)
     client.set_terminated(run_id, status)
 
 
-def _client(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
     """A client that gives up after seconds (MLflow's own default is four minutes per call) and sends no telemetry."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -185,7 +198,8 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
 class Forwarder:
     """Copies every journal at or below a directory to MLflow, the upper ones first, so that parents exist before children.
 
-    Trouble with MLflow after the start never reaches the caller: it is logged once, and tried again until `flush`.
+    Trouble with MLflow after the start never reaches the caller: it is logged once, and tried again until `flush`. Nor does its
+    slowness: whoever calls waits for `FLUSH_S` at most.
     """
 
     def __init__(
@@ -200,7 +214,6 @@ class Forwarder:
         self._client: MlflowClient | None = None
         self._experiment_id = ""
         self._in_trouble = False
-        self._lock = threading.Lock()
 
     @property
     def run_id(self) -> str | None:
@@ -208,18 +221,24 @@ class Forwarder:
         copy = self._copies.get(self.directory / FILE_NAME)
         return copy.run_id if copy else None
 
-    def pump(self) -> bool:
-        """Forward what is new. True when MLflow now has every line that was there."""
-        with self._lock:
+    def pump(self, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Forward what is new, until `is_over()`. True when MLflow now has every line that was there."""
+        while not _sending.acquire(timeout=0.1):
+            if is_over():
+                return False
+        try:
             try:
                 self._look()
                 for path in sorted(self._copies, key=lambda path: (len(path.parts), path)):
-                    self._copies[path].send()
+                    if not self._copies[path].send(is_over):
+                        return False
+            except _ParentMissing:
+                return False
             except Exception as error:
                 if not self._in_trouble:
                     log.warning(
                         "MLflow does not take records (%s); the journal keeps them and forwarding is tried again",
-                        _first_line(error),
+                        first_line(error),
                     )
                 self._in_trouble = True
                 self._client = None  # the next try looks for the store afresh
@@ -228,66 +247,85 @@ class Forwarder:
                 log.info("MLflow takes records again")
             self._in_trouble = False
             return True
+        finally:
+            _sending.release()
 
-    def flush(self) -> list[Path]:
-        """Forward what is left; returns the journals of which MLflow still misses something, and logs them."""
-        if self.pump():
+    def flush(self, seconds: float = math.inf) -> list[Path]:
+        """Forward what is left, for so long at most; returns the journals of which MLflow still misses something."""
+        deadline = time.monotonic() + seconds
+        if self.pump(lambda: time.monotonic() > deadline):
             return []
-        missing = [path for path, copy in self._copies.items() if copy.pending] or [self.directory / FILE_NAME]
-        log.warning(
-            "MLflow misses records of %s; run again with MLflow reachable, the files stay",
-            ", ".join(str(path.parent) for path in missing),
-        )
-        return missing
+        return [path for path, copy in self._copies.items() if copy.is_behind()] or [self.directory / FILE_NAME]
 
     @contextmanager
     def follow(self) -> Iterator[Forwarder]:
-        """Forward from a thread of its own while the block runs, and flush at its end."""
+        """Forward from a thread of its own while the block runs; at its end flush, for `FLUSH_S` at most."""
         stop = threading.Event()
 
         def work() -> None:
             pause = POLL_S
             while not stop.wait(pause):
-                pause = POLL_S if self.pump() else min(2 * pause, LONGEST_PAUSE_S)
+                pause = min(2 * pause, LONGEST_PAUSE_S) if not self.pump(stop.is_set) and self._in_trouble else POLL_S
 
         thread = threading.Thread(target=work, name="gptloom-forwarder", daemon=True)
         thread.start()
         try:
             yield self
         finally:
+            deadline = time.monotonic() + FLUSH_S
             stop.set()
-            thread.join()
-            self.flush()
+            thread.join(FLUSH_S)
+            self.flush(deadline - time.monotonic())
 
     def _look(self) -> None:
         own = self.directory / FILE_NAME
         for path in self.directory.rglob(FILE_NAME) if self._below else [own] if own.exists() else []:
             if path not in self._copies:
                 self._copies[path] = _JournalCopy(path, self._tags)
-        for copy in self._copies.values():
-            copy.read()
-        if self._client is None and any(copy.pending for copy in self._copies.values()):
-            client = _client(tracking_uri())
+        if self._client is None and any(copy.is_behind() for copy in self._copies.values()):
+            client = connect(tracking_uri())
             self._experiment_id = _experiment_id(client, self.experiment)
             self._client = client
         for copy in self._copies.values():
             copy.connect(self._client, self._experiment_id)
 
 
-def forward_tree(directory: Path, experiment: str, tags: Mapping[str, str] | None = None) -> list[Path]:
+def forward_tree(
+    directory: Path, experiment: str, tags: Mapping[str, str] | None = None, seconds: float = math.inf
+) -> list[Path]:
     """Bring MLflow up to date with all journals of a run; returns those it still misses. Runs it has whole are left alone."""
-    return Forwarder(directory, experiment, tags).flush()
+    return Forwarder(directory, experiment, tags).flush(seconds)
+
+
+def write_tags(directory: Path, tags: Mapping[str, str]) -> None:
+    """Leave the tags of a run beside its journal, for whoever forwards it, now or later."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / TAGS_FILE, dict(tags))
+
+
+def read_tags(directory: Path) -> dict[str, str]:
+    """The tags beside a journal, or the nearest above it within its pipeline run."""
+    for folder in (directory, *directory.parents):
+        try:
+            tags: dict[str, str] = json.loads((folder / TAGS_FILE).read_text(encoding="utf-8"))
+            return tags
+        except FileNotFoundError:
+            if folder.parent.name == "runs":
+                break
+    return {}
 
 
 class _JournalCopy:
-    """One journal and the MLflow run that shows it. `pending` holds lines read but not yet taken by MLflow."""
+    """One journal and the MLflow run that shows it. `pending` holds lines read but not yet taken by MLflow: never all of a long
+    journal, which is itself the queue."""
 
     def __init__(self, path: Path, tags: Mapping[str, str]) -> None:
         self.path = path
         self.run_id: str | None = None
         self.pending: deque[dict[str, Any]] = deque()
-        self._tags = tags
+        self._tags = {**read_tags(path.parent), **tags}
         self._offset = 0
+        self._known_to = 0  # byte up to which MLflow is known to have everything
         self._seen: set[tuple[str, int]] = set()
         self._client: Any = None
         self._experiment_id = ""
@@ -295,28 +333,47 @@ class _JournalCopy:
     def connect(self, client: Any, experiment_id: str) -> None:
         self._client, self._experiment_id = client, experiment_id
 
-    def read(self) -> None:
-        """Take in new whole lines. A point that a resumed run measures again keeps its first value: one per tokens_seen."""
-        records, self._offset = read_journal(self.path, self._offset)
+    def is_behind(self) -> bool:
+        return bool(self.pending) or self.path.stat().st_size > self._offset
+
+    def read(self) -> bool:
+        """Take in the next whole lines; False when there are none.
+
+        A point that a resumed run measures again keeps its first value: one per tokens_seen.
+        """
+        known = self._known_to - self._offset
+        before = self._offset
+        limit = min(known, QUEUE_BYTES) if known > 0 else QUEUE_BYTES
+        records, self._offset = read_journal(self.path, self._offset, limit)
         for record in records:
             if record["kind"] == "metrics":
                 points = {k: v for k, v in record["values"].items() if (k, record["tokens_seen"]) not in self._seen}
                 self._seen.update((key, record["tokens_seen"]) for key in points)
                 record = {**record, "values": points}
-            self.pending.append(record)
+            if self._offset > self._known_to:
+                self.pending.append(record)
+        return self._offset > before
 
-    def send(self) -> None:
-        """Forward pending lines in order; each leaves the queue only once MLflow has it. Raises what MLflow raises."""
-        while self.pending:
+    def send(self, is_over: Callable[[], bool]) -> bool:
+        """Forward lines in order; each leaves the queue only once MLflow has it. False when it `is_over` before the end.
+
+        Raises what MLflow raises.
+        """
+        while self.pending or self.read():
+            if not self.pending:
+                continue  # MLflow has those
+            if is_over():
+                return False
             batch = self._next_batch()
             try:
                 self._forward(batch)
             except Exception as error:
                 if not _is_refusal(error):
                     raise
-                log.warning("MLflow refuses a %s line of %s: %s", batch[0]["kind"], self.path, _first_line(error))
+                log.warning("MLflow refuses a %s line of %s: %s", batch[0]["kind"], self.path, first_line(error))
             for _ in batch:
                 self.pending.popleft()
+        return True
 
     def _next_batch(self) -> list[dict[str, Any]]:
         if self.pending[0]["kind"] != "metrics":
@@ -358,18 +415,23 @@ class _JournalCopy:
             if record["parent"]:
                 parent = self._find(record["parent"])
                 if parent is None:
-                    raise LookupError(f"the parent run {record['parent']} is not in MLflow yet")
+                    raise _ParentMissing(f"the parent run {record['parent']} is not in MLflow yet")
                 tags["mlflow.parentRunId"] = parent.info.run_id
             found = self._client.create_run(
                 self._experiment_id, start_time=record["time_ms"], tags=tags, run_name=record["title"]
             )
         self.run_id = found.info.run_id
-        end = self.pending[-1]
-        if found.info.status != "RUNNING":
-            if end["kind"] == "close" and (found.info.status, found.info.end_time) == (end["status"], end["time_ms"]):
-                self.pending = deque([record])  # closing comes last, so all lines before it are there too
-            elif end["kind"] != "close":
-                self._client.update_run(self.run_id, status="RUNNING")  # another attempt
+        if found.info.status == "RUNNING":
+            return
+        last, size = read_last_record(self.path)
+        if last["kind"] != "close":
+            self._client.update_run(self.run_id, status="RUNNING")  # another attempt
+            self._set_tags(self._tags)
+        elif (found.info.status, found.info.end_time) == (last["status"], last["time_ms"]):
+            # Closing comes last, so all lines before it are there too: they are read, for the points in them, and not sent.
+            self._known_to = size
+            if self._offset <= size:
+                self.pending = deque([record])
 
     def _find(self, name: str) -> Any:
         found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
@@ -430,7 +492,7 @@ def _is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(" (Caused by")[0][:300]  # urllib3 nests its reasons; the outermost says enough
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.client.schemas.objects import State
 
 from gptcore.config import ExperimentConfig, dump_yaml
-from gptcore.store import write_json
-from tasks.process import run_device_process
+from gptcore.store import content_id, write_json
+from tasks.process import ProcessDied, run_device_process, run_logger
 from tasks.tracking import common_tags
 
+DONE_FILE = "done.json"  # what a step was asked and what it answered
 CHECKPOINT_FIRST = ("gptcore.evaluate", "gptcore.generate")  # their first argument; the others take the config first
 
 
@@ -20,13 +23,18 @@ def run_step(
 ) -> dict[str, Any]:
     """One step of pipeline run `run` as a process in `directory` (named like the step); returns and stores its result.
 
-    The step's MLflow run is nested in `run` and named `<run>/<step>`. Raises what `run_device_process` raises.
+    The step's MLflow run is nested in `run` and named `<run>/<step>`. A step that a resumed run has done before is not done
+    again. Raises what `run_device_process` raises.
     """
     step = directory.name
+    is_training = module == "gptcore.train"
+    request = content_id([module, config.model_dump(mode="json"), str(shards), str(checkpoint)])
+    if (done := _done_before(directory, request)) is not None:
+        run_logger().info("%s was done before the run was interrupted: nothing to do", step)
+        return done
     directory.mkdir(parents=True, exist_ok=True)
     config_file = directory / "config.yaml"
     config_file.write_text(dump_yaml(config), encoding="utf-8")
-    is_training = module == "gptcore.train"
     if module in CHECKPOINT_FIRST:
         positional = [str(checkpoint), "--config", str(config_file)]
     else:
@@ -50,16 +58,35 @@ def run_step(
         max_steps=config.train.count_steps(config.model.block_size) if is_training else None,
     )
     write_json(directory / "result.json", result)
+    write_json(directory / DONE_FILE, {"request": request, "result": result})
     return result
 
 
-@task(task_run_name="train {config.model.family}, {config.train.length}", persist_result=False)
+def _done_before(directory: Path, request: str) -> dict[str, Any] | None:
+    """The result of this very step in an earlier attempt of the run."""
+    try:
+        done = json.loads((directory / DONE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    result: dict[str, Any] = done["result"]
+    return result if done["request"] == request else None
+
+
+def is_worth_a_retry(_task: object, _run: object, state: State[Any]) -> bool:
+    """A training that a signal ended goes on from its checkpoint; a mistake or a loss that is no number would only come again."""
+    return isinstance(state.result(raise_on_failure=False), ProcessDied)
+
+
+RETRIES: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": is_worth_a_retry}
+
+
+@task(task_run_name="train {config.model.family}, {config.train.length}", persist_result=False, **RETRIES)
 def train_model(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train the experiment's model; returns checkpoint (absolute directory), val_loss, val_bpb, parameters, seconds, …"""
     return run_step("gptcore.train", config, shards, run, directory)
 
 
-@task(task_run_name="train the bigram floor, {config.train.length}", persist_result=False)
+@task(task_run_name="train the bigram floor, {config.train.length}", persist_result=False, **RETRIES)
 def train_floor(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train the bigram model with the same trainer and tokens: what every other model has to beat."""
     from gptcore.studies.rnn import floor_config

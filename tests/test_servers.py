@@ -356,10 +356,27 @@ def test_down_cancels_and_stops_everything(stack, tiny):
     assert stack.call("down").returncode == 0  # nothing to stop is no mistake
 
 
-def test_dead_server_ends_the_rest(stack):
+def test_dead_server_is_started_again_and_a_dying_one_ends_the_rest(stack):
     """Half a stack looks alive and loses every record; whoever restarts it needs to know what died, and why."""
     stack.start()  # also: a second start on the databases of the first
-    os.kill(json.loads(stack.state.read_text())["pids"]["mlflow"], signal.SIGKILL)
+
+    def pid() -> int | None:
+        try:
+            return json.loads(stack.state.read_text())["pids"]["mlflow"]
+        except FileNotFoundError:  # it has given up
+            return None
+
+    def kill_mlflow() -> None:
+        before = pid()
+        assert before is not None, "it has given up too early"
+        os.kill(before, signal.SIGKILL)
+        assert wait_for(lambda: pid() != before, 60)
+
+    kill_mlflow()
+    assert wait_for(lambda: answers(f"{stack.mlflow_url}/health"), 60), (stack.home / "up.txt").read_text()
+    assert len(stack.processes()) <= 7, stack.processes()
+    for _ in range(3):
+        kill_mlflow()
     assert stack.process.wait(60) == 1
     said = (stack.home / "up.txt").read_text()
     assert "mlflow ended by itself" in said

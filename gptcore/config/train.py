@@ -101,6 +101,11 @@ class TrainConfig(Section):
     )
     save_interval: int = Field(500, ge=1, description="Steps between two checkpoints; one is always saved at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay on disk.")
+    keep_interval: int = Field(
+        0,
+        ge=0,
+        description="Checkpoints at multiples of so many steps stay on disk too; 0: none. With select=best the best one always stays.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -18,7 +18,7 @@ from gptcore.entry import StopFlag, process_parser, recording, run_process
 from gptcore.journal import NoJournal
 from gptcore.ranks import Ranks, joined_ranks
 from gptcore.shards import ShardSet, prepare
-from gptcore.store import content_id, home_dir, read_manifest
+from gptcore.store import MANIFEST, content_id, hash_file, home_dir, read_manifest
 from gptcore.train import build_trainer, preflight, resume, train_loop
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,14 @@ def main(argv: list[str]) -> dict[str, Any]:
 def run(
     config: ExperimentConfig, shards: ShardSet, out: Path, ranks: Ranks, name: str | None, parent: str | None
 ) -> dict[str, Any]:
-    """One training, from an empty or a half-finished `out` to its result."""
+    """One training, from an empty or a half-finished `out` to its result. SIGTERM or SIGINT: see `StopFlag`."""
     stop = StopFlag()
-    trainer = build_trainer(config, shards, ranks)
     stop.install()
-    device = trainer.device
     with contextlib.ExitStack() as stack:
+        setting_up = stack.enter_context(contextlib.ExitStack())
+        setting_up.enter_context(stop.interrupting())
+        trainer = build_trainer(config, shards, ranks)
+        device = trainer.device
         journal = stack.enter_context(recording(out, name, parent)) if ranks.is_first else NoJournal()
         stack.enter_context(reserve_device(device))
         stack.enter_context(device.attention(config.model.dropout))
@@ -92,9 +94,13 @@ def run(
             trainer.local_batch_size // trainer.micro_batch_size,
         )
         log.info("%s", preflight(trainer).line(device.name))
+        setting_up.close()
         result = train_loop(trainer, journal, out, stop, memory)
         journal.artifact("config.yaml")
-        journal.artifact(result["checkpoint"], folder="checkpoint")
+        # The files stay where they are; MLflow is told where that is, and by the manifest what every one of them must hash to.
+        manifest = Path(result["checkpoint"]) / MANIFEST
+        journal.tags({"gptloom.checkpoint": result["checkpoint"], "gptloom.checkpoint.sha256": hash_file(manifest)})
+        journal.artifact(manifest, folder="checkpoint")
     return result
 
 

@@ -55,7 +55,7 @@ class LossScale:
 
     def __init__(self, device: torch.device, start: float = 2.0**16) -> None:
         self.scale = torch.full((), start, device=device)
-        self._growth = torch.zeros((), device=device, dtype=torch.int32)
+        self.growth = torch.zeros((), device=device, dtype=torch.int32)  # steps since it last changed
 
     def unscale(self, gradients: list[Tensor]) -> None:
         torch._foreach_mul_(gradients, 1.0 / self.scale)
@@ -63,7 +63,7 @@ class LossScale:
     def update(self, norm: Tensor) -> Tensor:
         """1.0 where this step's gradients overflowed; the scale of the next step follows from it."""
         overflow = (~norm.isfinite()).float()
-        torch._amp_update_scale_(self.scale, self._growth, overflow, 2.0, 0.5, 2000)
+        torch._amp_update_scale_(self.scale, self.growth, overflow, 2.0, 0.5, 2000)
         return overflow
 
     def check(self, step: int, lr: float) -> None:

@@ -7,19 +7,20 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptcore.checkpoint import list_checkpoints, load_checkpoint
+from gptcore.checkpoint import checkpoint_path, load_checkpoint
 from gptcore.entry import StopFlag, Stopped
 from gptcore.evaluate import Evaluation, evaluate_loss
 from gptcore.journal import Journal
 from gptcore.train.report import Reporter, check_finite
-from gptcore.train.saving import averaged, save
+from gptcore.train.saving import averaged, checkpoints_of, save
 from gptcore.train.step import train_step
 from gptcore.train.trainer import Trainer
+from gptcore.train.writer import CheckpointWriter, Written
 
 log = logging.getLogger(__name__)
 
@@ -46,80 +47,155 @@ def train_loop(
 ) -> dict[str, Any]:
     """Until max_steps, max_tokens, minutes or patience end the run; its result as JSON-able numbers.
 
-    memory: what `resume` returned.
+    memory: what `resume` returned. Raises Stopped once `stop` is set: after the step under way, with a checkpoint on disk.
     """
-    train, clock, ranks = trainer.config.train, trainer.clock, trainer.ranks
-    trainer.started = start = time.perf_counter()
-    best = Best(**memory) if memory else Best()
-    reporter = Reporter(trainer, journal)
-    untrained = evaluate(trainer, journal, train.eval_tokens) if trainer.step == 0 else None
-    if untrained is not None:
-        uniform = math.log(trainer.model.vocab_size)
-        log.info("untrained loss %.4f; a uniform guess has ln V = %.4f", untrained.loss, uniform)
-    last, is_done, is_stopped = untrained, trainer.progress() >= 1, False
-    with controlled_gc():
-        reporter.timer.restart()
-        while not is_done:
-            loss, norm, factor = train_step(trainer)
-            reporter.losses.append(loss)
-            reporter.timer.mark()
-            is_done = trainer.progress() >= 1
-            is_stopped = ranks.any(bool(stop)) and not is_done
-            is_evaluation = trainer.step % train.eval_interval == 0 and not is_done
-            is_saving = trainer.step % train.save_interval == 0 or is_done or is_stopped
-            is_report = trainer.step % train.log_interval == 0 or is_done
-            if not (is_evaluation or is_saving or is_report):
-                continue
-            reporter.pause()
-            if is_report:
-                with clock.phase("report"):
-                    reporter.report(norm, factor, last)
-            check_finite(trainer)
-            if is_evaluation or (is_done and train.select == "best"):
-                last = evaluate(trainer, journal, train.eval_tokens)
-                if best.take(last, trainer.step) and train.select == "best":
-                    save(trainer, out / "best", 1, asdict(best))
-                if train.patience and best.stale >= train.patience:
-                    log.info("stopped early: no better bpb since step %d", best.step)
-                    is_done = is_saving = True
-                gc.collect()
-            if is_saving:
-                save(trainer, out / "checkpoints", train.keep_checkpoints, asdict(best))
-            if is_stopped and not is_done:
-                raise Stopped(
-                    f"stopped at step {trainer.step} of {trainer.max_steps or '?'}; checkpoint "
-                    f"{out.resolve() / 'checkpoints' / f'step_{trainer.step:06d}'}"
-                )
-            reporter.timer.restart()
-    chosen = list_checkpoints(out / ("best" if train.select == "best" else "checkpoints"))[-1]
+    trainer.started = time.perf_counter()
+    train = trainer.config.train
+
+    def tell(written: Written) -> None:
+        log.info("step %d saved: %.1f ms of standstill, %.0f ms to write", *astuple(written))
+        journal.metrics(
+            {"perf/save_stall_ms": written.stall_ms, "perf/save_ms": written.write_ms},
+            tokens_seen=written.step * trainer.tokens_per_step,
+            step=written.step,
+        )
+
+    writer = CheckpointWriter(checkpoints_of(out), train.keep_checkpoints, train.keep_interval, tell)
+    loop = _Loop(trainer, journal, writer, stop, memory or {})
+    try:
+        loop.run()
+    finally:
+        writer.close()
+    trainer.ranks.wait()  # for the checkpoint that the first process wrote
+    chosen = checkpoint_path(checkpoints_of(out), loop.best.step if train.select == "best" else trainer.step)
     if train.select == "best":
         use_weights(trainer, chosen)
-    last = evaluate(trainer, journal, 0)
+    try:
+        last = evaluate(trainer, journal, 0, stop)
+    except Stopped:
+        raise Stopped(f"stopped after the last step, {trainer.step}; checkpoint {chosen}") from None
     trainer.device.synchronize()
-    seconds = time.perf_counter() - start
-    if ranks.is_first:
-        phases = {f"time/{phase}_seconds": s for phase, s in clock.seconds.items()}
+    seconds = time.perf_counter() - trainer.started
+    if trainer.ranks.is_first:
+        phases = {f"time/{phase}_seconds": s for phase, s in trainer.clock.seconds.items()}
         journal.metrics(phases, tokens_seen=trainer.tokens_seen, step=trainer.step)
     return {
-        "checkpoint": str(chosen.resolve()),
+        "checkpoint": str(chosen),
         "val_loss": last.loss,
         "val_bpb": last.bpb,
-        "untrained_loss": untrained.loss if untrained is not None else None,
+        "untrained_loss": loop.untrained.loss if loop.untrained is not None else None,
         "uniform_loss": math.log(trainer.model.vocab_size),
         "parameters": trainer.model.count_parameters(),
         "tokens_seen": trainer.tokens_seen,
         "steps": trainer.step,
-        "best_step": best.step if train.select == "best" else trainer.step,
+        "best_step": loop.best.step if train.select == "best" else trainer.step,
         "seconds": seconds,
-        "phases": {phase: round(s, 3) for phase, s in clock.seconds.items()},
+        "phases": {phase: round(s, 3) for phase, s in trainer.clock.seconds.items()},
         "device": trainer.device.name,
         "precision": trainer.device.precision,
     }
 
 
-def evaluate(trainer: Trainer, journal: Journal, max_tokens: int) -> Evaluation:
-    """The weights that would be saved now on the validation split's first `max_tokens` tokens, or on all of it when 0."""
-    with trainer.clock.phase("evaluate"), averaged(trainer):
+class _Loop:
+    """The steps of a run and what is due between them."""
+
+    def __init__(
+        self, trainer: Trainer, journal: Journal, writer: CheckpointWriter, stop: StopFlag, memory: dict[str, Any]
+    ) -> None:
+        self.trainer, self.journal, self.writer, self.stop = trainer, journal, writer, stop
+        self.train = trainer.config.train
+        self.best = Best(**memory["best"]) if memory else Best()
+        self.owes_evaluation = bool(memory) and memory["owes_evaluation"]  # the signal came first
+        self.reporter = Reporter(trainer, journal)
+        self.reporter.losses = memory["losses"] if memory else []
+        self.last: Evaluation | None = None
+        self.untrained: Evaluation | None = None
+
+    def run(self) -> None:
+        trainer, train = self.trainer, self.train
+        if trainer.step == 0:
+            self.last = self.untrained = evaluate(trainer, self.journal, train.eval_tokens, self.stop)
+            uniform = math.log(trainer.model.vocab_size)
+            log.info("untrained loss %.4f; a uniform guess has ln V = %.4f", self.untrained.loss, uniform)
+        if self.owes_evaluation and self._evaluate() and train.select == "best":
+            self._save()
+        is_done = trainer.progress() >= 1 or self._has_lost_patience()
+        with controlled_gc():
+            self.reporter.timer.restart()
+            while not is_done:
+                loss, norm, factor = train_step(trainer)
+                self.reporter.losses.append(loss)
+                self.reporter.timer.mark()
+                self.writer.check()
+                is_done = trainer.progress() >= 1
+                is_stopped = trainer.ranks.any(bool(self.stop)) and not is_done
+                is_report = trainer.step % train.log_interval == 0 or is_done
+                is_evaluation = trainer.step % train.eval_interval == 0 or (is_done and train.select == "best")
+                is_saving = trainer.step % train.save_interval == 0 or is_done or is_stopped
+                if not (is_evaluation or is_saving or is_report):
+                    continue
+                self.reporter.pause()
+                if is_report:
+                    with trainer.clock.phase("report"):
+                        self.reporter.report(norm, factor, self.last)
+                check_finite(trainer)
+                if is_evaluation and (not is_done or train.select == "best"):
+                    is_best, is_stopped = self._judge(is_stopped)
+                    is_done = is_done or self._has_lost_patience()
+                    is_saving = is_saving or is_stopped or is_done or (is_best and train.select == "best")
+                if is_saving:
+                    self._save()
+                if is_stopped:
+                    self.writer.wait()
+                    raise Stopped(
+                        f"stopped at step {trainer.step} of {trainer.max_steps or '?'}; checkpoint "
+                        f"{checkpoint_path(self.writer.folder, trainer.step)}"
+                    )
+                self.reporter.timer.restart()
+        self.writer.wait()
+
+    def _judge(self, is_stopped: bool) -> tuple[bool, bool]:
+        """Evaluate, unless the run is being stopped; (whether it is the best so far, whether the run is being stopped)."""
+        if not is_stopped:
+            try:
+                return self._evaluate(), False
+            except Stopped:
+                log.info("stopping: this evaluation is left to whoever resumes the run")
+        self.owes_evaluation = True
+        return False, True
+
+    def _evaluate(self) -> bool:
+        self.last = evaluate(self.trainer, self.journal, self.train.eval_tokens, self.stop)
+        self.owes_evaluation = False
+        gc.collect()
+        return self.best.take(self.last, self.trainer.step)
+
+    def _has_lost_patience(self) -> bool:
+        is_over = bool(self.train.patience) and self.best.stale >= self.train.patience
+        if is_over:
+            log.info("stopped early: no better bpb since step %d", self.best.step)
+        return is_over
+
+    def _save(self) -> None:
+        memory = {
+            "best": asdict(self.best),
+            "owes_evaluation": self.owes_evaluation,
+            "losses": self.reporter.losses,
+        }
+        save(self.trainer, self.writer, memory, self.best.step if self.train.select == "best" else None)
+
+
+def evaluate(trainer: Trainer, journal: Journal, max_tokens: int, stop: StopFlag) -> Evaluation:
+    """The weights that would be saved now on the validation split's first `max_tokens` tokens, or on all of it when 0.
+
+    Raises Stopped in the middle once `stop` is set; not with several processes, which would wait for each other.
+    """
+    is_interruptible = trainer.ranks.count == 1
+    with (
+        trainer.clock.phase("evaluate"),
+        averaged(trainer),
+        stop.interrupting() if is_interruptible else nullcontext(),
+    ):
         evaluation = evaluate_loss(
             trainer.model,
             trainer.shards,

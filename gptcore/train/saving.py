@@ -4,86 +4,199 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_optimizer_tensors, save_checkpoint
-from gptcore.config import UserError
+from gptcore.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    Snapshot,
+    checkpoint_path,
+    copy_tensors,
+    newest_whole,
+    read_state,
+    read_tensors,
+)
+from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.leftovers import sweep
+from gptcore.store import is_committed
 from gptcore.train.trainer import Trainer
+from gptcore.train.writer import CheckpointWriter, copy_to_host
 
 log = logging.getLogger(__name__)
 
-TRAINING_WEIGHTS = "weights/"  # beside the optimizer's tensors, where the model file holds the moving average
+# Beside the optimizer's own tensors, in the same file:
+TRAINING_WEIGHTS = "weights/"  # where the model file holds the moving average
+LOSS_SCALE, LOSS_SCALE_GROWTH = "loss_scale", "loss_scale_growth"
+LOSSES = "losses"  # of the steps since the last report: the next one is the mean over all of its steps
+
+# What may differ in a run that goes on: how the work is cut up and what is kept, not what is learnt.
+MAY_CHANGE = {"micro_batch_size", "save_interval", "keep_checkpoints", "keep_interval"}
 
 
-def save(trainer: Trainer, folder: Path, keep: int, progress: dict[str, Any]) -> Path:
-    """Commit a checkpoint below `folder`; its model is the moving average where there is one. Absolute path, on all processes.
+def checkpoints_of(out: Path) -> Path:
+    return out / "checkpoints"
 
-    `progress` is the loop's memory, handed back by `resume`.
+
+def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], best_step: int | None) -> None:
+    """Have a checkpoint of this step written; its model is the moving average where there is one. All processes call it.
+
+    memory: the loop's, JSON-able but for `losses`, a list of scalars; `resume` hands it back. best_step: the step whose checkpoint
+    must stay, too.
     """
-    directory = (folder / f"step_{trainer.step:06d}").resolve()
+    began = time.perf_counter()
     seconds = trainer.elapsed_seconds()
-    if trainer.ranks.is_first:
-        with trainer.clock.phase("save"), averaged(trainer) as weights:
-            tensors = trainer.optimizers.state_tensors() | {TRAINING_WEIGHTS + n: t for n, t in weights.items()}
-            if trainer.loss_scale is not None:
-                tensors["loss_scale"] = trainer.loss_scale.scale
-            state = {
-                "tokens_seen": trainer.tokens_seen,
-                "seconds": seconds,
-                "vocab_size": trainer.shards.vocab_size,
-                "vocab_fingerprint": trainer.shards.fingerprint,
-                "shards_id": trainer.shards.id,
-                "micro_batch_size": trainer.micro_batch_size,
-                "rng": {"cpu": torch.get_rng_state().tolist()}
-                | ({"cuda": torch.cuda.get_rng_state().tolist()} if trainer.device.is_cuda else {}),
-                "progress": progress,
-            }
-            tokenizer = trainer.shards.directory / "tokenizer.json"
-            save_checkpoint(folder, trainer.step, trainer.model, tensors, state, trainer.config, tokenizer, keep)
-    trainer.ranks.wait()
-    return directory
+    rng = random_states(trainer)
+    losses = trainer.ranks.sum_(torch.stack(memory["losses"])) if memory["losses"] else None
+    if not trainer.ranks.is_first:
+        return
+    with trainer.clock.phase("save"):
+        writer.wait()
+        weights = trainer.model.weights()
+        model = weights if trainer.average is None else trainer.average.average
+        tensors = trainer.optimizers.state_tensors()
+        if trainer.average is not None:
+            tensors |= {TRAINING_WEIGHTS + name: tensor for name, tensor in weights.items()}
+        if trainer.loss_scale is not None:
+            tensors |= {LOSS_SCALE: trainer.loss_scale.scale, LOSS_SCALE_GROWTH: trainer.loss_scale.growth}
+        if losses is not None:
+            tensors[LOSSES] = losses
+        copies, wait_for_copies = copy_to_host(
+            {f"m/{name}": tensor for name, tensor in model.items()} | {f"o/{n}": t for n, t in tensors.items()}
+        )
+        state = {
+            "tokens_seen": trainer.tokens_seen,
+            "seconds": seconds,
+            "vocab_size": trainer.shards.vocab_size,
+            "vocab_fingerprint": trainer.shards.fingerprint,
+            "shards_id": trainer.shards.id,
+            "micro_batch_size": trainer.micro_batch_size,
+            "rng": rng,
+            "best_step": best_step,
+            "memory": {key: value for key, value in memory.items() if key != "losses"},
+        }
+        snapshot = Snapshot(
+            trainer.step,
+            {name[2:]: tensor for name, tensor in copies.items() if name.startswith("m/")},
+            {name[2:]: tensor for name, tensor in copies.items() if name.startswith("o/")},
+            state,
+            trainer.config,
+            trainer.shards.directory / "tokenizer.json",
+        )
+        writer.submit(snapshot, wait_for_copies, began)
 
 
 def resume(trainer: Trainer, out: Path) -> dict[str, Any]:
-    """Continue from the newest checkpoint of this run, if there is one for the same config and shards; the loop's memory in it."""
-    checkpoints = list_checkpoints(out / "checkpoints")
-    if not checkpoints:
+    """Continue from the newest whole checkpoint of this run, if there is one; the loop's memory in it, else {}.
+
+    Works with another number of processes and another micro-batch than before. Tensors are read one by one into their places.
+    Raises UserError when the checkpoint is of another config or other shards.
+    """
+    step = int(trainer.ranks.from_first(float(_choose(out) if trainer.ranks.is_first else 0)))
+    if step < 0:
         return {}
-    checkpoint = load_checkpoint(checkpoints[-1])
-    if checkpoint.config.model_dump(exclude={"name"}) != trainer.config.model_dump(exclude={"name"}):
-        raise UserError(
-            f"{out}: holds checkpoints of another config; give another --out, or delete {out / 'checkpoints'}"
-        )
-    state = checkpoint.state
+    directory = checkpoint_path(checkpoints_of(out), step)
+    check_same_run(load_config(directory / "config.yaml"), trainer.config, out)
+    state = read_state(directory)
     if state["shards_id"] != trainer.shards.id:
         raise UserError(
             f"{out}: its checkpoints were trained on shard set {state['shards_id']}, not {trainer.shards.id}; give another --out"
         )
-    tensors = load_optimizer_tensors(checkpoints[-1])
-    trainer.model.load_weights(checkpoint.model)
-    if trainer.average is not None:
-        for name, average in trainer.average.average.items():
-            average.copy_(checkpoint.model[name])
-        trainer.model.load_weights({name: tensors.pop(TRAINING_WEIGHTS + name) for name in checkpoint.model})
-    if trainer.loss_scale is not None:
-        trainer.loss_scale.scale.copy_(tensors.pop("loss_scale"))
-    trainer.optimizers.load_state_tensors(tensors)
+    memory = {**state["memory"], "losses": _load_tensors(trainer, directory)}
     trainer.step = trainer.watch.checked = state["step"]
-    trainer.micro_batch_size = state["micro_batch_size"]
     trainer.seconds_before = state["seconds"]
-    if trainer.ranks.is_first:
-        torch.set_rng_state(torch.tensor(state["rng"]["cpu"], dtype=torch.uint8))
-        if trainer.device.is_cuda and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(torch.tensor(state["rng"]["cuda"], dtype=torch.uint8))
-    else:
-        torch.manual_seed(trainer.config.train.seed + trainer.ranks.rank + trainer.step)
-    log.info("resumed at step %d from %s", trainer.step, checkpoints[-1])
-    return state["progress"]
+    if trainer.config.train.micro_batch_size == "auto" and trainer.local_batch_size % state["micro_batch_size"] == 0:
+        trainer.micro_batch_size = state["micro_batch_size"]
+    _set_random_state(trainer, state["rng"])
+    log.info("resumed at step %d from %s", trainer.step, directory)
+    return memory
 
 
-def averaged(trainer: Trainer) -> contextlib.AbstractContextManager[dict[str, torch.Tensor]]:
+def check_same_run(before: ExperimentConfig, now: ExperimentConfig, out: Path) -> None:
+    """Raises UserError naming the fields in which they differ, those of MAY_CHANGE apart."""
+    old, new = (config.model_dump(mode="json", exclude={"name": True, "train": MAY_CHANGE}) for config in (before, now))
+    differing = [
+        f"{section}.{field}: {old[section][field]!r} there, {new[section][field]!r} now"
+        for section in old
+        for field in old[section]
+        if old[section][field] != new[section][field]
+    ]
+    if differing:
+        raise UserError(
+            f"{out}: holds checkpoints of another config ({'; '.join(differing[:3])}); give another --out, or delete "
+            f"{checkpoints_of(out)}"
+        )
+
+
+def _choose(out: Path) -> int:
+    """The step to go on from, -1 for none; torn leftovers are deleted, damaged checkpoints put aside, and both are said."""
+    folder = checkpoints_of(out)
+    for torn in sweep(folder, new_s=0.0):
+        log.info("deleted %s, which a killed process left unfinished", torn)
+    whole, skipped = newest_whole(folder)
+    for reason in skipped:
+        log.warning("checkpoint skipped: %s", reason)
+    newer = [path for path in folder.glob("step_*") if whole is None or path.name > whole.name]
+    for directory in newer:
+        if is_committed(directory):
+            shutil.rmtree(directory.with_name(f"damaged_{directory.name}"), ignore_errors=True)
+            directory.rename(directory.with_name(f"damaged_{directory.name}"))
+        else:
+            shutil.rmtree(directory)
+    if skipped and whole is None:
+        log.warning("no whole checkpoint is left in %s: starting from step 0", folder)
+    return -1 if whole is None else int(whole.name.removeprefix("step_"))
+
+
+@torch.no_grad()
+def _load_tensors(trainer: Trainer, directory: Path) -> list[Tensor]:
+    """Weights, average, optimizer and loss scale into their places; returns the losses that no report has told of yet."""
+    weights = trainer.model.weights()
+    copy_tensors(directory / MODEL, weights if trainer.average is None else trainer.average.average)
+    losses: list[Tensor] = []
+    for name, tensor in read_tensors(directory / OPTIMIZER):
+        if name.startswith(TRAINING_WEIGHTS):
+            weights[name.removeprefix(TRAINING_WEIGHTS)].copy_(tensor)
+        elif name == LOSSES:  # the sum over processes, which the next report makes again
+            share = tensor if trainer.ranks.is_first else torch.zeros_like(tensor)
+            losses = list(share.to(trainer.device.torch).unbind())
+        elif name in (LOSS_SCALE, LOSS_SCALE_GROWTH):
+            assert trainer.loss_scale is not None, name
+            (trainer.loss_scale.scale if name == LOSS_SCALE else trainer.loss_scale.growth).copy_(tensor)
+        else:
+            trainer.optimizers.load_state_tensors({name: tensor})
+    return losses
+
+
+def random_states(trainer: Trainer) -> list[dict[str, str]]:
+    """The generators of every process, in hexadecimal: dropout goes on where it was."""
+    states = {"cpu": torch.get_rng_state()}
+    if trainer.device.is_cuda:
+        states["cuda"] = torch.cuda.get_rng_state()
+    gathered = {key: trainer.ranks.gather(state) for key, state in states.items()}
+    return [
+        {key: bytes(states[rank].tolist()).hex() for key, states in gathered.items()}
+        for rank in range(trainer.ranks.count)
+    ]
+
+
+def _set_random_state(trainer: Trainer, states: list[dict[str, str]]) -> None:
+    """This process's generators; one that was not there before draws numbers of its own."""
+    rank = trainer.ranks.rank
+    if rank >= len(states):
+        torch.manual_seed(trainer.config.train.seed + rank + trainer.step)
+        return
+    restored = {key: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for key, text in states[rank].items()}
+    torch.set_rng_state(restored["cpu"])
+    if trainer.device.is_cuda and "cuda" in restored:
+        torch.cuda.set_rng_state(restored["cuda"])
+
+
+def averaged(trainer: Trainer) -> contextlib.AbstractContextManager[Any]:
     """Inside, the model holds what is evaluated and saved: the moving average, or its own weights."""
-    return contextlib.nullcontext({}) if trainer.average is None else trainer.average.applied()
+    return contextlib.nullcontext() if trainer.average is None else trainer.average.applied()

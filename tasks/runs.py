@@ -1,0 +1,55 @@
+"""Runs by name, and what MLflow missed of them: `gptloom sync`.
+
+from tasks.runs import run_named, sync
+sync(["shakespeare-20261124-103000-1a2b"])
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gptcore.config import UserError, load_config
+from gptcore.journal import FILE_NAME
+from gptcore.store import home_dir, is_claimed
+from tasks.tracking import RUN_TAG, connect, first_line, forward_tree, tracking_uri
+
+log = logging.getLogger("gptloom.tracking")
+
+
+def run_named(text: str) -> str:
+    """The name of a pipeline run, from its name, that of one of its steps (`RUN/train`) or an MLflow run id. Raises UserError."""
+    runs = home_dir() / "runs"
+    name = text.partition("/")[0]
+    if name and (runs / name / FILE_NAME).is_file():
+        return name
+    if re.fullmatch("[0-9a-f]{32}", text):
+        try:
+            tag = connect(tracking_uri()).get_run(text).data.tags.get(RUN_TAG, "")
+        except Exception as error:
+            raise UserError(f"run {text}: MLflow does not know it ({first_line(error)})") from None
+        if tag and (runs / tag.partition("/")[0] / FILE_NAME).is_file():
+            return tag.partition("/")[0]
+    newest = sorted(runs.glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)[-3:]
+    there = f"the newest are {', '.join(path.parent.name for path in reversed(newest))}" if newest else "it has none"
+    raise UserError(f"run {text}: {runs} has no such run; {there}")
+
+
+def sync(names: Sequence[str] = ()) -> dict[str, Any]:
+    """Replay the journals of these runs (none named: of all) to MLflow: {"runs": replayed, "missing": still incomplete there}.
+
+    A run that is at work forwards its own records and is left out. Raises UserError for a name that no run has.
+    """
+    runs = home_dir() / "runs"
+    found = [run_named(name) for name in names] or sorted(path.parent.name for path in runs.glob(f"*/{FILE_NAME}"))
+    missing: list[str] = []
+    replayed: list[str] = []
+    for name in found:
+        if is_claimed(runs / name):
+            log.warning("%s is at work and forwards its own records", name)
+            continue
+        experiment = load_config(runs / name / "config.yaml").name
+        (missing if forward_tree(runs / name, experiment) else replayed).append(name)
+    return {"runs": replayed, "missing": missing}

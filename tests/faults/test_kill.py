@@ -1,0 +1,196 @@
+"""A training killed at any moment ends with the same bits: SIGKILL (also in the middle of a save), SIGTERM, other ranks, a full disk.
+
+.venv/bin/pytest tests/faults/test_kill.py         # the short form: 3 kills, 1 stop; part of make test
+make test-faults                                   # the long form: 50 kills, 20 stops
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from trainer_process import IS_LONG, Training, wait_until
+
+from gptcore.config import ExperimentConfig, load_config, with_changes
+from gptcore.journal import read_journal
+from gptcore.shards import ShardSet, prepare
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(280)]
+ROOT = Path(__file__).resolve().parent.parent.parent
+KILLS_A_RUN = 5 if IS_LONG else 3
+
+
+@pytest.fixture(scope="module")
+def config(small_text: Path) -> ExperimentConfig:
+    """Everything with a state of its own: Muon and AdamW, dropout, an average, early stopping's memory, reports between saves."""
+    config = load_config(
+        ROOT / "experiments" / "tiny.yaml",
+        [f"data.source={small_text}", "train.max_steps=200", "train.save_interval=7", "train.log_interval=4"],
+    )
+    changes = {"ema_decay": 0.9, "eval_interval": 30, "eval_tokens": 512, "select": "best", "patience": 50}
+    return with_changes(config, model={"dropout": 0.1}, train=changes | {"keep_checkpoints": 2, "keep_interval": 70})
+
+
+@pytest.fixture(scope="module")
+def shards(config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return ShardSet.open(prepare(config, tmp_path_factory.mktemp("home")).shards)
+
+
+@pytest.fixture(scope="module")
+def whole(config: ExperimentConfig, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """The run that nothing happened to."""
+    training = Training(config, shards, tmp_path_factory.mktemp("whole") / "run")
+    training.finish()
+    return training
+
+
+def seconds_of(training: Training) -> float:
+    """From the first step to the end."""
+    times = [r["time_ms"] for r in read_journal(training.out / "metrics.jsonl")[0] if r["kind"] == "metrics"]
+    return (times[-1] - times[0]) / 1e3
+
+
+def assert_as_if_nothing_had_happened(training: Training, whole: Training) -> None:
+    assert training.weights_sha256() == whole.weights_sha256()
+    assert training.curve() == whole.curve()
+    assert training.curve("val/bpb") == whole.curve("val/bpb")
+    assert not training.is_saving(), "a torn checkpoint was left"
+    records = read_journal(training.out / "metrics.jsonl")[0]
+    assert records[-1]["status"] == "FINISHED"
+    assert {r["attempt"] for r in records if r["kind"] == "open"} == set(range(records[-1]["attempt"] + 1))
+
+
+@pytest.mark.parametrize("seed", range(10 if IS_LONG else 1))
+def test_killed_at_random_moments(whole: Training, tmp_path: Path, seed: int) -> None:
+    """A repeated or skipped batch, a torn checkpoint that is loaded, dropout that starts over: the bits would differ."""
+    rng, kills, saves = random.Random(seed), 0, 0
+    training = Training(whole.config, whole.shards, tmp_path / "run")
+    while kills < KILLS_A_RUN:
+        process = training.start()
+        records = len(read_journal(training.out / "metrics.jsonl")[0])
+        wait_until(lambda records=records: len(read_journal(training.out / "metrics.jsonl")[0]) > records, process)
+        # Each attempt gets its share, so that the last one still has something to do.
+        time.sleep(rng.uniform(0.0, seconds_of(whole) / KILLS_A_RUN))
+        is_save = kills % 2 == 1 and wait_until(training.is_saving, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it was killed; give it more steps"
+        kills, saves = kills + 1, saves + is_save
+    said = training.finish()
+    assert "resumed at step" in said
+    assert saves >= KILLS_A_RUN // 2
+    assert_as_if_nothing_had_happened(training, whole)
+    tags = [r["values"] for r in read_journal(training.out / "metrics.jsonl")[0] if r["kind"] == "tags"]
+    assert {"gptloom.resumes": str(KILLS_A_RUN)} in tags
+
+
+@pytest.mark.parametrize("seed", range(20 if IS_LONG else 1))
+def test_stopped_at_a_random_moment(whole: Training, tmp_path: Path, seed: int) -> None:
+    """SIGTERM: a checkpoint of the very step, exit code 75 within seconds, and the rest to the bit."""
+    training = Training(whole.config, whole.shards, tmp_path / "run")
+    process = training.start()
+    wait_until(training.is_stepping, process)
+    time.sleep(random.Random(seed).uniform(0.0, 0.6 * seconds_of(whole)))
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    out, said = process.communicate(timeout=30)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 75, said
+    error = json.loads(out.splitlines()[-1])["error"]
+    if "checkpoint" in error:  # else it came before the first step
+        assert (Path(error.rpartition(" ")[2]) / "COMMITTED").is_file()
+    training.finish()
+    assert_as_if_nothing_had_happened(training, whole)
+
+
+DEAF = """
+import time
+from gptcore.entry import StopFlag
+StopFlag().install()
+print("ready", flush=True)
+while True:  # a step that takes for ever
+    time.sleep(0.1)
+"""
+
+
+def test_second_signal_exits_at_once() -> None:
+    """Whoever presses Ctrl-C twice does not want to wait for the end of a step."""
+    process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None, "the first one lets the step end"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 75
+
+
+@pytest.mark.parametrize(
+    ("changes", "launcher"),
+    [
+        ({"micro_batch_size": 2}, ()),
+        ({}, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")),
+    ],
+    ids=["micro-batch", "ranks"],
+)
+def test_resumed_with_another_micro_batch_or_more_ranks(
+    config: ExperimentConfig, shards: ShardSet, tmp_path: Path, changes: dict[str, int], launcher: tuple[str, ...]
+) -> None:
+    """The order of samples must depend on neither: the losses of the next 20 steps agree but for rounding."""
+    plain = with_changes(
+        config,
+        model={"dropout": 0.0},
+        train={"max_steps": 40, "save_interval": 20, "log_interval": 1, "select": "last", "ema_decay": 0.0, "keep_interval": 20},
+    )  # fmt: skip
+    whole = Training(plain, shards, tmp_path / "whole")
+    whole.finish()
+    half = Training(with_changes(plain, train=changes), shards, tmp_path / "half")
+    shutil.copytree(whole.out, half.out)
+    shutil.rmtree(half.checkpoint)
+    (half.out / "metrics.jsonl").unlink()
+    said = half.finish(*launcher)
+    assert "resumed at step 20" in said
+    expected = {tokens: loss for tokens, loss in whole.curve().items() if tokens > 20 * 8 * 32}
+    assert len(expected) == 20
+    assert half.curve() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB. Needs root (or a mount that is allowed)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("when", ["save", "journal"])
+def test_full_disk_keeps_the_checkpoint_before(whole: Training, small_disk: Path, when: str) -> None:
+    """A full disk must not cost what was saved, nor leave half a line or half a checkpoint that is taken for whole."""
+    training = Training(whole.config, whole.shards, small_disk / "run")
+    process = training.start()
+    wait_until(lambda: len(list(small_disk.glob("run/checkpoints/step_*/COMMITTED"))) >= 2, process)
+    filler = small_disk / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        free = shutil.disk_usage(small_disk).free
+        file.write(bytes(free if when == "journal" else max(0, free - 80_000)))
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert "no space left on the disk" in json.loads(out.splitlines()[-1])["error"]
+    assert "Traceback" not in said
+    filler.unlink()
+    said = training.finish()
+    assert "resumed at step" in said
+    assert training.weights_sha256() == whole.weights_sha256()
+    assert training.curve() == whole.curve()
