@@ -67,7 +67,11 @@ class Server(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """With a login for it, whose password no message may hold."""
+    netrc = tmp_path_factory.mktemp("login") / "netrc"
+    netrc.write_text("machine 127.0.0.1 login user password hunter2\n")
+    monkeypatch.setenv("NETRC", str(netrc))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr(download, "RETRY_SECONDS", (0.0, 0.0))
@@ -102,7 +106,7 @@ def broken_off(handler: Handler) -> None:
 
 def url(server: Any, path: str = "/text.txt", pin: bytes | None = None) -> str:
     fragment = f"#sha256={hashlib.sha256(pin).hexdigest()}" if pin is not None else ""
-    return f"http://user:hunter2@127.0.0.1:{server.server_port}{path}{fragment}"
+    return f"http://127.0.0.1:{server.server_port}{path}{fragment}"
 
 
 def build(source: str, home: Path, **settings: Any) -> Path:
@@ -126,6 +130,7 @@ def test_pinned_address_is_fetched_once(tmp_path: Path, server: Any) -> None:
     server.answers = [lambda handler: handler.head(500, 0)]
     assert build(source, tmp_path) == found
     assert len(server.requests) == 1
+    assert server.requests[0][1]["Authorization"] == "Basic dXNlcjpodW50ZXIy"  # the login from netrc
     assert [name for name in downloads(tmp_path) if "part" in name] == []
 
 
