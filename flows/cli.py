@@ -22,11 +22,14 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import textwrap
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flows.warden import MARK_VARIABLE
 from gptcore.config import DataConfig, ExperimentConfig, UserError, hide_password, load_config
 from gptcore.entry import (
     EXIT_BUG,
@@ -41,6 +44,8 @@ from gptcore.entry import (
 )
 from gptcore.store import home_dir, keep_private
 
+ROOT = Path(__file__).resolve().parent.parent
+_wardens: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
 CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
 EPILOG = """\
 exit codes: 0 done, 2 a mistake in the call or its input, 75 stopped, 76 the loss became infinite, 77 out of memory.
@@ -337,11 +342,19 @@ def _start_prefect_server() -> None:
         return
     from prefect.server.api.server import SubprocessASGIServer
 
+    os.environ[MARK_VARIABLE] = mark = uuid.uuid4().hex
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         SubprocessASGIServer().start()  # one per process: Prefect's client finds this one
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        del os.environ[MARK_VARIABLE]
+    # If we are killed, nobody else would end that server.
+    warden = subprocess.Popen(
+        [sys.executable, "-m", "flows.warden", mark],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    _wardens.append(warden)
 
 
 def _print_results(directory: Path) -> None:

@@ -337,6 +337,7 @@ def test_resumed_training_has_one_point_a_place(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "train")
     journal.metrics({"train/loss": 3.0}, tokens_seen=100)
     journal.metrics({"train/loss": 2.5}, tokens_seen=200)
+    del journal  # the first process has ended
     journal = Journal(tmp_path / "train")
     journal.metrics({"train/loss": 2.4}, tokens_seen=200)
     journal.metrics({"val/loss": 2.6}, tokens_seen=200)
