@@ -41,7 +41,8 @@ class Interval:
 def mean_interval(values: object, level: float = 0.95) -> Interval:
     """Mean of independent values (seeds, repeats) with its interval. All must be finite; at least one."""
     x = np.asarray(values, dtype=np.float64).ravel()
-    assert x.size and np.isfinite(x).all(), "an interval of values that were not measured"
+    assert x.size, "an interval of no values"
+    assert np.isfinite(x).all(), "an interval of values that were not measured"
     n, mean = x.size, float(x.mean())
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
@@ -63,9 +64,7 @@ def ratio_interval(values: object, level: float = 0.95) -> Interval:
     return Interval(math.exp(inner.mean), math.exp(inner.low), math.exp(inner.high), inner.n)
 
 
-def paired(
-    frame: pd.DataFrame, value: str, baseline: object, *, by: str = "arm", ratio: bool = False
-) -> pd.DataFrame:
+def paired(frame: pd.DataFrame, value: str, baseline: object, *, by: str = "arm", ratio: bool = False) -> pd.DataFrame:
     """Every arm against the baseline on the seeds that both have.
 
     frame: one row per arm and seed (columns `by`, seed, `value`). Returns one row per other arm: `by`, n, mean (of the arm's
