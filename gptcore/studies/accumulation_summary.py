@@ -55,7 +55,7 @@ def _exactness(
             interval = mean_interval(100 * own["error"])
             metrics[f"accumulation/error_naive_{batch}"] = interval.mean / 100
             findings.append(
-                f"The naive mean of the micro-batches' means is off by {interval.text('.3g')} percent of the gradient on {batch} "
+                f"The naive mean of the micro-batches' means is off by {interval.text('.3g', '%')} of the gradient on {batch} "
                 f"batches in {most} micro-steps."
             )
     low = rows[(rows["precision"] == "bf16") & (rows["method"] == "ours") & (rows["micro_steps"] == most)]
@@ -64,7 +64,7 @@ def _exactness(
         metrics["accumulation/drift_bf16"] = drift.mean / 100
         error = mean_interval(100 * low.groupby("seed")["error"].mean())
         findings.append(
-            f"In bf16, {most} micro-steps move the gradient by {drift.text('.3g')} percent; bf16 itself is {error.mean:.3g} percent "
+            f"In bf16, {most} micro-steps move the gradient by {drift.text('.3g', '%')}; bf16 itself is {error.mean:.3g} % "
             "away from float64."
         )
     keys = ["precision", "batch", "method", "micro_steps"]
@@ -119,8 +119,8 @@ def _economy(
     best = first.groupby("micro_batch_size")["tok_per_sec"].mean().idxmax()
     metrics |= {"accumulation/speed_ratio": speed.mean, "accumulation/memory_ratio": memory}
     findings.append(
-        f"Micro-batches of {least} instead of {whole} sequences keep {100 * memory:.0f} percent of the activations and run at "
-        f"{speed.text('.2f')} times the speed; the fastest size here is {best}."
+        f"Micro-batches of {least} instead of {whole} sequences keep {100 * memory:.0f} % of the activations and run at "
+        f"{speed.text('.2f', 'times')} the speed; the fastest size here is {best}."
     )
     plot = go.Figure()
     for i, (arm, own) in enumerate(frame.groupby("arm", sort=False)):

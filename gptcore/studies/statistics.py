@@ -27,11 +27,12 @@ class Interval:
     high: float
     n: int
 
-    def text(self, style: str = ".4g") -> str:
-        """`0.0012 (n=5, 95 % interval 0.0009 to 0.0015)`."""
+    def text(self, style: str = ".4g", unit: str = "") -> str:
+        """`12 % (n=5, 95 % interval 9 to 15 %)`."""
+        unit = f" {unit}" if unit else ""
         if self.n == 1:
-            return f"{self.mean:{style}} (n=1, no interval)"
-        return f"{self.mean:{style}} (n={self.n}, 95 % interval {self.low:{style}} to {self.high:{style}})"
+            return f"{self.mean:{style}}{unit} (n=1, no interval)"
+        return f"{self.mean:{style}}{unit} (n={self.n}, 95 % interval {self.low:{style}} to {self.high:{style}}{unit})"
 
     @property
     def excludes_zero(self) -> bool:
