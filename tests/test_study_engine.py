@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
-from gptcore.config import UserError
+from gptcore.config import UserError, check_config
 from gptcore.config.base import Section
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.entry import Stopped
@@ -20,6 +21,7 @@ from gptcore.studies import engine
 from gptcore.studies.engine import Bench, CellResult, Study, Summary, run_cells
 from gptcore.studies.finish import finish
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval
+from gptcore.train import build_trainer, certificate
 
 ROOT = Path(__file__).parent.parent
 BASE = {
@@ -185,7 +187,7 @@ def test_a_killed_study_goes_on_with_the_next_cell(
     tmp_path: Path, calls: list[str], shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = load_study(_write(tmp_path, TOY))
-    monkeypatch.setattr(engine.Deadline, "is_signal", property(lambda _self: len(calls) >= 2))
+    monkeypatch.setattr(engine.Deadline, "is_asked", property(lambda _self: len(calls) >= 2))
     with pytest.raises(Stopped, match="2 of 4 cells"):
         _run(plan, shards, tmp_path / "one")
     monkeypatch.undo()
@@ -267,3 +269,23 @@ def test_tables_keep_whole_numbers_and_show_what_is_missing() -> None:
     assert ">3<" in html
     assert ">–<" in html
     json.dumps(str(html))
+
+
+def test_every_training_has_a_certificate_that_can_fail(
+    shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {**BASE, "model": {**BASE["model"], "dropout": 0.3}, "train": {**BASE["train"], "micro_batch_size": 4}}
+    trainer = build_trainer(check_config(tree), shards)
+    before = torch.get_rng_state()
+    found = certificate.write_certificate(trainer, tmp_path)
+    assert found == json.loads((tmp_path / "accumulation.json").read_text())
+    assert found["passed"]
+    assert found["error"] < 1e-6
+    assert torch.equal(torch.get_rng_state(), before)
+    assert trainer.model.training
+    assert all(p.grad is None for p in trainer.model.parameters())
+    # The mistake it guards against: each micro-step's mean instead of its part of the whole.
+    forward = type(trainer.model).forward
+    wrong = lambda self, x, y=None, *, reduction="mean", **_: forward(self, x, y, reduction="mean")  # noqa: E731
+    monkeypatch.setattr(type(trainer.model), "forward", wrong)
+    assert not certificate.certify(trainer)["passed"]
