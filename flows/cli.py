@@ -205,8 +205,9 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
 def run_study(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom study`: check every cell's config, then the flow. The exit code is 0 once one cell is measured."""
     from gptcore.config.study import find_study, load_study
+    from gptcore.studies.engine import check_options
 
-    plan = load_study(find_study(args.name), args.overrides, smoke=args.smoke)
+    plan = check_options(load_study(find_study(args.name), args.overrides, smoke=args.smoke))
     home = prepare_home()
     check_source(plan.base.data)
     use_servers()

@@ -59,7 +59,7 @@ def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHA
         changes: What differs from the study file.
     """
     start = time.monotonic()
-    plan = load_study(find_study(name), changes.as_list(), smoke=smoke)
+    plan = checked_plan(name, changes.as_list(), smoke)
     check_store()
     home = home_dir()
     experiment = study_experiment(plan)
@@ -84,6 +84,15 @@ def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHA
     except KeyboardInterrupt:
         return Cancelled(message="stopped by the user")  # type: ignore[return-value]
     return {**result, "flow_run_id": flow_run.get_id(), "mlflow_run_id": run.mlflow_run_id}
+
+
+def checked_plan(name: str, overrides: list[str], smoke: bool) -> StudyPlan:
+    """The study with every cell and option looked at, before anything starts. Raises UserError. Loads torch, hence not at import."""
+    from gptcore.studies.engine import check_options
+
+    plan = load_study(find_study(name), overrides, smoke=smoke)
+    check_options(plan)
+    return plan
 
 
 def measure(file: Path, shards: Path, run: str, directory: Path, parts: int) -> None:

@@ -17,6 +17,8 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 
+from flows.cli import main
+
 KEYS = {"run", "report", "cells", "measured", "cached", "failed", "not_run", "conclusion", "seconds", "mlflow_run_id"}
 
 
@@ -114,3 +116,14 @@ def test_the_timing_map_adds_up_and_draws_itself(home: Path, small_text: Path) -
     html = (run / "report.html").read_text()
     for word in ("trains nothing", "sunburst", "roofline", "within 0."):
         assert word in html.lower()
+
+
+def test_a_mistake_in_the_call_ends_at_once(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["tming"], "study 'tming': not known"),
+        (["accumulation", "options.lr=1"], "arm exactness: options.lr=1: unknown"),
+        (["accumulation", "--smoke", "train.lr=-1"], "train.lr=-1"),
+    ):
+        assert main(["study", *words]) == 2
+        assert said in json.loads(capfd.readouterr().out)["error"]
+    assert not home.exists(), "a mistake left something behind"
