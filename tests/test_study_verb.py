@@ -80,7 +80,7 @@ def test_a_killed_study_goes_on_without_repeating_finished_cells(home: Path, sma
     rows = pd.read_parquet(run / "tables" / "exactness.parquet")
     exact = rows[(rows["precision"] == "fp64") & (rows["method"] == "ours")]
     assert exact["error"].max() < 1e-12
-    naive = rows[(rows["method"] == "naive") & (rows["batch"] == "ragged") & (rows["micro_steps"] > 1)]
+    naive = rows[(rows["method"] == "naive") & (rows["batch"] == "ragged") & (rows["micro_steps"] == 4)]
     assert naive["error"].min() > 1e-4, "a mean of means that is exact measures nothing"
 
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
@@ -102,10 +102,8 @@ def test_the_timing_map_adds_up_and_draws_itself(home: Path, small_text: Path) -
     mapped = pd.read_parquet(run / "tables" / "map.parquet")
     names = set(mapped["section"])
     for part in ("ingest", "vocabulary", "shards", "train / forward / attention", "train / forward / loss", "train / backward", "train / save",
-                 "train / data / to_device", "train / evaluate / forward / head" , "train / report", "report"):  # fmt: skip
-        assert f"pipeline / {part}" in names or part.startswith("train / evaluate"), (
-            f"{part} is missing in {sorted(names)}"
-        )
+                 "train / data / to_device", "train / evaluate / head" , "train / report", "report"):  # fmt: skip
+        assert f"pipeline / {part}" in names, f"{part} is missing in {sorted(names)}"
     assert mapped["seconds"].min() >= 0
     assert mapped["share"].sum() == pytest.approx(1)
     steps = pd.read_parquet(run / "tables" / "steps.parquet")

@@ -11,7 +11,7 @@ from gptcore.report.study import figure, interval_figure, table
 from gptcore.report.wording import duration
 from gptcore.studies.engine import Results, Summary
 from gptcore.studies.statistics import comparison_note, mean_interval, paired
-from gptcore.studies.timing_advice import advise_pipeline, advise_step
+from gptcore.studies.timing_advice import advise_pipeline, advise_step, largest_other
 
 
 def summarize(results: Results) -> Summary:
@@ -44,11 +44,10 @@ def _pipeline(
     metrics |= {"timing/not_training": not_training.mean / 100, "timing/wall_seconds": wall.mean}
     mean = rows.groupby("section", sort=False)[["seconds", "share", "calls", "cpu_seconds"]].mean().reset_index()
     inclusive = inclusive_shares(mean)
-    steps = {key: value for key, value in inclusive.items() if " / " not in key}
-    largest = max((key for key in steps if key != "train"), key=lambda key: steps[key], default="")
+    largest = largest_other(inclusive)
     findings.append(
         f"{not_training.text('.1f', '%')} of the time from raw text to report trains nothing; the whole takes {duration(wall.mean)}, "
-        f"and {largest} is the largest part beside training with {100 * steps.get(largest, 0.0):.0f} %."
+        f"and {largest} is the largest part beside training with {100 * inclusive[largest]:.0f} %."
     )
     findings.append(
         f"The map's sections add up to the wall time of another clock within {100 * gap:.2f} % (n={wall.n})."
