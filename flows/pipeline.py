@@ -225,18 +225,24 @@ FOLDERS = {
     "gradient_accumulation": "accumulation",
     "rnn_baseline": "rnn",
 }
-NAMES = {**FOLDERS, "build_vocabulary": "vocabulary", "write_shards": "shards", "build_report": "report"}
+NAMES = {
+    **FOLDERS,
+    "build_vocabulary": "vocabulary",
+    "write_shards": "shards",
+    "build_report": "report",
+    "report_study": "report",
+}
 
 
 class PipelineRun:
     """The parent run while it is under way: its directory, its journal, and the seconds of each step."""
 
-    def __init__(self, config: ExperimentConfig, directory: Path) -> None:
+    def __init__(self, config: ExperimentConfig, directory: Path, step: str) -> None:
         self.config = config
         self.directory = directory
         self.name = directory.name
         self.seconds = _earlier_seconds(directory)
-        write_tags(directory, common_tags() | {"gptloom.step": "pipeline"})
+        write_tags(directory, common_tags() | {"gptloom.step": step})
         self.journal = Journal(directory)
         self.forwarder = Forwarder(directory, config.name, below=False)
 
@@ -309,11 +315,11 @@ def _earlier_seconds(directory: Path) -> dict[str, float]:
 
 
 @contextmanager
-def open_run(config: ExperimentConfig, directory: Path) -> Iterator[PipelineRun]:
-    """The parent run around the steps: FINISHED at the end, else FAILED or KILLED with the reason, and nothing left RUNNING."""
+def open_run(config: ExperimentConfig, directory: Path, step: str = "pipeline") -> Iterator[PipelineRun]:
+    """The parent run around the steps (a pipeline's or a study's): FINISHED at the end, else FAILED or KILLED with the reason, and nothing left RUNNING."""
     patience_s = INTERRUPTED_S
     with claim(directory):
-        run = PipelineRun(config, directory)
+        run = PipelineRun(config, directory, step)
         run.journal.open(run.name)
         (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         run.journal.params(flatten(config))

@@ -1,6 +1,10 @@
-"""Where a training step's time goes, by phase and, inside the forward pass, by module.
+"""Where the time goes: of everything from raw text to report, and inside a training step.
 
-    python -m gptcore.studies.timing CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
+    gptloom study timing                                                                   # the study
+    python -m gptcore.studies.timing CONFIG.yaml --shards DIR --out DIR --checkpoint DIR   # its short form in a pipeline run
+
+The study's cells are of two kinds: pipeline (timing_pipeline) and step (timing_step); timing_summary says what they gave,
+timing_advice what to change, timing_difference what became slower between two runs.
 
 The clock synchronises the device at every boundary, so the sections are exact and add up; on a GPU that costs the overlap of
 kernels, which is why the wall time of undisturbed steps stands beside it.
@@ -17,9 +21,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from gptcore.config import with_changes
+from gptcore.config.study import Cell
 from gptcore.entry import run_process
 from gptcore.models import LanguageModel
-from gptcore.studies.cell import Cell, Outcome, run_study
+from gptcore.studies.engine import Bench, CellResult, Study
+from gptcore.studies.short import Outcome, Subject, run_study
+from gptcore.studies.timing_options import TimingOptions
+from gptcore.studies.timing_pipeline import measure_pipeline
+from gptcore.studies.timing_step import measure_step
+from gptcore.studies.timing_summary import summarize
 from gptcore.timing import PhaseClock, measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 
@@ -54,17 +64,17 @@ def time_modules(model: LanguageModel, clock: PhaseClock) -> ExitStack:
     return stack
 
 
-def measure(cell: Cell) -> Outcome:
-    repeats = cell.config.studies.repeats
+def measure(subject: Subject) -> Outcome:
+    repeats = subject.config.studies.repeats
     steps = 2 * repeats + 3  # warm-ups and the traced step included
     config = with_changes(
-        cell.config,
-        train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps), "compile": "off"},
+        subject.config,
+        train={"max_steps": steps, "warmup_steps": min(steps, subject.config.train.warmup_steps), "compile": "off"},
     )
-    trainer = build_trainer(config, cell.shards)
+    trainer = build_trainer(config, subject.shards)
     undisturbed = measure_ms(lambda: train_step(trainer), trainer.device.synchronize, repeats)
     samples = profile_steps(trainer, repeats)
-    trace_step(trainer, cell.out / TRACE)
+    trace_step(trainer, subject.out / TRACE)
     wall = statistics.median(sum(sample.values()) for sample in samples)
     rows: list[dict[str, Any]] = []
     for section in samples[0]:
@@ -124,6 +134,14 @@ def trace_step(trainer: Trainer, path: Path) -> None:
         train_step(trainer)
         trainer.device.synchronize()
     profiler.export_chrome_trace(str(path))
+
+
+def measure_cell(cell: Cell, bench: Bench) -> CellResult:
+    """One cell of the study."""
+    return {"pipeline": measure_pipeline, "step": measure_step}[cell.options.kind](cell, bench)
+
+
+STUDY = Study("Timing map", TimingOptions, measure_cell, summarize)
 
 
 def main(argv: list[str]) -> dict[str, Any]:
