@@ -20,6 +20,8 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	.venv/bin/python benchmarks/main_job.py
+	.venv/bin/python benchmarks/data.py
+	.venv/bin/python benchmarks/batches.py
 
 # A bill of materials of every pin (CycloneDX), then known vulnerabilities; one that could not be looked up counts as not passed.
 audit: .venv/.installed
