@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
-    takes_stdout = args.verb in (run_experiment, work_on_data)
+    takes_stdout = args.verb in (run_experiment, work_on_data, move_champion)
     stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
@@ -113,6 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: %(default)s)")
     up.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: %(default)s)")
     up.set_defaults(verb=start_servers)
+
+    for name, text in (("promote", "make a model the champion"), ("rollback", "bring the champion before back")):
+        move = verbs.add_parser(name, help=text, description=f"In the registry: {text}.")
+        move.add_argument("model", metavar="MODEL", help="NAME, NAME@ALIAS, NAME/VERSION or a run (rollback: NAME)")
+        move.add_argument("--reason", default="on request", help="kept with the version (default: %(default)s)")
+        move.set_defaults(verb=move_champion, move=name)
 
     down = verbs.add_parser(
         "down", help="stop what `gptloom up` started", description="Stop the servers and the worker of `gptloom up`."
@@ -190,6 +196,18 @@ def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
     _quiet_expected_errors()
     result.update(data(experiment=experiment, overrides=Overrides(more=overrides)))
+    return EXIT_OK
+
+
+def move_champion(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom promote` and `gptloom rollback`."""
+    prepare_home()
+    use_servers()
+    _start_prefect_server()
+    from flows import registry
+
+    _quiet_expected_errors()
+    result.update(getattr(registry, args.move)(args.model, args.reason))
     return EXIT_OK
 
 

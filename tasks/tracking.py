@@ -19,6 +19,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,10 +87,34 @@ def check_store(uri: str | None = None) -> str:
         _client(uri).search_experiments(max_results=1)
     except Exception as error:
         raise UserError(
-            f"MLflow at {uri} does not answer ({_first_line(error)}); start that server, or correct or unset MLFLOW_TRACKING_URI "
+            f"MLflow at {uri} does not answer ({first_line(error)}); start that server, or correct or unset MLFLOW_TRACKING_URI "
             "(without it records go to a local SQLite file)"
         ) from None
     return uri
+
+
+def open_client() -> MlflowClient:
+    """A client of the store; its calls raise MLflow's own errors, after seconds."""
+    return _client(tracking_uri())
+
+
+def save_servable(directory: Path, checkpoint: Path, code: Path, requirements: list[str]) -> None:
+    """Write `directory` as an MLflow model that runs `code` on `checkpoint` (models from code: nothing is pickled)."""
+    import mlflow.pyfunc
+    from mlflow.models import infer_signature
+
+    for name in ("mlflow.models.model", "mlflow.pyfunc", "mlflow.utils.requirements_utils"):  # warnings about what is on purpose here
+        logging.getLogger(name).setLevel(logging.ERROR)
+    parameters = {"max_new_tokens": 200, "temperature": 0.8, "seed": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            path=str(directory),
+            python_model=str(code),
+            artifacts={"checkpoint": str(checkpoint)},
+            pip_requirements=requirements,
+            signature=infer_signature(["To be"], ["To be, or not"], parameters),
+        )
 
 
 def common_tags() -> dict[str, str]:
@@ -118,6 +143,7 @@ def _client(uri: str) -> MlflowClient:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # table by table, while a new database is made
@@ -190,7 +216,7 @@ class Forwarder:
                 if not self._in_trouble:
                     log.warning(
                         "MLflow does not take records (%s); the journal keeps them and forwarding is tried again",
-                        _first_line(error),
+                        first_line(error),
                     )
                 self._in_trouble = True
                 self._client = None  # the next try looks for the store afresh
@@ -285,7 +311,7 @@ class _JournalCopy:
             except Exception as error:
                 if not _is_refusal(error):
                     raise
-                log.warning("MLflow refuses a %s line of %s: %s", batch[0]["kind"], self.path, _first_line(error))
+                log.warning("MLflow refuses a %s line of %s: %s", batch[0]["kind"], self.path, first_line(error))
             for _ in batch:
                 self.pending.popleft()
 
@@ -401,7 +427,7 @@ def _is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(" (Caused by")[0][:300]  # urllib3 nests its reasons; the outermost says enough
 
