@@ -126,6 +126,11 @@ def rollback(name: str, reason: str = "on request") -> tuple[Version, Version]:
     )
 
 
+def delete_version(version: Version) -> None:
+    """Take a version out of the registry; its run stays."""
+    open_client().delete_model_version(version.name, version.version)
+
+
 def forget_model(name: str) -> None:
     """Delete a registered model with all versions (their runs stay); for simulations, which start from nothing."""
     if _registered(name) is not None:

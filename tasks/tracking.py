@@ -103,7 +103,11 @@ def save_servable(directory: Path, checkpoint: Path, code: Path, requirements: l
     import mlflow.pyfunc
     from mlflow.models import infer_signature
 
-    for name in ("mlflow.models.model", "mlflow.pyfunc", "mlflow.utils.requirements_utils"):  # warnings about what is on purpose here
+    for name in (
+        "mlflow.models.model",
+        "mlflow.pyfunc",
+        "mlflow.utils.requirements_utils",
+    ):  # warnings about what is on purpose here
         logging.getLogger(name).setLevel(logging.ERROR)
     parameters = {"max_new_tokens": 200, "temperature": 0.8, "seed": 0}
     with warnings.catch_warnings():
@@ -115,6 +119,35 @@ def save_servable(directory: Path, checkpoint: Path, code: Path, requirements: l
             pip_requirements=requirements,
             signature=infer_signature(["To be"], ["To be, or not"], parameters),
         )
+
+
+def find_run(experiment: str, run: str) -> str | None:
+    """MLflow's id of the run with this name in an experiment; None while MLflow has none."""
+    client = open_client()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    runs = client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{run}'", max_results=1)
+    return str(runs[0].info.run_id) if runs else None
+
+
+def keep_files(experiment: str, run: str, files: Sequence[Path]) -> None:
+    """Add files to a run that is over: what could only be written after it."""
+    run_id = find_run(experiment, run)
+    for file in files if run_id else []:
+        open_client().log_artifact(run_id, str(file))
+
+
+def delete_runs(experiment: str, run: str) -> None:
+    """Delete a run and the runs nested in it, as the UI does: `mlflow gc` removes their files, `mlflow runs restore` brings them back."""
+    client, parent = open_client(), find_run(experiment, run)
+    if parent is None:
+        return
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    for child in client.search_runs([found.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"):
+        client.delete_run(child.info.run_id)
+    client.delete_run(parent)
 
 
 def common_tags() -> dict[str, str]:

@@ -27,6 +27,7 @@ ROOMS = (
     "serve",
     "report",
     "studies",
+    "nights",
 )
 # What training alone may need: a bare GPU box has no more.
 BARE = {"torch", "numpy", "pydantic", "yaml", "safetensors"}

@@ -96,7 +96,7 @@ def test_registered_model_needs_nothing_else(store: Store) -> None:
 
 
 def test_what_is_gone_is_said_and_the_champion_stays(store: Store) -> None:
-    with pytest.raises(UserError, match="registry is empty.*gptloom run"):
+    with pytest.raises(UserError, match=r"registry is empty.*gptloom run"):
         registry.promote("toy")
     first, second = store.register(), store.register()
     registry.promote("toy/1")
