@@ -11,6 +11,7 @@ from typing import Any
 from prefect import flow
 from prefect.states import Cancelled
 
+from flows.forms import Experiment
 from flows.pipeline import NO_OVERRIDES, Overrides
 from gptcore.config import load_config
 from gptcore.shards import ShardSet
@@ -19,7 +20,9 @@ from tasks.data import build_vocabulary, ingest, write_shards
 
 
 @flow(name="data", persist_result=False)
-def data(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
+def data(
+    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
+) -> dict[str, Any]:
     """From raw text to shards; what is there already is found, not made again.
 
     Args:

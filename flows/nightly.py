@@ -21,6 +21,7 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.forms import Experiment
 from flows.pipeline import Overrides, new_run_name, open_run
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.nights.settings import NightlySettings
@@ -39,7 +40,7 @@ DEFAULTS = NightlySettings()
 
 @flow(name="nightly", persist_result=False, result_serializer="json")
 def nightly(
-    experiment: str = "experiments/shakespeare.yaml",
+    experiment: Experiment = "experiments/shakespeare.yaml",
     overrides: Overrides | None = None,
     force: bool = False,
     settings: NightlySettings = DEFAULTS,

@@ -19,12 +19,14 @@ from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
+from flows.forms import Experiment
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config
 from gptcore.journal import Journal
 from gptcore.store import home_dir, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
 from tasks.process import closing_line
+from tasks.registry import register_model
 from tasks.reporting import build_report
 from tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
 from tasks.tracking import Forwarder, check_store, common_tags, forward_tree
@@ -51,32 +53,48 @@ class Overrides(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra=_without_nulls)
 
     data_source: str | Unset = Field(
-        None, description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX."
+        None,
+        title="Source of text",
+        description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX.",
     )
-    max_steps: Annotated[int, Field(ge=1)] | Unset = Field(None, description="train.max_steps: optimizer steps.")
-    n_layer: Annotated[int, Field(ge=1)] | Unset = Field(None, description="model.n_layer: depth.")
+    max_steps: Annotated[int, Field(ge=1)] | Unset = Field(
+        None, title="Max Steps (optimizer steps)", description="train.max_steps: optimizer steps."
+    )
+    n_layer: Annotated[int, Field(ge=1)] | Unset = Field(
+        None, title="Depth (layers)", description="model.n_layer: depth."
+    )
     n_head: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, description="model.n_head: attention heads; must divide n_embd."
+        None, title="Attention heads", description="model.n_head: attention heads; must divide n_embd."
     )
-    n_embd: Annotated[int, Field(ge=2)] | Unset = Field(None, description="model.n_embd: width in channels.")
-    block_size: Annotated[int, Field(ge=2)] | Unset = Field(None, description="model.block_size: context in tokens.")
-    lr: Annotated[float, Field(gt=0)] | Unset = Field(None, description="train.lr: peak learning rate.")
+    n_embd: Annotated[int, Field(ge=2)] | Unset = Field(
+        None, title="Width (channels)", description="model.n_embd: width in channels."
+    )
+    block_size: Annotated[int, Field(ge=2)] | Unset = Field(
+        None, title="Context (tokens)", description="model.block_size: context in tokens."
+    )
+    lr: Annotated[float, Field(gt=0)] | Unset = Field(
+        None, title="Peak learning rate", description="train.lr: peak learning rate."
+    )
     global_batch_size: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, description="train.global_batch_size: sequences per optimizer step."
+        None, title="Batch (sequences per step)", description="train.global_batch_size: sequences per optimizer step."
     )
     device: Literal["auto", "cpu", "cuda"] | Unset = Field(
-        None, description="train.device: auto takes a GPU if there is one."
+        None, title="Device", description="train.device: auto takes a GPU if there is one."
     )
     seed: Annotated[int, Field(ge=0)] | Unset = Field(
-        None, description="train.seed: weights, order of samples, dropout."
+        None, title="Seed", description="train.seed: weights, order of samples, dropout."
     )
-    floor: bool | None = Field(None, description="studies.floor: train the bigram floor.")
-    timing: bool | None = Field(None, description="studies.timing: map where a step's time goes.")
-    quantization: bool | None = Field(None, description="studies.quantization: int8 weights.")
-    accumulation: bool | None = Field(None, description="studies.accumulation: one batch in several micro-steps.")
-    rnn: bool | None = Field(None, description="studies.rnn: LSTM baseline.")
+    floor: bool | None = Field(None, title="Bigram floor", description="studies.floor: train the bigram floor.")
+    timing: bool | None = Field(None, title="Timing map", description="studies.timing: map where a step's time goes.")
+    quantization: bool | None = Field(None, title="int8 weights", description="studies.quantization: int8 weights.")
+    accumulation: bool | None = Field(
+        None, title="Accumulation study", description="studies.accumulation: one batch in several micro-steps."
+    )
+    rnn: bool | None = Field(None, title="LSTM baseline", description="studies.rnn: LSTM baseline.")
     more: list[str] = Field(
-        default_factory=list, description="Any other field as section.field=value, e.g. train.warmup_steps=50."
+        default_factory=list,
+        title="Other fields",
+        description="Any other field as section.field=value, e.g. train.warmup_steps=50.",
     )
 
     @model_serializer(mode="wrap")
@@ -115,7 +133,9 @@ def _flow_run_name() -> str:
 
 
 @flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
-def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
+def pipeline(
+    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
+) -> dict[str, Any]:
     """From raw text to a trained, evaluated model and a report.
 
     Args:
@@ -138,8 +158,7 @@ def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overri
             evaluation = run.process(evaluate_model, config, checkpoint, shards)
             run.compare(trained, evaluation)
 
-            if config.studies.floor:
-                run.process(train_floor, config, shards)
+            floor = run.process(train_floor, config, shards) if config.studies.floor else {}
             if config.studies.timing:
                 run.process(timing_profile, config, checkpoint, shards)
             if config.studies.quantization:
@@ -149,6 +168,9 @@ def pipeline(experiment: str = "experiments/shakespeare.yaml", overrides: Overri
             if config.studies.rnn:
                 run.process(rnn_baseline, config, shards)
 
+            data = {"corpus": corpus, "vocab": vocab, "shards": shards}
+            run.forwarder.flush()
+            run.step(register_model, config, evaluation, floor.get("val_bpb"), data, run.name, run.mlflow_run_id)
             report = run.step(build_report, run.directory)
             run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples/samples.json")
     except KeyboardInterrupt:
@@ -175,7 +197,13 @@ FOLDERS = {
     "gradient_accumulation": "accumulation",
     "rnn_baseline": "rnn",
 }
-NAMES = {**FOLDERS, "build_vocabulary": "vocabulary", "write_shards": "shards", "build_report": "report"}
+NAMES = {
+    **FOLDERS,
+    "build_vocabulary": "vocabulary",
+    "write_shards": "shards",
+    "build_report": "report",
+    "register_model": "register",
+}
 
 
 class PipelineRun:

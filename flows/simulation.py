@@ -24,6 +24,7 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows.forms import Experiment
 from flows.nightly import DEFAULTS, Night
 from flows.pipeline import Overrides, new_run_name
 from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config, with_changes
@@ -41,7 +42,7 @@ LEAST_BYTES = 50_000
 
 @flow(name="nightly-simulation", persist_result=False)
 def simulate_nights(
-    experiment: str = "experiments/nights.yaml",
+    experiment: Experiment = "experiments/nights.yaml",
     overrides: Overrides | None = None,
     nights: int = 7,
     settings: NightlySettings = DEFAULTS,

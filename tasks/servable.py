@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlflow
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 
 
-class TextModel(mlflow.pyfunc.PythonModel):
+class TextModel(PythonModel):
     """A list of prompts becomes a list of continued texts."""
 
     def load_context(self, context: Any) -> None:
@@ -22,7 +23,7 @@ class TextModel(mlflow.pyfunc.PythonModel):
         self.model = load_model(directory)[0]
         self.vocab = Vocab.load(directory)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # hints would replace the signature
+    def predict(self, context, model_input, params=None):  # hints would replace the signature
         """`model_input`: texts, or a table whose first column holds them; `params`: see the signature."""
         asked = {"max_new_tokens": 200, "temperature": 0.8, "seed": 0, **(params or {})}
         prompts = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
@@ -41,4 +42,4 @@ class TextModel(mlflow.pyfunc.PythonModel):
         return prompt + self.vocab.decode(out[0].numpy())
 
 
-mlflow.models.set_model(TextModel())
+set_model(TextModel())

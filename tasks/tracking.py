@@ -98,6 +98,13 @@ def open_client() -> MlflowClient:
     return _client(tracking_uri())
 
 
+def is_store_trouble(error: BaseException) -> bool:
+    """Did MLflow, or the way to it, fail, and not our own code?"""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, (MlflowException, OSError))
+
+
 def save_servable(directory: Path, checkpoint: Path, code: Path, requirements: list[str]) -> None:
     """Write `directory` as an MLflow model that runs `code` on `checkpoint` (models from code: nothing is pickled)."""
     import mlflow.pyfunc
