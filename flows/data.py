@@ -12,14 +12,14 @@ from prefect import flow
 from prefect.states import Cancelled
 
 from flows.forms import Experiment
-from flows.pipeline import NO_OVERRIDES, Overrides
+from flows.pipeline import NO_OVERRIDES, Overrides, named_by_experiment
 from gptcore.config import load_config
 from gptcore.shards import ShardSet
 from gptcore.store import home_dir, read_manifest
 from tasks.data import build_vocabulary, ingest, write_shards
 
 
-@flow(name="data", persist_result=False)
+@flow(name="data", flow_run_name=named_by_experiment("data"), persist_result=False)
 def data(
     experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
 ) -> dict[str, Any]:

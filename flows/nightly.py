@@ -22,7 +22,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.forms import Experiment
-from flows.pipeline import Overrides, new_run_name, open_run
+from flows.pipeline import Overrides, named_by_experiment, new_run_name, open_run
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import content_id, home_dir
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DEFAULTS = NightlySettings()
 
 
-@flow(name="nightly", persist_result=False, result_serializer="json")
+@flow(name="nightly", flow_run_name=named_by_experiment("nightly"), persist_result=False, result_serializer="json")
 def nightly(
     experiment: Experiment = "experiments/shakespeare.yaml",
     overrides: Overrides | None = None,
@@ -57,7 +57,7 @@ def nightly(
     check_store()
     name = flow_run.get_name() if FlowRunContext.get() else None
     night = Night(config, home_dir() / "nightly" / config.name, settings, force)
-    result = night.run(f"{config.name}-{name}" if name else new_run_name(config.name))
+    result = night.run(name or new_run_name(f"{config.name}-nightly"))
     return Completed(name=result["outcome"].capitalize(), message=result["reason"], data=result)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -123,16 +123,21 @@ def new_run_name(experiment: str) -> str:
     return f"{experiment}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _flow_run_name() -> str:
-    parameters = flow_run.get_parameters()
-    try:
-        name = load_config(parameters["experiment"], parameters["overrides"].as_list()).name
-    except UserError:  # the flow itself says what is wrong
-        name = Path(parameters["experiment"]).stem
-    return new_run_name(name)
+def named_by_experiment(kind: str = "") -> Callable[[], str]:
+    """A flow's `flow_run_name`: `new_run_name` of its experiment, with the kind of run where it is no pipeline."""
+
+    def name() -> str:
+        parameters = flow_run.get_parameters()
+        try:
+            experiment = load_config(parameters["experiment"], (parameters["overrides"] or NO_OVERRIDES).as_list()).name
+        except UserError:  # the flow itself says what is wrong
+            experiment = Path(parameters["experiment"]).stem
+        return new_run_name(f"{experiment}-{kind}" if kind else experiment)
+
+    return name
 
 
-@flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
+@flow(name="pipeline", flow_run_name=named_by_experiment(), persist_result=False, result_serializer="json")
 def pipeline(
     experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
 ) -> dict[str, Any]:

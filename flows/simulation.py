@@ -26,7 +26,7 @@ from prefect.runtime import flow_run
 
 from flows.forms import Experiment
 from flows.nightly import DEFAULTS, Night
-from flows.pipeline import Overrides, new_run_name
+from flows.pipeline import Overrides, named_by_experiment, new_run_name
 from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config, with_changes
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import home_dir
@@ -40,7 +40,7 @@ TOLD = ("night", "outcome", "reason", "champion", "val_bpb")
 LEAST_BYTES = 50_000
 
 
-@flow(name="nightly-simulation", persist_result=False)
+@flow(name="nightly-simulation", flow_run_name=named_by_experiment("simulated"), persist_result=False)
 def simulate_nights(
     experiment: Experiment = "experiments/nights.yaml",
     overrides: Overrides | None = None,
@@ -60,11 +60,7 @@ def simulate_nights(
     config = load_config(experiment, (overrides or Overrides()).as_list())
     check_store()
     texts = read_texts(config.data)
-    run = (
-        new_run_name(f"{config.name}-simulated")
-        if flow_run.get_name() is None
-        else f"{config.name}-{flow_run.get_name()}"
-    )
+    run = flow_run.get_name() or new_run_name(f"{config.name}-simulated")
     folder = home_dir() / "simulations" / run
     inbox = folder / "inbox"
     inbox.mkdir(parents=True)

@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.forms import Experiment
-from flows.pipeline import NO_OVERRIDES, Overrides, new_run_name, open_run
+from flows.pipeline import NO_OVERRIDES, Overrides, named_by_experiment, new_run_name, open_run
 from gptcore.config import load_config
 from gptcore.store import home_dir
 from tasks.data import build_vocabulary, ingest, write_shards
@@ -32,7 +32,7 @@ AnyModel = Annotated[
 ]
 
 
-@flow(name="train", persist_result=False, result_serializer="json")
+@flow(name="train", flow_run_name=named_by_experiment("train"), persist_result=False, result_serializer="json")
 def train(
     experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
 ) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def train(
     """
     config, home = load_config(experiment, overrides.as_list()), home_dir()
     check_store()
-    with open_run(config, home / "runs" / _run_name(config.name)) as run:
+    with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
         corpus = run.step(ingest, config.data, home)
         run.describe_data(corpus)
         vocab = run.step(build_vocabulary, config.vocab, corpus, home, config.data.dask_address)
@@ -58,7 +58,12 @@ def train(
     }
 
 
-@flow(name="evaluate", flow_run_name="evaluate {model}", persist_result=False, result_serializer="json")
+def _evaluation_name() -> str:
+    model = str(flow_run.get_parameters()["model"])
+    return new_run_name(f"{model.replace('/', '-').replace('@', '-')}-evaluate")
+
+
+@flow(name="evaluate", flow_run_name=_evaluation_name, persist_result=False, result_serializer="json")
 def evaluate(model: AnyModel, data_source: str = "") -> dict[str, Any]:
     """Measure a registered model on the validation split of its own data, or of another source.
 
@@ -72,7 +77,7 @@ def evaluate(model: AnyModel, data_source: str = "") -> dict[str, Any]:
     version, home = registry.find(model), home_dir()
     checkpoint = registry.checkpoint_of(version)
     config = load_config(checkpoint / "config.yaml", [f"data.source={data_source}"] if data_source else [])
-    with open_run(config, home / "runs" / _run_name(f"{config.name}-evaluate")) as run:
+    with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
         run.journal.tags({"gptloom.step": "evaluate", "gptloom.model": version.label})
         corpus = run.step(ingest, config.data, home)
         run.describe_data(corpus)
@@ -88,9 +93,3 @@ def evaluate(model: AnyModel, data_source: str = "") -> dict[str, Any]:
     return {"run": run.name, "model": version.label, "mlflow_run_id": run.mlflow_run_id} | {
         key: result[key] for key in ("val_loss", "val_bpb", "tokens", "bytes")
     }
-
-
-def _run_name(experiment: str) -> str:
-    """The run's one name; Prefect's flow run is renamed to nothing: its own name is a suffix, so that both can be found."""
-    name = flow_run.get_name()
-    return f"{experiment}-{name.replace(' ', '-').replace('/', '-')}" if name else new_run_name(experiment)
