@@ -1,5 +1,7 @@
 """The work pools and their queues: what runs beside what, and what waits.
 
+    python -m flows.pools http://127.0.0.1:4200/api        # make both, as docker compose does
+
     cpu, gpu    two slots each: one for whatever trains (queue `default`), one for what is urgent (queue `urgent`, goes first)
 
 So two trainings sent to one pool run one after the other, and a rollback never waits for a training. The lock on each device
@@ -8,6 +10,7 @@ So two trainings sent to one pool run one after the other, and a rollback never 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from flows.prefect_api import answers, request
@@ -47,6 +50,11 @@ def template(api: str) -> dict[str, Any]:
     return dict(collections["prefect"]["process"]["default_base_job_configuration"])
 
 
-def online_pools(api: str) -> list[str]:
-    """Pools that have a worker at the moment."""
-    return [pool["name"] for pool in request(f"{api}/work_pools/filter", {}) or [] if pool["status"] == "READY"]
+def main() -> None:
+    """Make both pools; who works for them is not known here."""
+    for pool in POOLS:
+        prepare_pool(sys.argv[1], pool, has_worker=True)
+
+
+if __name__ == "__main__":
+    main()
