@@ -170,8 +170,8 @@ class Night:
             if not result["arms"]:
                 outcome = self._refuse_text(
                     tonight,
-                    f"unreadable text: the champion makes no more of {unreadable:.0f} % of it than byte frequencies do "
-                    f"({text.entropy:.2f} bits per byte); is it damaged, or in another language?",
+                    f"unreadable text: in {unreadable:.0f} % of it the order of the characters means nothing to the champion; is it "
+                    "damaged, or in another language?",
                 )
                 run.journal.tags({"gptloom.outcome": outcome[0]})
                 return outcome

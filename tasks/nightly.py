@@ -179,9 +179,7 @@ def run_arms(
     known = [vars(m) for m in ledger.models if is_committed(Path(m.checkpoint)) and (not now or m.key != now["key"])]
     plan = {
         "champion": now,
-        "judge": {"holdout": text.tonight.name, "entropy": text.entropy, "percent": settings.corrupt_percent}
-        if text.tonight
-        else None,
+        "judge": {"holdout": text.tonight.name, "percent": settings.corrupt_percent} if text.tonight else None,
         "models": known,
         "arms": planned,
         "holdouts": [{"name": name, "shards": shards} for name, shards in text.holdouts.items()],

@@ -227,7 +227,7 @@ def test_sources_that_are_gone_or_shrunk_leave_the_champion(
     shrunk = night()
     assert shrunk["outcome"] == "refused"
     assert (
-        "6 % of the 1,000,000 of last time; put the missing files back, or start the night with force"
+        "5 % of the 1,000,000 of last time; put the missing files back, or start the night with force"
         in shrunk["reason"]
     )
     (tmp_path / "inbox").rename(tmp_path / "away")
@@ -267,12 +267,13 @@ def test_old_nights_go_and_what_is_needed_stays(mlflow_store: str, home: Path, p
 # --- whole nights ------------------------------------------------------------------------------------------------------------
 
 TOY = [
-    "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "train.device=cpu", "train.max_steps=60",
+    "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "train.device=cpu", "train.max_steps=50",
     "train.global_batch_size=16", "train.warmup_steps=5", "train.eval_tokens=512", "evaluate.bootstrap=0",
+    "data.val_fraction=0.15", "data.section_bytes=1024",
 ]  # fmt: skip
 
 
-def prose(folder: Path, documents: int = 24, size: int = 16_000) -> Path:
+def prose(folder: Path, documents: int = 24, size: int = 12_000) -> Path:
     """English-like text of one author: words of a fixed list in sentences, lines and paragraphs."""
     import random
 

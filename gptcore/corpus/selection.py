@@ -62,8 +62,7 @@ def overlap_of(held_out: list[Path], training: list[Path]) -> float:
 def byte_entropy(corpus_dir: Path, most_bytes: int = 64 << 20) -> float:
     """Bits per byte of a corpus for someone who knows how often each byte occurs, and nothing of what stands before it.
 
-    The order-free yardstick for "is this the language the model knows": any model that reads a text no better than this
-    understands nothing of it. Looks at both splits, the first `most_bytes`.
+    A model that does no better has learnt nothing about order. Looks at both splits, the first `most_bytes`.
     """
     from gptcore.corpus.segments import read_batches
 

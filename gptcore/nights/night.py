@@ -4,7 +4,7 @@
 
 The plan (written by tasks/nightly.py) names models by key and hold-outs by night:
 
-    champion   {key, checkpoint} or null          judge     {holdout, entropy, percent}: refuse unreadable text before training
+    champion   {key, checkpoint} or null          judge     {holdout, percent}: refuse unreadable text before training
     models     [{key, checkpoint}]  earlier champions, for the ledger
     arms       [{key, config, shards}]            holdouts  [{name, shards: {vocabulary fingerprint: directory}}]
     scores     where <key>/<hold-out>.npz go; what is there already is not measured again
@@ -28,9 +28,9 @@ from gptcore.device import Device, choose_device
 from gptcore.entry import process_parser
 from gptcore.evaluate import evaluate_loss
 from gptcore.models import LanguageModel
-from gptcore.nights.scores import Scores, load_scores, save_scores, score_path
+from gptcore.nights.scores import Scores, save_scores, score_path
 from gptcore.ranks import ALONE
-from gptcore.shards import ShardSet
+from gptcore.shards import ShardSet, TokenView
 from gptcore.store import write_json
 from gptcore.train.__main__ import run as train
 
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 RECITED_BYTES = 48  # so many in a row count as recited: about eight words
 RECITE_WINDOWS = 128
+JUDGED_TOKENS = 1 << 17
+LEAST_GAIN = 0.05  # a record whose order saves the model less than this share of its bits is unreadable to it
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -74,6 +76,28 @@ def main(argv: list[str]) -> dict[str, Any]:
     return result
 
 
+class SplitView(ShardSet):
+    """A shard set whose `split` stands where the evaluation looks for validation text, with its ids in or out of order."""
+
+    def __init__(self, shards: ShardSet, split: str, *, is_shuffled: bool) -> None:
+        vars(self).update(vars(shards))
+        index = ShardSet.index(shards, split)
+        ids = np.asarray(ShardSet.tokens(shards, split)[:JUDGED_TOKENS])
+        self._view, self._index = ids, index[index[:, 0] < len(ids)]
+        if is_shuffled:
+            self._view = ids.copy()
+            rng = np.random.default_rng(0)
+            ends = np.append(self._index[1:, 0], len(ids))
+            for begin, end in zip(self._index[:, 0] + 1, ends, strict=True):
+                rng.shuffle(self._view[begin:end])
+
+    def tokens(self, split: str) -> np.ndarray | TokenView:
+        return self._view
+
+    def index(self, split: str) -> np.ndarray:
+        return self._index
+
+
 class Night:
     """Hold-outs, and what has been measured on them."""
 
@@ -84,22 +108,35 @@ class Night:
         self.device = choose_device(config.train.device, config.train.precision)
 
     def judge(self) -> float:
-        """Share (per cent) of tonight's held-out bytes that the champion reads no better than byte frequencies would."""
-        champion, judge = self.plan["champion"], self.plan["judge"]
-        self.evaluate(champion["key"], Path(champion["checkpoint"]), only=judge["holdout"])
-        scores = load_scores(score_path(self.scores, champion["key"], judge["holdout"]))
-        bits = scores.nats / (np.log(2) * np.maximum(scores.bytes, 1))
-        percent = 100 * float(scores.bytes[bits >= judge["entropy"]].sum() / scores.bytes.sum())
-        log.info("%.1f %% of the new text is unreadable to the champion", percent)
-        return percent
+        """Share (per cent) of tonight's new text whose order means nothing to the champion.
 
-    def evaluate(self, key: str, checkpoint: Path, only: str = "") -> LanguageModel:
-        """Measure a model on the hold-outs (or one of them) where it has not been; returns it."""
+        A record is read as it is and with its ids shuffled. Whoever knows a language, even badly, loses by the shuffling,
+        whatever the author; in damaged text, or in another language, there is nothing to lose. Both splits are new to the
+        champion, so both are read, JUDGED_TOKENS of each at most.
+        """
+        model, loaded = load_model(Path(self.plan["champion"]["checkpoint"]), self.device.torch)
+        (places,) = (h["shards"] for h in self.plan["holdouts"] if h["name"] == self.plan["judge"]["holdout"])
+        shards = ShardSet.open(places[loaded.state["vocab_fingerprint"]])
+        unreadable = total = 0.0
+        for split in ("val", "train"):
+            nats = []
+            for is_shuffled in (False, True):
+                view = SplitView(shards, split, is_shuffled=is_shuffled)
+                seen = evaluate_loss(model, view, self.device, self.batch_size, JUDGED_TOKENS)
+                nats.append(seen.record_nats)
+            sizes = view.index(split)[:, 2].astype(np.float64)
+            unreadable += float(sizes[nats[0] > (1 - LEAST_GAIN) * nats[1]].sum())
+            total += float(sizes.sum())
+        log.info("%.1f %% of the new text is unreadable to the champion", 100 * unreadable / total)
+        return 100 * unreadable / total
+
+    def evaluate(self, key: str, checkpoint: Path) -> LanguageModel:
+        """Measure a model on the hold-outs where it has not been; returns it."""
         model, loaded = load_model(checkpoint, self.device.torch)
         fingerprint = loaded.state["vocab_fingerprint"]
         for holdout in self.plan["holdouts"]:
             path = score_path(self.scores, key, holdout["name"])
-            if (only and holdout["name"] != only) or path.exists():
+            if path.exists():
                 continue
             shards = ShardSet.open(holdout["shards"][fingerprint])
             evaluation = evaluate_loss(model, shards, self.device, self.batch_size)

@@ -41,8 +41,8 @@ class NightlySettings(BaseModel):
         ge=0,
         le=100,
         title="Unreadable text (%)",
-        description="Refuse the night when the champion reads more than this share of the new text no better than "
-        "someone who only knows how often each byte occurs.",
+        description="Refuse the night when in more than this share of the new text the order of the characters means nothing "
+        "to the champion: damaged text, or another language.",
     )
     shrink_percent: float = Field(
         50.0,
