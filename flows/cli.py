@@ -74,7 +74,16 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
-    takes_stdout = args.verb in (run_experiment, run_study, work_on_data, sync_runs, run_reconciler, run_doctor)
+    takes_stdout = args.verb in (
+        run_experiment,
+        run_study,
+        work_on_data,
+        sync_runs,
+        run_reconciler,
+        run_doctor,
+        move_champion,
+        retrain,
+    )
     stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
@@ -186,6 +195,25 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: %(default)s)")
     up.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: %(default)s)")
     up.set_defaults(verb=start_servers)
+
+    nightly = verbs.add_parser(
+        "nightly",
+        help="train on what is new, promote the better model",
+        usage="gptloom nightly [EXPERIMENT.yaml] [--simulate N] [--force] [section.field=value ...]",
+        description="One night: read what is new, train a warm and a fresh model on it, promote the better one or say why not.\n"
+        "--simulate N: N nights with planted trouble (experiments/nights.yaml), then a rollback.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    nightly.add_argument("words", metavar="EXPERIMENT.yaml", nargs="*", help=argparse.SUPPRESS)
+    nightly.add_argument("--simulate", type=int, metavar="N", help="so many nights with planted trouble, at once")
+    nightly.add_argument("--force", action="store_true", help="train also when nothing is new")
+    nightly.set_defaults(verb=retrain)
+
+    for name, text in (("promote", "make a model the champion"), ("rollback", "bring the champion before back")):
+        move = verbs.add_parser(name, help=text, description=f"In the registry: {text}.")
+        move.add_argument("model", metavar="MODEL", help="NAME, NAME@ALIAS, NAME/VERSION or a run (rollback: NAME)")
+        move.add_argument("--reason", default="on request", help="kept with the version (default: %(default)s)")
+        move.set_defaults(verb=move_champion, move=name)
 
     down = verbs.add_parser(
         "down", help="stop what `gptloom up` started", description="Stop the servers and the worker of `gptloom up`."
@@ -339,6 +367,46 @@ def run_doctor(args: argparse.Namespace, result: dict[str, Any]) -> int:
         result.setdefault("checks", []).append(check.as_json())
     result["ok"] = all(check["status"] != FAIL for check in result["checks"])
     return EXIT_OK if result["ok"] else EXIT_USER
+
+
+def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom nightly`: one night, or several simulated ones."""
+    is_simulation = args.simulate is not None
+    experiment = "experiments/nights.yaml" if is_simulation else "experiments/shakespeare.yaml"
+    if args.words and "=" not in args.words[0]:
+        experiment = args.words.pop(0)
+    load_config(experiment, args.words)
+    prepare_home()
+    use_servers()
+    _start_prefect_server()
+    from flows.pipeline import Overrides
+
+    _quiet_expected_errors()
+    overrides = Overrides(more=args.words)
+    if is_simulation:
+        from flows.simulation import simulate_nights
+
+        result.update(simulate_nights(experiment, overrides, args.simulate))
+    else:
+        from flows.nightly import nightly
+
+        result.update(nightly(experiment, overrides, args.force))
+    for night in result.get("nights", [result]):
+        shown = (night["night"], night["outcome"], night["champion"] or "-", night["reason"])
+        print("night {:>2}  {:<9} champion {:<3} {}".format(*shown), file=sys.stderr)
+    return EXIT_OK
+
+
+def move_champion(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom promote` and `gptloom rollback`."""
+    prepare_home()
+    use_servers()
+    _start_prefect_server()
+    from flows import registry
+
+    _quiet_expected_errors()
+    result.update(getattr(registry, args.move)(args.model, args.reason))
+    return EXIT_OK
 
 
 def check_source(data: DataConfig) -> None:

@@ -11,15 +11,18 @@ from typing import Any
 from prefect import flow
 from prefect.states import Cancelled
 
-from flows.pipeline import NO_OVERRIDES, Overrides
+from flows.forms import Experiment
+from flows.pipeline import NO_OVERRIDES, Overrides, named_by_experiment
 from gptcore.config import load_config
 from gptcore.shards import ShardSet
 from gptcore.store import home_dir, read_manifest
 from tasks.data import build_vocabulary, ingest, write_shards
 
 
-@flow(name="data", persist_result=False)
-def data(experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES) -> dict[str, Any]:
+@flow(name="data", flow_run_name=named_by_experiment("data"), persist_result=False)
+def data(
+    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
+) -> dict[str, Any]:
     """From raw text to shards; what is there already is found, not made again.
 
     Args:

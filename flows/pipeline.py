@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
+from flows.forms import Experiment
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config, refuse_secret
 from gptcore.entry import RESUMES_TAG
 from gptcore.journal import FILE_NAME, Journal
@@ -29,6 +30,7 @@ from gptcore.store import claim, home_dir, is_claimed, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
 from tasks.process import closing_line, run_logger
+from tasks.registry import register_model
 from tasks.reporting import build_report
 from tasks.runs import run_named
 from tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
@@ -67,33 +69,47 @@ class Overrides(BaseModel):
 
     data_source: str | Unset = Field(
         None,
+        title="Source of text",
         description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX.",
         json_schema_extra=NO_LOGIN,
     )
-    max_steps: Annotated[int, Field(ge=1)] | Unset = Field(None, description="train.max_steps: optimizer steps.")
-    n_layer: Annotated[int, Field(ge=1)] | Unset = Field(None, description="model.n_layer: depth.")
-    n_head: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, description="model.n_head: attention heads; must divide n_embd."
+    max_steps: Annotated[int, Field(ge=1)] | Unset = Field(
+        None, title="Max Steps (optimizer steps)", description="train.max_steps: optimizer steps."
     )
-    n_embd: Annotated[int, Field(ge=2)] | Unset = Field(None, description="model.n_embd: width in channels.")
-    block_size: Annotated[int, Field(ge=2)] | Unset = Field(None, description="model.block_size: context in tokens.")
-    lr: Annotated[float, Field(gt=0)] | Unset = Field(None, description="train.lr: peak learning rate.")
+    n_layer: Annotated[int, Field(ge=1)] | Unset = Field(
+        None, title="Depth (layers)", description="model.n_layer: depth."
+    )
+    n_head: Annotated[int, Field(ge=1)] | Unset = Field(
+        None, title="Attention heads", description="model.n_head: attention heads; must divide n_embd."
+    )
+    n_embd: Annotated[int, Field(ge=2)] | Unset = Field(
+        None, title="Width (channels)", description="model.n_embd: width in channels."
+    )
+    block_size: Annotated[int, Field(ge=2)] | Unset = Field(
+        None, title="Context (tokens)", description="model.block_size: context in tokens."
+    )
+    lr: Annotated[float, Field(gt=0)] | Unset = Field(
+        None, title="Peak learning rate", description="train.lr: peak learning rate."
+    )
     global_batch_size: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, description="train.global_batch_size: sequences per optimizer step."
+        None, title="Batch (sequences per step)", description="train.global_batch_size: sequences per optimizer step."
     )
     device: Literal["auto", "cpu", "cuda"] | Unset = Field(
-        None, description="train.device: auto takes a GPU if there is one."
+        None, title="Device", description="train.device: auto takes a GPU if there is one."
     )
     seed: Annotated[int, Field(ge=0)] | Unset = Field(
-        None, description="train.seed: weights, order of samples, dropout."
+        None, title="Seed", description="train.seed: weights, order of samples, dropout."
     )
-    floor: bool | None = Field(None, description="studies.floor: train the bigram floor.")
-    timing: bool | None = Field(None, description="studies.timing: map where a step's time goes.")
-    quantization: bool | None = Field(None, description="studies.quantization: int8 weights.")
-    accumulation: bool | None = Field(None, description="studies.accumulation: one batch in several micro-steps.")
-    rnn: bool | None = Field(None, description="studies.rnn: LSTM baseline.")
+    floor: bool | None = Field(None, title="Bigram floor", description="studies.floor: train the bigram floor.")
+    timing: bool | None = Field(None, title="Timing map", description="studies.timing: map where a step's time goes.")
+    quantization: bool | None = Field(None, title="int8 weights", description="studies.quantization: int8 weights.")
+    accumulation: bool | None = Field(
+        None, title="Accumulation study", description="studies.accumulation: one batch in several micro-steps."
+    )
+    rnn: bool | None = Field(None, title="LSTM baseline", description="studies.rnn: LSTM baseline.")
     more: list[str] = Field(
         default_factory=list,
+        title="Other fields",
         description="Any other field as section.field=value, e.g. train.warmup_steps=50.",
         json_schema_extra={"items": {"type": "string"} | NO_LOGIN},
     )
@@ -131,22 +147,30 @@ def new_run_name(experiment: str) -> str:
     return f"{experiment}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _flow_run_name() -> str:
-    if (home_dir() / "runs" / (flow_run.get_name() or "")).joinpath(FILE_NAME).exists():
-        return str(flow_run.get_name())  # another attempt at a run that has begun: it goes on in its directory
-    parameters = flow_run.get_parameters()
-    if parameters.get("resume"):
-        return str(parameters["resume"])
-    try:
-        name = load_config(parameters["experiment"], parameters["overrides"].as_list()).name
-    except UserError:  # the flow itself says what is wrong
-        name = Path(parameters["experiment"]).stem
-    return new_run_name(name)
+def named_by_experiment(kind: str = "") -> Callable[[], str]:
+    """A flow's `flow_run_name`: `new_run_name` of its experiment, with the kind of run where it is no pipeline.
+
+    A run that goes on, by another attempt or by `resume`, keeps its name and with it its directory.
+    """
+
+    def name() -> str:
+        if (home_dir() / "runs" / (flow_run.get_name() or "")).joinpath(FILE_NAME).exists():
+            return str(flow_run.get_name())
+        parameters = flow_run.get_parameters()
+        if parameters.get("resume"):
+            return str(parameters["resume"])
+        try:
+            experiment = load_config(parameters["experiment"], (parameters["overrides"] or NO_OVERRIDES).as_list()).name
+        except UserError:  # the flow itself says what is wrong
+            experiment = Path(parameters["experiment"]).stem
+        return new_run_name(f"{experiment}-{kind}" if kind else experiment)
+
+    return name
 
 
-@flow(name="pipeline", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
+@flow(name="pipeline", flow_run_name=named_by_experiment(), persist_result=False, result_serializer="json")
 def pipeline(
-    experiment: str = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES, resume: str = ""
+    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES, resume: str = ""
 ) -> dict[str, Any]:
     """From raw text to a trained, evaluated model and a report.
 
@@ -178,8 +202,7 @@ def pipeline(
             evaluation = run.process(evaluate_model, config, checkpoint, shards)
             run.compare(trained, evaluation)
 
-            if config.studies.floor:
-                run.process(train_floor, config, shards)
+            floor = run.process(train_floor, config, shards) if config.studies.floor else {}
             if config.studies.timing:
                 run.process(timing_profile, config, checkpoint, shards)
             if config.studies.quantization:
@@ -189,6 +212,9 @@ def pipeline(
             if config.studies.rnn:
                 run.process(rnn_baseline, config, shards)
 
+            data = {"corpus": corpus, "vocab": vocab, "shards": shards}
+            run.forwarder.flush()
+            run.step(register_model, config, evaluation, floor.get("val_bpb"), data, run.name, run.mlflow_run_id)
             report = run.step(build_report, run.directory)
             run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples/samples.json")
     except KeyboardInterrupt:
@@ -231,6 +257,7 @@ NAMES = {
     "write_shards": "shards",
     "build_report": "report",
     "report_study": "report",
+    "register_model": "register",
 }
 
 

@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 AUTH_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
 
 
-def request(url: str, body: dict[str, Any] | None = None) -> Any:
-    """GET, or POST with a body. Raises OSError (urllib's errors are) when the server does not answer with success."""
+def request(url: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
+    """GET, or POST with a body, or what `method` says. Raises OSError (urllib's errors are) when the server does not answer with success."""
     headers = {"Content-Type": "application/json"}
     if auth := os.environ.get(AUTH_VARIABLE):
         headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
-    message = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    message = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers, method=method)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's proxy
     with direct.open(message, timeout=10) as response:
         text = response.read()

@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from flows.pools import POOLS, prepare_pool
 from flows.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
 from flows.warden import MARK_VARIABLE
 from gptcore.config import UserError
@@ -162,9 +163,8 @@ class _Stack:
         self._wait_until(lambda: answers(f"{self.mlflow_url}/health"), "mlflow")
         log.info("registering the deployments of prefect.yaml")
         # Both pools always: a deployment needs its pool, and a GPU may be added later.
-        for pool in ("cpu", "gpu"):
-            if not answers(f"{self.prefect_url}/api/work_pools/{pool}"):
-                self._command(f"pool-{pool}", "work-pool", "create", pool, "--type", "process")
+        for pool in POOLS:
+            prepare_pool(f"{self.prefect_url}/api", pool, has_worker=pool in self.pools)
         for pool in self.pools:
             self._spawn(
                 f"worker-{pool}", "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
@@ -193,6 +193,9 @@ class _Stack:
         print(f"Prefect  {self.prefect_url}   start runs: Deployments, then Run; the nightly schedule is on")
         print(f"MLflow   {self.mlflow_url}   every run's numbers and files")
         print(f"workers  {', '.join(self.pools)}   logs: {self.logs}")
+        for pool in POOLS:
+            if pool not in self.pools:
+                print(f"pool {pool}: no worker, since no NVIDIA GPU was found here; what is sent to it waits")
         print(
             "`gptloom run` in another terminal uses these servers. Ctrl-C here, or `gptloom down`, stops them.",
             flush=True,

@@ -21,6 +21,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,70 @@ def check_store(uri: str | None = None) -> str:
     return uri
 
 
+def open_client() -> MlflowClient:
+    """A client of the store; its calls raise MLflow's own errors, after seconds."""
+    return connect(tracking_uri())
+
+
+def is_store_trouble(error: BaseException) -> bool:
+    """Did MLflow, or the way to it, fail, and not our own code?"""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, (MlflowException, OSError))
+
+
+def save_servable(directory: Path, checkpoint: Path, code: Path, requirements: list[str]) -> None:
+    """Write `directory` as an MLflow model that runs `code` on `checkpoint` (models from code: nothing is pickled)."""
+    import mlflow.pyfunc
+    from mlflow.models import infer_signature
+
+    for name in (
+        "mlflow.models.model",
+        "mlflow.pyfunc",
+        "mlflow.utils.requirements_utils",
+    ):  # warnings about what is on purpose here
+        logging.getLogger(name).setLevel(logging.ERROR)
+    parameters = {"max_new_tokens": 200, "temperature": 0.8, "seed": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            path=str(directory),
+            python_model=str(code),
+            artifacts={"checkpoint": str(checkpoint)},
+            pip_requirements=requirements,
+            signature=infer_signature(["To be"], ["To be, or not"], parameters),
+        )
+
+
+def find_run(experiment: str, run: str) -> str | None:
+    """MLflow's id of the run with this name in an experiment; None while MLflow has none."""
+    client = open_client()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    runs = client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{run}'", max_results=1)
+    return str(runs[0].info.run_id) if runs else None
+
+
+def keep_files(experiment: str, run: str, files: Sequence[Path]) -> None:
+    """Add files to a run that is over: what could only be written after it."""
+    run_id = find_run(experiment, run)
+    for file in files if run_id else []:
+        open_client().log_artifact(run_id, str(file))
+
+
+def delete_runs(experiment: str, run: str) -> None:
+    """Delete a run and the runs nested in it, as the UI does: `mlflow gc` removes their files, `mlflow runs restore` brings them back."""
+    client, parent = open_client(), find_run(experiment, run)
+    if parent is None:
+        return
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    for child in client.search_runs([found.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"):
+        client.delete_run(child.info.run_id)
+    client.delete_run(parent)
+
+
 def common_tags() -> dict[str, str]:
     """Tags of every run: who, where, which code, which Prefect flow run."""
     from prefect.runtime import flow_run
@@ -160,6 +225,7 @@ def connect(uri: str) -> MlflowClient:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # table by table, while a new database is made

@@ -1,62 +1,397 @@
-"""When a nightly run happens and when it is skipped, without servers and without training.
+"""Nights: the gate's decisions on planted differences, what the ledger says, and seven simulated nights end to end.
 
 .venv/bin/pytest tests/test_nightly.py
 """
 
-from pathlib import Path
+from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from flows import nightly as module
-from flows.pipeline import Overrides
+from gptcore.config import UserError, load_config
+from gptcore.nights.gate import compare, decide
+from gptcore.nights.ledger import Generation, Ledger, Matrix, draw_matrix, explain
+from gptcore.nights.night import _long_runs
+from gptcore.nights.scores import Scores, load_scores, pool, save_scores
+from gptcore.nights.settings import NightlySettings
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = NightlySettings(resamples=500)
+
+
+def scores(factor: float = 1.0, documents: int = 40, noise: float = 0.0, seed: int = 0, source: int = 0) -> Scores:
+    """Two sections a document, 1,000 bytes each, about 2 bits per byte times `factor`, documents unlike each other."""
+    rng = np.random.default_rng(7)
+    difficulty = np.repeat(rng.normal(2.0, 0.3, documents), 2)
+    own = np.random.default_rng(seed).normal(0, noise, 2 * documents)
+    n_bytes = np.full(2 * documents, 1000.0)
+    nats = np.log(2) * n_bytes * (difficulty * factor + own)
+    return Scores(nats, n_bytes, np.repeat(np.arange(documents), 2), np.full(2 * documents, source))
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------------
+
+
+def test_pairing_finds_what_two_separate_intervals_would_not() -> None:
+    """0.5 % better on every text is certain, though texts differ by 15 %: unpaired intervals would overlap for ever."""
+    comparison = compare(scores(), scores(0.995), 1000)
+    assert comparison.high is not None
+    assert comparison.high < 0
+    assert comparison.delta == pytest.approx(-0.005 * comparison.champion_bpb)
+    alone = np.quantile(scores().nats.reshape(-1, 2).sum(1) / 2000 / np.log(2), [0.025, 0.975])
+    assert alone[1] - alone[0] > 20 * -comparison.delta
+
+
+def test_sections_of_one_document_are_resampled_together() -> None:
+    """Sections taken for independent make an interval too narrow by the square root of their number."""
+    champion, challenger = scores(), scores(noise=0.05, seed=1)
+    nats = challenger.nats.copy()
+    nats[1::2] = (
+        champion.nats[1::2] + nats[::2] - champion.nats[::2]
+    )  # the same noise on both sections: half the evidence
+
+    def interval(documents: np.ndarray) -> tuple[float, int]:
+        both = (Scores(n, champion.bytes, documents, champion.sources) for n in (champion.nats, nats))
+        comparison = compare(*both, 2000)
+        return comparison.high - comparison.low, comparison.clusters
+
+    (clustered, by_document), (narrow, by_section) = interval(champion.documents), interval(np.arange(80))
+    assert (by_document, by_section) == (40, 80)
+    assert clustered > 1.2 * narrow
+
+
+@pytest.mark.parametrize(
+    ("factor", "noise", "outcome", "words"),
+    [
+        (0.97, 0.0, "promoted", "better on the frozen hold-outs"),
+        (0.9995, 0.0, "kept", "better by less than 0.002"),
+        (1.0, 0.2, "kept", "no certain improvement"),
+        (1.05, 0.0, "refused", "becomes 5.0 % worse"),
+    ],
+)
+def test_decisions(factor: float, noise: float, outcome: str, words: str) -> None:
+    decision = decide({"night-1": (scores(), scores(factor, noise=noise, seed=3))}, None, ["a"], (0, 0), SETTINGS)
+    assert decision.outcome == outcome, decision.reason
+    assert words in decision.reason
+
+
+def test_guards_hold_against_an_average_that_hides_a_loss() -> None:
+    """A model that gets much better on one source may get worse on another and still be better on average."""
+    old = pool([scores(), scores(source=1, documents=20)])
+    new = pool([scores(0.8), scores(1.1, source=1, documents=20)])
+    decision = decide({"night-1": (old, new)}, None, ["plays", "letters"], (0, 0), SETTINGS)
+    assert decision.outcome == "refused"
+    assert "source letters becomes 10.0 % worse" in decision.reason
+    earlier = {"night-1": (scores(), scores(0.9)), "night-2": (scores(documents=20), scores(1.05, documents=20))}
+    assert "hold-out night-2 becomes 5.0 % worse" in decide(earlier, None, ["a"], (0, 0), SETTINGS).reason
+    # Tonight's text is guarded too, but it cannot promote: the yardstick would move with the text.
+    flat = (scores(), scores(noise=0.2, seed=3))
+    assert decide({"night-1": flat}, (scores(), scores(0.5)), ["a"], (0, 0), SETTINGS).outcome == "kept"
+
+
+def test_reciting_the_training_text_is_refused() -> None:
+    better = {"night-1": (scores(), scores(0.9))}
+    assert decide(better, None, ["a"], (0.30, 0.28), SETTINGS).outcome == "promoted"  # text that everyone recites
+    decision = decide(better, None, ["a"], (0.30, 0.10), SETTINGS)
+    assert decision.outcome == "refused"
+    assert "recites 30.0 % of the training text" in decision.reason
+
+
+def test_too_little_text_promotes_nothing() -> None:
+    few = {"night-1": (scores(documents=2), scores(0.9, documents=2))}
+    assert "too little held-out text" in decide(few, None, ["a"], (0, 0), SETTINGS).reason
+
+
+def test_recited_runs() -> None:
+    right = np.array([1, 1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=bool)
+    assert _long_runs(right, np.full(10, 2), 8) == 8  # four ids of two bytes; three are too few
+    assert _long_runs(np.ones(4, dtype=bool), np.ones(4, dtype=int), 5) == 0
+
+
+# --- the ledger --------------------------------------------------------------------------------------------------------------
+
+
+def test_ledger_tells_drift_from_regression_and_forgetting(tmp_path: Path) -> None:
+    """One number a night cannot tell them apart; that is what the matrix is for."""
+
+    def told(*rows: list[float]) -> str:
+        return " ".join(explain(Matrix(["champion 1", "tonight's"], ["night-1", "night-2"], list(rows)), 0, 1))
+
+    assert "No data drift" in told([2.0, 2.02], [1.9, 1.95])
+    assert "Neither regression nor forgetting" in told([2.0, 2.02], [1.9, 1.95])
+    assert "Data drift" in told([2.0, 3.0], [2.0, 2.5])
+    assert "Forgetting" in told([2.0, 3.0], [2.3, 2.5])
+    assert "Regression" in told([2.0, 2.0], [2.3, 2.4])
+    picture = draw_matrix(
+        Matrix(["champion 1", "tonight's"], ["night-1", "night-2"], [[2.0, None], [1.9, 2.1]]), tmp_path / "m.png", 0
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ledger_and_scores_come_back_as_they_were(tmp_path: Path) -> None:
+    ledger = Ledger(nights=[{"night": 1}], generations=[Generation("night-1", ["a"], 5, False, "bad")], source_bytes=9)
+    ledger.save(tmp_path)
+    assert Ledger.load(tmp_path) == ledger
+    assert ledger.known_segments == {"a"}
+    assert not ledger.accepted
+    save_scores(tmp_path / "x" / "night-1.npz", scores())
+    assert load_scores(tmp_path / "x" / "night-1.npz").bpb == scores().bpb
+
+
+@pytest.mark.integration
+def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path) -> None:
+    from tasks.nightly import notify
+
+    received: list[dict[str, Any]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    night = {"outcome": "promoted", "reason": "better", "champion": "3", "run": "words-1"}
+    settings = NightlySettings(notify=["nonsense://x", f"json://127.0.0.1:{server.server_port}/"])
+    with disable_run_logger():
+        assert notify.fn(night, settings, "words") == 1
+        assert notify.fn(night | {"outcome": "kept"}, settings, "words") == 0
+    server.shutdown()
+    server.server_close()
+    assert len(received) == 1
+    assert received[0]["title"] == "gptloom words: promoted"
+    assert "champion: 3" in received[0]["message"]
+
+
+def test_arms_need_equal_tokens(home: Path, tmp_path: Path) -> None:
+    from tasks.nightly import plan_arms
+
+    path = tmp_path / "words.yaml"
+    path.write_text("train: {minutes: 5}\n")
+    with pytest.raises(UserError, match=r"train.minutes=5.*train.max_steps or train.max_tokens"):
+        plan_arms(load_config(path), None, SETTINGS)
 
 
 @pytest.fixture
-def night(monkeypatch, home, tmp_path):
-    """Call one night; returns its state's name. The corpus id and whether the pipeline works are ours to set."""
+def night(mlflow_store: str, home: Path, tmp_path: Path, prefect_server: None) -> Callable[..., dict[str, Any]]:
+    """Call one night on a folder of texts that needs no training to end."""
+    from flows.nightly import Night
+
+    texts = prose(tmp_path / "inbox", 4)
     experiment = tmp_path / "words.yaml"
-    experiment.write_text("data: {source: words.txt}\n")
-    facts = {"corpus": "aaaa", "works": True, "notes": []}
+    experiment.write_text(f"data: {{source: {texts}}}\n")
 
-    def pipeline(experiment, overrides):
-        if not facts["works"]:
-            raise RuntimeError("no memory")
-        return {"run": f"words-{facts['corpus']}", "val_loss": 1.0, "val_bpb": 1.4427}
+    def call() -> dict[str, Any]:
+        night = Night(load_config(experiment), home / "nightly" / "words", SETTINGS)
+        return night.run(f"words-nightly-{len(night.ledger.nights) + 1}")
 
-    monkeypatch.setattr(module, "pipeline", pipeline)
-    monkeypatch.setattr(module, "locate_corpus", lambda data, home: Path(facts["corpus"]))
-    monkeypatch.setattr(module, "_leave_note", facts["notes"].append)
-
-    def call(force=False, **overrides):
-        with disable_run_logger():
-            result = module.nightly.fn(str(experiment), Overrides(**overrides), force)
-        return "ran" if isinstance(result, dict) else f"{result.name}: {result.message}"
-
-    call.facts = facts
     return call
 
 
-def test_unchanged_text_is_skipped_with_a_reason(night):
-    assert night() == "ran"
-    assert night() == "Skipped: corpus aaaa unchanged since run words-aaaa"
-    assert "unchanged since run words-aaaa" in night.facts["notes"][-1]
+def register_champion(uri: str, folder: Path) -> str:
+    """A champion whose run exists and whose weights do not matter here; returns its run's id."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    run = client.create_run(client.create_experiment("words", artifact_location=folder.as_uri())).info.run_id
+    client.create_registered_model("words")
+    client.create_model_version("words", f"{folder.as_uri()}/{run}/artifacts/model", run, tags={"gptloom.run": "old"})
+    client.set_registered_model_alias("words", "champion", "1")
+    return run
 
 
-def test_changes_and_force_make_it_run(night):
-    """A skip that looks at the corpus only would ignore a changed learning rate for ever."""
-    night()
-    night.facts["corpus"] = "bbbb"
-    assert night() == "ran"
-    assert night(lr=0.01) == "ran"
-    assert night(lr=0.01).startswith("Skipped")
-    assert night(lr=0.01, force=True) == "ran"
+@pytest.mark.integration
+def test_sources_that_are_gone_or_shrunk_leave_the_champion(
+    night: Callable[..., dict[str, Any]], home: Path, tmp_path: Path, mlflow_store: str
+) -> None:
+    """A disk that is not mounted must not teach the model that there is no text."""
+    from tasks import registry
 
-
-def test_failed_night_is_tried_again(night):
-    """Remembering a run before it succeeded would skip every later night."""
-    night.facts["works"] = False
-    with pytest.raises(RuntimeError):
+    Ledger(source_bytes=1_000_000).save(home / "nightly" / "words")
+    shrunk = night()
+    assert shrunk["outcome"] == "refused"
+    assert (
+        "5 % of the 1,000,000 of last time; put the missing files back, or start the night with force"
+        in shrunk["reason"]
+    )
+    (tmp_path / "inbox").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="no such file or folder"):
         night()
-    night.facts["works"] = True
-    assert night() == "ran"
+    run = register_champion(mlflow_store, tmp_path / "artifacts")
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=mlflow_store).delete_run(run)
+    with pytest.raises(UserError, match=rf"words/1.*was deleted.*restore --run-id {run}.*gptloom rollback words"):
+        night()
+    ledger = Ledger.load(home / "nightly" / "words")
+    assert [record["outcome"] for record in ledger.nights] == ["refused", "failed", "failed"]
+    assert registry.champion("words").version == "1"
+    assert len(list((home / "nightly" / "words" / "reports").glob("*.html"))) == 3
+
+
+@pytest.mark.integration
+def test_old_nights_go_and_what_is_needed_stays(mlflow_store: str, home: Path, prefect_server: None) -> None:
+    """Retention that deletes a champion's checkpoint, or keeps everything for ever."""
+    from tasks import registry
+    from tasks.nightly import retire_nights
+
+    nights = [{"run": f"words-{i}", "made": [f"shards-{i}"]} for i in range(4)]
+    for i in range(4):
+        (home / "runs" / f"words-{i}" / "arms" / "warm" / "checkpoints" / "step_1").mkdir(parents=True)
+        (home / "data" / "shards" / f"shards-{i}").mkdir(parents=True)
+    register_champion(mlflow_store, home)
+    registry.open_client().set_model_version_tag("words", "1", "gptloom.run", "words-1/warm")
+    retired = retire_nights("words", Ledger(nights=nights), NightlySettings(keep_nights=1), home)
+    assert retired["nights"] == ["words-0", "words-1", "words-2"]
+    left = sorted(path.parent.parent.parent.name for path in (home / "runs").glob("*/arms/*/checkpoints"))
+    assert left == ["words-1", "words-3"]  # the champion's, and last night's
+    assert [path.name for path in (home / "data" / "shards").iterdir()] == ["shards-3"]
+
+
+# --- whole nights ------------------------------------------------------------------------------------------------------------
+
+TOY = [
+    "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "train.device=cpu", "train.max_steps=50",
+    "train.global_batch_size=16", "train.warmup_steps=5", "train.eval_tokens=512", "evaluate.bootstrap=0",
+    "data.val_fraction=0.15", "data.section_bytes=1024",
+]  # fmt: skip
+
+
+def prose(folder: Path, documents: int = 24, size: int = 12_000) -> Path:
+    """English-like text of one author: words of a fixed list in sentences, lines and paragraphs."""
+    import random
+
+    rng = random.Random(1)
+    syllables = [
+        "ba",
+        "be",
+        "bi",
+        "da",
+        "de",
+        "di",
+        "ka",
+        "ke",
+        "la",
+        "le",
+        "li",
+        "lo",
+        "ma",
+        "me",
+        "mo",
+        "na",
+        "ne",
+        "no",
+        "ra",
+        "re",
+        "ro",
+        "sa",
+        "se",
+        "so",
+        "ta",
+        "te",
+        "to",
+        "the",
+        "and",
+    ]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(300)]
+    folder.mkdir()
+    for number in range(documents):
+        text = ""
+        while len(text) < size:
+            sentences = [" ".join(rng.choices(words, k=rng.randint(4, 12))).capitalize() + "." for _ in range(5)]
+            text += " ".join(sentences) + "\n\n"
+        (folder / f"{number:02}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """Seven nights by the real command, in a new home: (home, its JSON, stderr)."""
+    folder = tmp_path_factory.mktemp("nights")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "nightly",
+        "--simulate",
+        "7",
+        f"data.source={prose(folder / 'texts')}",
+        *TOY,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=kept | {"GPTLOOM_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "home", json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.integration
+def test_simulated_nights_end_as_their_data_says(simulated: tuple[Path, dict[str, Any], str]) -> None:
+    """Whatever was planted, the outcome must come from the text: copies skipped, shuffled letters refused, better models promoted."""
+    _, result, err = simulated
+    nights = result["nights"]
+    assert [night["night"] for night in nights] == list(range(1, 8)), err[-2000:]
+    by_plan = {night["planted"]: night for night in reversed(nights)}
+    assert nights[0]["outcome"] == "promoted", nights[0]
+    assert nights[1]["outcome"] == "promoted", nights[1]  # twice the training, on more text
+    assert by_plan["duplicates"]["outcome"] == "skipped"
+    assert by_plan["corrupted"]["outcome"] == "refused"
+    assert "unreadable text" in by_plan["corrupted"]["reason"]
+    assert by_plan["another author"]["outcome"] in ("promoted", "kept", "refused")
+    assert "unreadable" not in by_plan["another author"]["reason"]
+    for before, now in pairwise(nights):
+        moved = now["champion"] != before["champion"]
+        assert moved == (now["outcome"] == "promoted"), now
+    assert result["rollback"]["seconds"] < 60
+
+
+@pytest.mark.integration
+def test_simulated_nights_leave_a_ledger_and_reports(simulated: tuple[Path, dict[str, Any], str]) -> None:
+    _, result, _ = simulated
+    folder = Path(result["ledger"]).parent
+    ledger = Ledger.load(folder)
+    refused = [generation for generation in ledger.generations if not generation.is_accepted]
+    assert [generation.name for generation in refused] == ["night-4"]
+    assert Path(result["ledger"]).read_bytes().startswith(b"\x89PNG")
+    page = Path(result["report"]).read_text()
+    assert "Drift ledger" in page
+    assert "Nights so far" in page
+    assert len(list((folder / "reports").glob("*.html"))) == 7
+    first = folder / "scores" / ledger.models[0].key.replace("/", "-")
+    # An earlier champion on tonight's text is a row of the ledger: without it nobody tells drift from regression.
+    assert (first / "night-7.npz").exists() or ledger.nights[-1]["outcome"] == "skipped"
+
+
+@pytest.mark.integration
+def test_rollback_and_registry_after_the_nights(simulated: tuple[Path, dict[str, Any], str]) -> None:
+    from mlflow import MlflowClient
+
+    home, result, _ = simulated
+    client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+    model = client.get_registered_model("nights-simulated")
+    assert model.aliases["champion"] == result["rollback"]["to"]
+    version = client.get_model_version("nights-simulated", model.aliases["champion"])
+    assert client.get_run(version.run_id).info.status == "FINISHED"
+    assert "bits per byte" in version.description or "promoted" in version.description

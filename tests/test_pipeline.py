@@ -77,7 +77,7 @@ def test_command_contract(first: tuple[Path, dict[str, Any], str]) -> None:
     assert (Path(result["checkpoint"]) / "COMMITTED").is_file()
     assert Path(result["report"]) == home / "runs" / result["run"] / "report.html"
     assert Path(result["report"]).stat().st_size > 10_000
-    assert set(result["seconds"]) == NESTED | {"ingest", "vocabulary", "shards", "report"}
+    assert set(result["seconds"]) == NESTED | {"ingest", "vocabulary", "shards", "register", "report"}
     assert 0 < result["val_bpb"] < 8
     for word in ("GPT", "LSTM", "bigram", "int8"):  # the table for people
         assert word in err
@@ -139,7 +139,7 @@ def test_second_run_reuses_the_data(first: tuple[Path, dict[str, Any], str], sma
     assert err.count("nothing to do") == 3
     states = sorted(prefect_states(home, "task_run").values())
     assert states.count("Cached") == 3
-    assert set(result["seconds"]) == {"ingest", "vocabulary", "shards", "train", "evaluate", "report"}
+    assert set(result["seconds"]) == {"ingest", "vocabulary", "shards", "train", "evaluate", "register", "report"}
     for kind in ("corpora", "vocabs", "shards"):
         assert len(list((home / "data" / kind).iterdir())) == 1
 

@@ -192,7 +192,7 @@ def test_schedules_fire(stack):
     assert wait_for(lambda: {nightly, reconcile} <= {run["deployment_id"] for run in runs()}, 20)
     assert all(run["auto_scheduled"] for run in runs())
     nights = [run for run in runs() if run["deployment_id"] == nightly]
-    assert all("T02:30:00" in run["expected_start_time"] for run in nights)  # UTC in prefect.yaml
+    assert all("T02:00:00" in run["expected_start_time"] for run in nights)  # UTC in prefect.yaml
 
 
 def test_deployments_are_registered(stack):
@@ -248,7 +248,12 @@ def test_run_form_describes_its_fields(stack, tmp_path):
     # The page fills itself after loading: on a busy machine the first look can be too early.
     assert wait_for(lambda: "optimizer steps" in text(), 60)
     form = text()
-    for words in ("Max Steps", "Path of an experiment file", "a folder of .txt files"):
+    for words in (
+        "Max Steps (optimizer steps)",
+        "Depth (layers)",
+        "Path of an experiment file",
+        "a folder of .txt files",
+    ):
         assert words in form
 
 
@@ -275,12 +280,48 @@ def test_nightly_runs_once_for_one_text(stack, tiny):
     """A nightly run that always skips never retrains; one that never skips burns a night for nothing."""
     parameters = {"experiment": str(tiny)}
     first = stack.wait_for_run(stack.start_run("nightly/nightly", parameters), {"COMPLETED"}, 180)
-    assert first["state_name"] == "Completed"
+    assert first["state_name"] == "Promoted", first["state"]
     second = stack.wait_for_run(stack.start_run("nightly/nightly", parameters), {"COMPLETED"}, 120)
     assert second["state_name"] == "Skipped"
-    remembered = json.loads((stack.home / "nightly" / "tiny.json").read_text())
-    assert second["state"]["message"] == f"corpus {remembered['corpus']} unchanged since run {remembered['run']}"
-    assert (stack.home / "runs" / remembered["run"]).is_dir()
+    assert "no new text in corpus" in second["state"]["message"]
+    nights = json.loads((stack.home / "nightly" / "tiny" / "ledger.json").read_text())["nights"]
+    assert [night["run"] for night in nights] == [first["name"], second["name"]]
+    assert (stack.home / "runs" / first["name"]).is_dir()
+
+
+def test_trainings_of_one_pool_wait_for_each_other_and_the_urgent_do_not(stack, tiny):
+    """Two trainings side by side halve each other's speed and may not fit the device; a rollback must not wait for either."""
+    slow = {"experiment": str(tiny), "overrides": {"max_steps": 400}}
+    runs = [stack.start_run("train/train", slow), stack.start_run("train/train", slow)]
+    stack.wait_for_run(runs[0], {"RUNNING"}, 60)
+    promoted = stack.wait_for_run(stack.start_run("promote/promote", {"model": "tiny"}), {"COMPLETED"}, 60)
+    one, two = (stack.wait_for_run(run, {"COMPLETED"}, 120) for run in runs)
+    first, second = sorted((one, two), key=lambda run: run["start_time"])
+    assert first["end_time"] <= second["start_time"]
+    assert promoted["end_time"] < second["end_time"]
+
+
+def test_night_that_fires_while_the_last_still_runs_is_cancelled(stack, tiny):
+    """Two nights at once would both replace one champion."""
+    long = {"experiment": str(tiny), "overrides": {"max_steps": 10_000_000}, "force": True}
+    first = stack.start_run("nightly/nightly", long)
+    stack.wait_for_run(first, {"RUNNING"}, 60)
+    second = stack.wait_for_run(stack.start_run("nightly/nightly", long), {"CANCELLED"}, 60)
+    assert "concurrency limit" in second["state"]["message"].lower()
+    retried(lambda: request(f"{stack.api}/flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}}))
+    stack.wait_for_run(first, {"CANCELLED"}, 60)
+
+
+def test_pool_without_a_worker_says_so(stack):
+    """A run that waits for ever in silence; here the GPU's pool, where there is no GPU."""
+    pool = request(f"{stack.api}/work_pools/gpu")
+    if pool["status"] == "READY":
+        pytest.skip("there is a GPU here")
+    assert pool["description"].startswith("No worker")
+    assert "pool gpu: no worker" in (stack.home / "up.txt").read_text()
+    queues = {queue["name"]: queue for queue in request(f"{stack.api}/work_pools/gpu/queues/filter", {})}
+    assert queues["urgent"]["priority"] < queues["default"]["priority"]
+    assert queues["default"]["concurrency_limit"] == 1
 
 
 def start_long_run(stack: Stack, tiny: Path) -> str:

@@ -111,12 +111,16 @@ def test_second_make_installs_nothing(bare_checkout):
 def test_deployments_point_at_what_exists():
     """A renamed flow or experiment file is seen only when the nightly run fails, unless it is seen here."""
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-    assert {"shakespeare", "smoke", "nightly"} <= {deployment["name"] for deployment in deployments}
+    assert {"shakespeare", "smoke", "budget", "data", "train", "evaluate", "nightly", "promote", "rollback"} <= {
+        deployment["name"] for deployment in deployments
+    }
     for deployment in deployments:
         path, name = deployment["entrypoint"].split(":")
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), deployment["name"]
         if experiment := deployment["parameters"].get("experiment"):
             assert (ROOT / experiment).is_file(), deployment["name"]
+        assert deployment["description"].endswith("."), deployment["name"]
+        assert deployment["tags"], deployment["name"]
         assert deployment["work_pool"]["name"] in ("cpu", "gpu")  # the pools `gptloom up` makes
 
 

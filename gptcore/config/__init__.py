@@ -256,6 +256,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         ("data", "text_column"),
         ("data", "dask_address"),
         ("vocab", "source"),
+        ("train", "init_from"),
         ("evaluate", "prompt"),
     }
     is_list_of_sources = (section, field) == ("data", "source") and isinstance(value, list)

@@ -16,6 +16,11 @@ class TrainConfig(Section):
     """The optimizer's loop. A run ends at the first of max_steps, max_tokens and minutes that is given."""
 
     seed: int = Field(1337, ge=0, lt=2**63, description="Seed of weights, sample order and dropout.")
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="Checkpoint directory (step_NNNNNN) whose weights the run starts from; empty: random weights.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a CUDA GPU if there is one, else the CPU."
     )

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gptcore.shards import ShardSet
 from gptcore.timing import PhaseClock
 from gptcore.train.feed import build_feed
 from gptcore.train.finite import FiniteWatch, LossScale
+from gptcore.train.warm import load_initial_weights
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,8 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         torch.cuda.set_stream(torch.cuda.Stream(device.torch))
     seed_everything(train.seed)
     model = build_model(config.model, shards.vocab_size).to(device.torch)
+    if train.init_from:
+        load_initial_weights(model, Path(train.init_from), shards)
     if device.precision == "fp8":
         turn_on_fp8(model)
     if ranks.count > 1:

@@ -1,0 +1,95 @@
+"""Training alone and evaluation alone, as flows: for a form in the Prefect UI, and for a model that is already there.
+
+python -c "from flows.steps import train; print(train('experiments/smoke.yaml'))"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows.forms import Experiment
+from flows.pipeline import NO_OVERRIDES, Overrides, named_by_experiment, new_run_name, open_run
+from gptcore.config import load_config
+from gptcore.store import home_dir
+from tasks.data import build_vocabulary, ingest, write_shards
+from tasks.evaluation import evaluate_model
+from tasks.reporting import build_report
+from tasks.tracking import check_store
+from tasks.training import train_model
+
+AnyModel = Annotated[
+    str,
+    Field(
+        title="Model",
+        min_length=1,
+        description="A registered model (its champion), NAME@ALIAS, NAME/VERSION, or the name of the run that registered it.",
+    ),
+]
+
+
+@flow(name="train", flow_run_name=named_by_experiment("train"), persist_result=False, result_serializer="json")
+def train(
+    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
+) -> dict[str, Any]:
+    """Train an experiment's model on its data, without comparison and studies.
+
+    Args:
+        experiment: Path of an experiment file (YAML), as seen from the repository's folder.
+        overrides: What differs from that file.
+    """
+    config, home = load_config(experiment, overrides.as_list()), home_dir()
+    check_store()
+    with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
+        corpus = run.step(ingest, config.data, home)
+        run.describe_data(corpus)
+        vocab = run.step(build_vocabulary, config.vocab, corpus, home, config.data.dask_address)
+        shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, config.data.dask_address)
+        trained = run.process(train_model, config, shards)
+        run.compare(trained, trained)
+        run.step(build_report, run.directory)
+        run.keep("config.yaml", "report.html")
+    return {"run": run.name, "mlflow_run_id": run.mlflow_run_id} | {
+        key: trained[key] for key in ("val_loss", "val_bpb", "checkpoint", "parameters", "tokens_seen")
+    }
+
+
+def _evaluation_name() -> str:
+    model = str(flow_run.get_parameters()["model"])
+    return new_run_name(f"{model.replace('/', '-').replace('@', '-')}-evaluate")
+
+
+@flow(name="evaluate", flow_run_name=_evaluation_name, persist_result=False, result_serializer="json")
+def evaluate(model: AnyModel, data_source: str = "") -> dict[str, Any]:
+    """Measure a registered model on the validation split of its own data, or of another source.
+
+    Args:
+        model: Which.
+        data_source: Text to measure it on, as in data.source. Empty: the text of its own training.
+    """
+    from tasks import registry
+
+    check_store()
+    version, home = registry.find(model), home_dir()
+    checkpoint = registry.checkpoint_of(version)
+    config = load_config(checkpoint / "config.yaml", [f"data.source={data_source}"] if data_source else [])
+    with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
+        run.journal.tags({"gptloom.step": "evaluate", "gptloom.model": version.label})
+        corpus = run.step(ingest, config.data, home)
+        run.describe_data(corpus)
+        vocab = home / "data" / "vocabs" / version.facts.get("vocab", "-")
+        if not vocab.is_dir():
+            own = config.vocab.model_copy(update={"source": str(checkpoint / "tokenizer.json")})
+            vocab = run.step(build_vocabulary, own, corpus, home, None)
+        shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, None)
+        result = run.process(evaluate_model, config, Path(checkpoint), shards)
+        run.compare(
+            {"parameters": result["parameters"], "tokens_seen": 0, "steps": 0, "device": "", "precision": ""}, result
+        )
+    return {"run": run.name, "model": version.label, "mlflow_run_id": run.mlflow_run_id} | {
+        key: result[key] for key in ("val_loss", "val_bpb", "tokens", "bytes")
+    }

@@ -1,0 +1,177 @@
+"""The device's part of a night, in one process: judge the new text, train the arms, evaluate every model on every hold-out.
+
+    python -m gptcore.nights PLAN.json --out DIR --run NAME [--parent NAME]
+
+The plan (written by tasks/nightly.py) names models by key and hold-outs by night:
+
+    champion   {key, checkpoint} or null          judge     {holdout, percent}: refuse unreadable text before training
+    models     [{key, checkpoint}]  earlier champions, for the ledger
+    arms       [{key, config, shards}]            holdouts  [{name, shards: {vocabulary fingerprint: directory}}]
+    scores     where <key>/<hold-out>.npz go; what is there already is not measured again
+
+An arm is an ordinary training in a folder of its own, with journal and checkpoints: a night that was cut short goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptcore.checkpoint import load_model
+from gptcore.config import UserError, load_config
+from gptcore.device import Device, choose_device
+from gptcore.entry import process_parser
+from gptcore.evaluate import evaluate_loss
+from gptcore.models import LanguageModel
+from gptcore.nights.scores import Scores, save_scores, score_path
+from gptcore.ranks import ALONE
+from gptcore.shards import ShardSet, TokenView
+from gptcore.store import write_json
+from gptcore.train.__main__ import run as train
+
+log = logging.getLogger(__name__)
+
+RECITED_BYTES = 48  # so many in a row count as recited: about eight words
+RECITE_WINDOWS = 128
+JUDGED_TOKENS = 1 << 17
+LEAST_GAIN = 0.05  # a record whose order saves the model less than this share of its bits is unreadable to it
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    args = process_parser(__doc__, "plan", "what to do tonight (JSON)").parse_args(argv)
+    plan = json.loads(args.plan.read_text(encoding="utf-8"))
+    if args.out is None or args.run is None:
+        raise UserError("a night needs --out DIR and --run NAME; `gptloom nightly` gives both")
+    result: dict[str, Any] = {"arms": {}, "unreadable_percent": None}
+    night = Night(plan, args.out)
+    if plan["judge"] and plan["champion"]:
+        result["unreadable_percent"] = night.judge()
+        if result["unreadable_percent"] > plan["judge"]["percent"]:
+            return result
+    for arm in plan["arms"]:
+        log.info("arm %s", arm["key"])
+        directory = args.out / arm["key"]
+        trained = train(
+            load_config(arm["config"]),
+            ShardSet.open(arm["shards"]),
+            directory,
+            ALONE,
+            f"{args.run}/{arm['key']}",
+            args.run,
+        )
+        write_json(directory / "result.json", trained)
+        result["arms"][arm["key"]] = trained
+    for model in [plan["champion"], *plan["models"]] if plan["champion"] else plan["models"]:
+        night.evaluate(model["key"], Path(model["checkpoint"]))
+    for arm in plan["arms"]:
+        trained = result["arms"][arm["key"]]
+        model = night.evaluate(f"{args.run}/{arm['key']}", Path(trained["checkpoint"]))
+        own = ShardSet.open(arm["shards"])
+        trained["recited"] = [recited_share(model, own, split, night.device) for split in ("train", "val")]
+    return result
+
+
+class SplitView(ShardSet):
+    """A shard set whose `split` stands where the evaluation looks for validation text, with its ids in or out of order."""
+
+    def __init__(self, shards: ShardSet, split: str, *, is_shuffled: bool) -> None:
+        vars(self).update(vars(shards))
+        index = ShardSet.index(shards, split)
+        ids = np.asarray(ShardSet.tokens(shards, split)[:JUDGED_TOKENS])
+        self._view, self._index = ids, index[index[:, 0] < len(ids)]
+        if is_shuffled:
+            self._view = ids.copy()
+            rng = np.random.default_rng(0)
+            ends = np.append(self._index[1:, 0], len(ids))
+            for begin, end in zip(self._index[:, 0] + 1, ends, strict=True):
+                rng.shuffle(self._view[begin:end])
+
+    def tokens(self, split: str) -> np.ndarray | TokenView:
+        return self._view
+
+    def index(self, split: str) -> np.ndarray:
+        return self._index
+
+
+class Night:
+    """Hold-outs, and what has been measured on them."""
+
+    def __init__(self, plan: dict[str, Any], out: Path) -> None:
+        self.plan, self.out, self.scores = plan, out, Path(plan["scores"])
+        config = load_config(plan["arms"][0]["config"])
+        self.batch_size = config.evaluate.batch_size
+        self.device = choose_device(config.train.device, config.train.precision)
+
+    def judge(self) -> float:
+        """Share (per cent) of tonight's new text whose order means nothing to the champion.
+
+        A record is read as it is and with its ids shuffled. Whoever knows a language, even badly, loses by the shuffling,
+        whatever the author; in damaged text, or in another language, there is nothing to lose. Both splits are new to the
+        champion, so both are read, JUDGED_TOKENS of each at most.
+        """
+        model, loaded = load_model(Path(self.plan["champion"]["checkpoint"]), self.device.torch)
+        (places,) = (h["shards"] for h in self.plan["holdouts"] if h["name"] == self.plan["judge"]["holdout"])
+        shards = ShardSet.open(places[loaded.state["vocab_fingerprint"]])
+        unreadable = total = 0.0
+        for split in ("val", "train"):
+            nats = []
+            for is_shuffled in (False, True):
+                view = SplitView(shards, split, is_shuffled=is_shuffled)
+                seen = evaluate_loss(model, view, self.device, self.batch_size, JUDGED_TOKENS)
+                nats.append(seen.record_nats)
+            sizes = view.index(split)[:, 2].astype(np.float64)
+            unreadable += float(sizes[nats[0] > (1 - LEAST_GAIN) * nats[1]].sum())
+            total += float(sizes.sum())
+        log.info("%.1f %% of the new text is unreadable to the champion", 100 * unreadable / total)
+        return 100 * unreadable / total
+
+    def evaluate(self, key: str, checkpoint: Path) -> LanguageModel:
+        """Measure a model on the hold-outs where it has not been; returns it."""
+        model, loaded = load_model(checkpoint, self.device.torch)
+        fingerprint = loaded.state["vocab_fingerprint"]
+        for holdout in self.plan["holdouts"]:
+            path = score_path(self.scores, key, holdout["name"])
+            if path.exists():
+                continue
+            shards = ShardSet.open(holdout["shards"][fingerprint])
+            evaluation = evaluate_loss(model, shards, self.device, self.batch_size)
+            index = shards.index("val")
+            scores = Scores(evaluation.record_nats, evaluation.record_bytes, index[:, 1], index[:, 3])
+            save_scores(path, scores)
+            log.info("%s on %s: %.4f bits per byte", key, holdout["name"], scores.bpb)
+        return model
+
+
+@torch.no_grad()
+def recited_share(model: LanguageModel, shards: ShardSet, split: str, device: Device) -> float:
+    """Share (0 to 1) of bytes that the model writes word for word, greedily, in runs of RECITED_BYTES or more.
+
+    Greedy continuation repeats a text exactly as long as the likeliest id is the text's at every place, so one forward pass
+    over windows of the text finds every such run (extraction: Carlini et al. 2023). In windows that hold fewer than twice
+    RECITED_BYTES, half a window is a run.
+    """
+    T = model.block_size
+    tokens = np.asarray(shards.tokens(split)[:])
+    starts = np.unique(np.linspace(0, len(tokens) - T - 1, RECITE_WINDOWS).astype(np.int64))
+    windows = torch.from_numpy(np.stack([tokens[s : s + T + 1] for s in starts]).astype(np.int64))
+    hits = []
+    for part in windows.split(32):
+        with device.autocast():
+            logits = model(part[:, :-1].to(device.torch))[0]  # (B, T, V)
+        hits.append((logits.argmax(-1).cpu() == part[:, 1:]).numpy())
+    is_right, sizes = np.concatenate(hits), shards.token_bytes[windows[:, 1:].numpy()].astype(np.int64)
+    least = min(RECITED_BYTES, int(sizes.sum(1).mean() / 2))
+    return float(sum(_long_runs(right, size, least) for right, size in zip(is_right, sizes, strict=True)) / sizes.sum())
+
+
+def _long_runs(is_right: np.ndarray, sizes: np.ndarray, least: int) -> int:
+    """Bytes in runs of right ids that hold `least` bytes or more. is_right, sizes: (T,)."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], is_right.astype(np.int8), [0]))))
+    sums = np.concatenate(([0], np.cumsum(sizes)))
+    runs = sums[edges[1::2]] - sums[edges[::2]]
+    return int(runs[runs >= least].sum())

@@ -1,0 +1,322 @@
+"""The model registry: which trained model is in use, which one waits, and the way back. Records are MLflow's.
+
+    version = register("shakespeare", checkpoint, mlflow_run_id, facts)    # becomes `challenger`
+    promote("shakespeare")                                                # challenger → champion
+    rollback("shakespeare")                                               # the champion before it
+
+A registered model has the experiment's name. Its alias `champion` is the model in use, `challenger` the newest one. The
+champions so far stand, oldest first, in the registered model's tag `gptloom.champions`: that is what a rollback reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from gptcore.config import ExperimentConfig, UserError
+from gptcore.store import MANIFEST, home_dir, is_committed, read_manifest
+from tasks.process import run_logger
+from tasks.tracking import first_line, is_store_trouble, open_client, save_servable
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPIONS_TAG = "gptloom.champions"
+CODE = Path(__file__).with_name("servable.py")
+REQUIREMENTS = ["gptloom"]  # it pins the rest
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model. `facts` are its tags without the prefix `gptloom.`."""
+
+    name: str
+    version: str
+    run_id: str
+    facts: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.version}"
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte on the validation split of its own training, as registered."""
+        return float(self.facts["val_bpb"])
+
+
+# --- write -------------------------------------------------------------------------------------------------------------
+
+
+def register(name: str, checkpoint: Path, mlflow_run_id: str, facts: Mapping[str, Any], card: str) -> Version:
+    """A new version of model `name` from a committed checkpoint of an MLflow run; it becomes the challenger.
+
+    facts: what a reader needs to know or to find (run, corpus, vocab, shards, val_bpb, …), kept as tags. card: Markdown,
+    the version's description. Raises UserError when the checkpoint is not whole.
+    """
+    read_manifest(checkpoint, verify=True)
+    client = open_client()
+    if _registered(name) is None:
+        client.create_registered_model(name, description=f"Language models trained by the experiment `{name}`.")
+    run = client.get_run(mlflow_run_id)
+    with tempfile.TemporaryDirectory(prefix="gptloom-model-") as folder:
+        bare = Path(folder) / checkpoint.name
+        shutil.copytree(checkpoint, bare)
+        save_servable(Path(folder) / "model", bare, CODE, REQUIREMENTS)
+        (Path(folder) / "model" / "card.md").write_text(card, encoding="utf-8")
+        client.log_artifacts(mlflow_run_id, str(Path(folder) / "model"), "model")
+    tags = {f"gptloom.{key}": str(value) for key, value in {**facts, "checkpoint": checkpoint}.items()}
+    made = client.create_model_version(
+        name, f"{run.info.artifact_uri}/model", mlflow_run_id, tags=tags, description=card
+    )
+    client.set_registered_model_alias(name, CHALLENGER, made.version)
+    run_logger().info("registered %s/%s, val_bpb %s", name, made.version, facts.get("val_bpb"))
+    return _read(made)
+
+
+def promote(what: str, reason: str = "on request") -> tuple[Version, Version | None]:
+    """Make a version the champion: (it, the champion before). `what`: NAME (its challenger), NAME@ALIAS, NAME/VERSION, or a run.
+
+    The alias moves in one step, after everything that can be wrong with the version has been looked at. Raises UserError.
+    """
+    version = find(what, CHALLENGER)
+    check_usable(version)
+    before = champion(version.name)
+    history = [v for v in champions(version.name) if v != version.version]
+    client = open_client()
+    client.set_model_version_tag(version.name, version.version, "gptloom.promoted", f"{_now()}: {reason}"[:5000])
+    client.set_registered_model_tag(version.name, CHAMPIONS_TAG, json.dumps([*history, version.version]))
+    client.set_registered_model_alias(version.name, CHAMPION, version.version)
+    return version, before
+
+
+def rollback(name: str, reason: str = "on request") -> tuple[Version, Version]:
+    """Give the alias back to the newest earlier champion that still can be used: (it, the one that was replaced).
+
+    Raises UserError, with the alias untouched, when there is no champion or none before it.
+    """
+    _require_model(name)
+    now = champion(name)
+    if now is None:
+        raise UserError(f"model {name!r} has no champion to roll back from; `gptloom promote {name}` makes one")
+    history = champions(name)
+    earlier = history[: history.index(now.version)] if now.version in history else history
+    client, troubles = open_client(), []
+    for number in reversed(earlier):
+        try:
+            version = find(f"{name}/{number}")
+            check_usable(version)
+        except UserError as error:
+            troubles.append(str(error).partition(";")[0])
+            continue
+        client.set_model_version_tag(name, now.version, "gptloom.rolled_back", f"{_now()}: {reason}"[:5000])
+        client.set_registered_model_alias(name, CHAMPION, number)
+        client.set_registered_model_tag(
+            name, CHAMPIONS_TAG, json.dumps([v for v in history if v in earlier[: earlier.index(number) + 1]])
+        )
+        return version, now
+    why = f" that can be used ({'; '.join(troubles)})" if troubles else ""
+    raise UserError(
+        f"model {name!r}: version {now.version} has no champion before it{why}; promote another version with "
+        f"`gptloom promote {name}/VERSION`"
+    )
+
+
+def delete_version(version: Version) -> None:
+    """Take a version out of the registry; its run stays."""
+    open_client().delete_model_version(version.name, version.version)
+
+
+def forget_model(name: str) -> None:
+    """Delete a registered model with all versions (their runs stay); for simulations, which start from nothing."""
+    if _registered(name) is not None:
+        open_client().delete_registered_model(name)
+
+
+@task(task_run_name="register the model", persist_result=False)
+def register_model(
+    config: ExperimentConfig,
+    result: Mapping[str, Any],
+    floor_bpb: float | None,
+    data: Mapping[str, Path],
+    run: str,
+    mlflow_run_id: str | None,
+) -> dict[str, Any]:
+    """Register what a pipeline run trained, if it is good: {"model": NAME/VERSION or None, "reason"}.
+
+    Good is better than the bigram floor, where that was trained, else than a uniform guess. result: of the evaluation. data:
+    the run's corpus, vocab and shards. The registry is a service of MLflow's: while it is away, the run goes on without.
+    """
+    bpb, loss = result["val_bpb"], result["val_loss"]
+    vocab_size = read_manifest(data["shards"])["vocab_size"]
+    if floor_bpb is not None and bpb >= floor_bpb:
+        reason = f"{bpb:.4f} bits per byte are no better than the bigram floor's {floor_bpb:.4f}"
+    elif loss >= math.log(vocab_size):
+        reason = f"{loss:.4f} nats are no better than a uniform guess"
+    elif mlflow_run_id is None:
+        reason = "MLflow could not be reached"
+    else:
+        facts = {key: path.name for key, path in data.items()}
+        facts |= {"run": run, "val_bpb": bpb, "val_loss": loss, "parameters": result["parameters"]}
+        card = model_card(
+            f"{config.name}: {run}", facts, f"A {config.model.family} trained on {config.data.source_name}."
+        )
+        try:
+            version = register(config.name, Path(result["checkpoint"]), mlflow_run_id, facts, card)
+        except Exception as error:
+            if not is_store_trouble(error):
+                raise
+            reason = f"MLflow does not take it ({first_line(error)})"
+        else:
+            return {"model": version.label, "reason": "good: the new challenger"}
+    run_logger().warning("not registered: %s", reason)
+    return {"model": None, "reason": reason}
+
+
+# --- read --------------------------------------------------------------------------------------------------------------
+
+
+def champion(name: str) -> Version | None:
+    """The model in use; None while there is none."""
+    return _aliased(name, CHAMPION)
+
+
+def challenger(name: str) -> Version | None:
+    return _aliased(name, CHALLENGER)
+
+
+def champions(name: str) -> list[str]:
+    """Version numbers of the champions so far, oldest first."""
+    model = _registered(name)
+    return [str(v) for v in json.loads(model.tags.get(CHAMPIONS_TAG, "[]"))] if model else []
+
+
+def protected_versions(name: str) -> list[Version]:
+    """Versions that an alias or a rollback may need: champion, challenger, and the champions before."""
+    model = _registered(name)
+    if model is None:
+        return []
+    wanted = {str(v) for v in model.aliases.values()} | set(champions(name))
+    return [version for version in versions(name) if version.version in wanted]
+
+
+def versions(name: str) -> list[Version]:
+    """All versions, newest first."""
+    found = open_client().search_model_versions(f"name='{name}'")
+    return sorted(map(_read, found), key=lambda version: -int(version.version))
+
+
+def find(what: str, alias: str = CHAMPION) -> Version:
+    """NAME (with `alias`), NAME@ALIAS, NAME/VERSION, the name of a run, or its id in MLflow. Raises UserError that names what there is."""
+    name, _, wanted = what.partition("@")
+    if wanted:
+        model = _require_model(name)
+        return _aliased(name, wanted) or _no_alias(name, wanted, model)
+    name, _, number = what.partition("/")
+    if number.isdigit():
+        _require_model(name)
+        match = [version for version in versions(name) if version.version == number]
+        if not match:
+            known = ", ".join(version.version for version in versions(name)) or "none"
+            raise UserError(f"model {name!r} has no version {number}; its versions: {known}")
+        return match[0]
+    if model := _registered(what):
+        return _aliased(what, alias) or _no_alias(what, alias, model)
+    of_run = open_client().search_model_versions(f"run_id='{what}'") or [
+        found for found in open_client().search_model_versions() if found.tags.get("gptloom.run") == what
+    ]
+    if of_run:
+        return _read(of_run[0])
+    _require_model(what)
+    raise AssertionError("unreachable: _require_model raised")
+
+
+def check_usable(version: Version) -> None:
+    """Raises UserError when the run behind a version is deleted, or its weights are nowhere."""
+    client = open_client()
+    try:
+        stage = client.get_run(version.run_id).info.lifecycle_stage
+    except Exception as error:
+        raise UserError(
+            f"model {version.label}: its run {version.run_id} is not in MLflow ({first_line(error)}); {_way_out(version)}"
+        ) from None
+    if stage == "deleted":
+        raise UserError(
+            f"model {version.label}: its run {version.run_id} was deleted; bring it back with `mlflow runs restore "
+            f"--run-id {version.run_id}`, or {_way_out(version)}"
+        )
+    checkpoint_of(version)
+
+
+def checkpoint_of(version: Version) -> Path:
+    """The version's checkpoint directory, whole, on this machine; fetched from MLflow where it is not. Raises UserError."""
+    local = Path(version.facts.get("checkpoint", ""))
+    if version.facts.get("checkpoint") and is_committed(local):
+        return local
+    fetched = home_dir() / "registry" / f"{version.name}-{version.version}-{version.run_id[:8]}"
+    if not is_committed(fetched):
+        try:
+            with tempfile.TemporaryDirectory(prefix="gptloom-model-") as folder:
+                found = Path(open_client().download_artifacts(version.run_id, "model/artifacts", folder))
+                whole = next(found.rglob(MANIFEST)).parent
+                read_manifest(whole, verify=True)
+                fetched.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(whole, fetched, dirs_exist_ok=True)
+        except Exception as error:
+            raise UserError(
+                f"model {version.label}: its checkpoint is neither at {local} nor whole among the artifacts of run "
+                f"{version.run_id} ({first_line(error)}); {_way_out(version)}"
+            ) from None
+    return fetched
+
+
+def model_card(title: str, rows: Mapping[str, Any], text: str = "") -> str:
+    """Markdown: a title, a sentence or two, a table of facts."""
+    table = "\n".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
+    return f"# {title}\n\n{text}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _registered(name: str) -> Any:
+    """MLflow's registered model, or None."""
+    found = open_client().search_registered_models(f"name='{name}'")
+    return found[0] if found else None
+
+
+def _require_model(name: str) -> Any:
+    model = _registered(name)
+    if model is not None:
+        return model
+    known = sorted(found.name for found in open_client().search_registered_models())
+    told = f"registered models: {', '.join(known)}" if known else "the registry is empty"
+    raise UserError(f"no model or run {name!r} in the registry ({told}); a finished `gptloom run` registers one")
+
+
+def _aliased(name: str, alias: str) -> Version | None:
+    model = _registered(name)
+    number = (model.aliases if model else {}).get(alias)
+    return _read(open_client().get_model_version(name, number)) if number else None
+
+
+def _no_alias(name: str, alias: str, model: Any) -> Version:
+    known = ", ".join(f"{key} → {value}" for key, value in sorted(model.aliases.items())) or "none"
+    raise UserError(f"model {name!r} has no alias {alias!r} (aliases: {known}); name a version, as in {name}/1")
+
+
+def _read(found: Any) -> Version:
+    facts = {key.removeprefix("gptloom."): value for key, value in found.tags.items() if key.startswith("gptloom.")}
+    return Version(found.name, str(found.version), found.run_id, facts)
+
+
+def _way_out(version: Version) -> str:
+    return f"`gptloom rollback {version.name}` or `gptloom promote {version.name}/VERSION` takes another version"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

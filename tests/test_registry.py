@@ -1,0 +1,124 @@
+"""The model registry on a real SQLite store: aliases, the way back, and what is said when something is gone.
+
+.venv/bin/pytest tests/test_registry.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from prefect.logging import disable_run_logger
+
+from gptcore.checkpoint import save_checkpoint
+from gptcore.config import UserError, check_config
+from gptcore.models import build_model
+from gptcore.vocab import CharVocab
+from tasks import registry
+
+pytestmark = pytest.mark.integration
+
+
+class Store:
+    """Registers toy models as if runs had made them."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self.client, self.folder, self.count = MlflowClient(tracking_uri=uri), folder, 0
+        self.experiment = self.client.create_experiment("toy", artifact_location=(folder / "artifacts").as_uri())
+
+    def register(self) -> registry.Version:
+        self.count += 1
+        run = self.client.create_run(self.experiment, run_name=f"toy-{self.count}").info.run_id
+        facts = {"run": f"toy-{self.count}", "val_bpb": 3.0 - 0.1 * self.count}
+        with disable_run_logger():
+            return registry.register("toy", self.checkpoint(self.folder / str(self.count)), run, facts, "# toy\n")
+
+    def checkpoint(self, folder: Path) -> Path:
+        torch.manual_seed(self.count)
+        vocab = CharVocab(["a", "b", "c", " "])
+        config = check_config({"model": {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8}})
+        state = {"vocab_size": vocab.size, "vocab_fingerprint": vocab.fingerprint, "tokens_seen": 1}
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.json").write_text(json.dumps(vocab.to_json()))
+        model = build_model(config.model, vocab.size)
+        return save_checkpoint(folder, 1, model, {}, state, config, folder / "tokenizer.json", keep=1)
+
+
+@pytest.fixture
+def store(mlflow_store: str, tmp_path: Path) -> Store:
+    return Store(mlflow_store, tmp_path)
+
+
+def test_promote_and_roll_back(store: Store) -> None:
+    """A rollback that forgets the order, or that can be undone by nothing, leaves the wrong model in use."""
+    for _ in range(3):
+        store.register()
+        registry.promote("toy")
+    assert registry.champions("toy") == ["1", "2", "3"]
+    assert [v.version for v in registry.rollback("toy", "worse")] == ["2", "3"]
+    assert [v.version for v in registry.rollback("toy")] == ["1", "2"]
+    with pytest.raises(UserError, match="no champion before it; promote another"):
+        registry.rollback("toy")
+    assert registry.champion("toy").version == "1"
+    assert registry.promote("toy/3")[0].version == "3"  # forward again
+    assert [v.version for v in registry.rollback("toy")] == ["1", "3"]
+    rolled = store.client.get_model_version("toy", "3")
+    assert "worse" in rolled.tags["gptloom.rolled_back"] or "on request" in rolled.tags["gptloom.rolled_back"]
+
+
+def test_everything_a_model_is_called(store: Store) -> None:
+    made = store.register()
+    registry.promote("toy@challenger")
+    for name in ("toy", "toy@champion", "toy/1", "toy-1", made.run_id):
+        assert registry.find(name).label == "toy/1", name
+
+
+def test_registered_model_needs_nothing_else(store: Store) -> None:
+    """Without the tokenizer among its files, or with a pickle, a registered model is of no use elsewhere."""
+    import mlflow
+
+    made = store.register()
+    shutil.rmtree(made.facts["checkpoint"])
+    kept = registry.checkpoint_of(made)
+    assert (kept / "tokenizer.json").is_file()
+    assert registry.checkpoint_of(made) == kept
+    (model,) = (store.folder / "artifacts").rglob("MLmodel")
+    assert not list(model.parent.rglob("*.pkl"))
+    loaded = mlflow.pyfunc.load_model(str(model.parent))
+    first, again = (loaded.predict(["ab"], params={"max_new_tokens": 5, "seed": 3}) for _ in range(2))
+    assert first == again
+    assert first[0].startswith("ab")
+    assert len(first[0]) > 2
+
+
+def test_what_is_gone_is_said_and_the_champion_stays(store: Store) -> None:
+    with pytest.raises(UserError, match=r"registry is empty.*gptloom run"):
+        registry.promote("toy")
+    first, second = store.register(), store.register()
+    registry.promote("toy/1")
+    with pytest.raises(UserError, match="no version 7; its versions: 2, 1"):
+        registry.promote("toy/7")
+    with pytest.raises(UserError, match="no alias 'best'"):
+        registry.promote("toy@best")
+    store.client.delete_run(second.run_id)
+    with pytest.raises(UserError, match=rf"toy/2.*was deleted.*restore --run-id {second.run_id}"):
+        registry.promote("toy")
+    shutil.rmtree(first.facts["checkpoint"])
+    shutil.rmtree(store.folder / "artifacts")
+    with pytest.raises(UserError, match=r"toy/1: its checkpoint is neither at .*gptloom rollback toy"):
+        registry.check_usable(registry.champion("toy"))
+    assert registry.champion("toy").version == "1"
+
+
+def test_rollback_passes_over_a_champion_that_is_gone(store: Store) -> None:
+    """The version before may be unusable itself; then the one before that is the way back."""
+    made = []
+    for _ in range(3):
+        made.append(store.register())
+        registry.promote("toy")
+    store.client.delete_run(made[1].run_id)
+    assert [v.version for v in registry.rollback("toy")] == ["1", "3"]
