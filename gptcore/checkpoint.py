@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.models import LanguageModel, build_model
+from gptcore.models.quantized import with_layout
 from gptcore.store import commit_dir, is_committed, read_manifest, write_json
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,10 @@ def load_optimizer_tensors(directory: Path) -> dict[str, Tensor]:
 def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, Checkpoint]:
     """The trained model of a checkpoint, in evaluation mode on `device`, and what came with it."""
     checkpoint = load_checkpoint(directory, device)
-    model = build_model(checkpoint.config.model, checkpoint.state["vocab_size"]).to(device)
+    model = build_model(checkpoint.config.model, checkpoint.state["vocab_size"])
+    if "quantization" in checkpoint.state:
+        with_layout(model, checkpoint.state["quantization"])
+    model.to(device)
     model.load_weights(checkpoint.model)
     return model.eval(), checkpoint
 

@@ -16,7 +16,7 @@ from gptcore.entry import run_process
 from gptcore.evaluate import evaluate_loss
 from gptcore.generate import generate
 from gptcore.models import LanguageModel
-from gptcore.quantize import quantize_int8
+from gptcore.quantize import METHODS, quantize
 from gptcore.studies.cell import Cell, Outcome, run_study
 from gptcore.timing import Measurement, measure_ms
 
@@ -35,12 +35,12 @@ def measure(cell: Cell) -> Outcome:
     repeats = cell.config.studies.repeats
     device = choose_device(cell.config.train.device, "fp32")
     model, _ = load_model(cell.checkpoint, device.torch)
-    arms = {"fp32": model, "int8": quantize_int8(model)}
+    arms = {"fp32": model, "int8": quantize(model, METHODS["int8"])}
     n = min(DECODE_TOKENS, model.block_size)
     rows: list[dict[str, Any]] = []
     for weights, arm in arms.items():
         path = cell.out / f"model_{weights}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in arm.state_dict().items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in arm.weights().items()}, path)
         decoding = measure_decoding(arm, device, repeats)
         bpb = evaluate_loss(arm, cell.shards, device, cell.config.evaluate.batch_size).bpb
         rows.append(
