@@ -1,6 +1,7 @@
 """The `gptloom` command. Output for people goes to stderr; the last line on stdout is one JSON object, also after a failure.
 
 gptloom run experiments/shakespeare.yaml train.max_steps=200
+gptloom study timing --smoke
 gptloom up          # Prefect and MLflow with their UIs, until Ctrl-C or `gptloom down`
 """
 
@@ -39,6 +40,7 @@ from gptcore.entry import (
 )
 from gptcore.store import home_dir
 
+STUDY_CONTRACT = ("run", "report", "cells", "measured", "cached", "failed", "not_run", "conclusion", "seconds", "mlflow_run_id")
 CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
 EPILOG = """\
 exit codes: 0 done, 2 a mistake in the call or its input, 75 stopped, 76 the loss became infinite, 77 out of memory.
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.
-    takes_stdout = args.verb in (run_experiment, work_on_data)
+    takes_stdout = args.verb in (run_experiment, run_study, work_on_data)
     stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
@@ -101,6 +103,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.add_argument("words", metavar="EXPERIMENT.yaml", nargs="+", help=argparse.SUPPRESS)
     data.set_defaults(verb=work_on_data)
+
+    study = verbs.add_parser(
+        "study",
+        help="answer a research question: timing, quantization, accumulation, rnn",
+        description="Measure every cell of experiments/studies/NAME.yaml and write a report. Cells measured before are kept, so the\n"
+        "same command goes on where it was stopped and measures only what changed.",
+        epilog=f"study.FIELD=value changes the study file, options.FIELD=value its options, any other the base experiment.\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    study.add_argument("name", metavar="NAME", help="timing, quantization, accumulation, rnn, or a study file (YAML)")
+    study.add_argument(
+        "overrides", metavar="section.field=value", nargs="*", default=[], help="e.g. study.seeds=[1,2] train.max_steps=50"
+    )
+    study.add_argument("--smoke", action="store_true", help="the smallest form, to see that everything works")
+    study.set_defaults(verb=run_study)
 
     up = verbs.add_parser(
         "up",
@@ -167,6 +184,32 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     outcome = flow(experiment=args.experiment, overrides=Overrides(more=args.overrides))
     result.update({key: outcome[key] for key in CONTRACT})
     _print_results(home / "runs" / result["run"])
+    return EXIT_OK
+
+
+def run_study(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """`gptloom study`: check every cell's config, then the flow. The exit code is 0 once one cell is measured."""
+    from gptcore.config.study import find_study, load_study
+
+    plan = load_study(find_study(args.name), args.overrides, smoke=args.smoke)
+    home = prepare_home()
+    check_source(plan.base.data)
+    use_servers()
+    _start_prefect_server()
+    from flows.pipeline import new_run_name
+    from flows.study import StudyForm, study
+
+    _quiet_expected_errors()
+    result["run"] = new_run_name(plan.name)
+    print(f"{plan.config.question} {len(plan.cells)} cells, {home / 'runs' / result['run']}", file=sys.stderr)
+    flow = study.with_options(flow_run_name=result["run"])
+    outcome = flow(name=args.name, smoke=args.smoke, changes=StudyForm(more=args.overrides))
+    result.update({key: outcome[key] for key in STUDY_CONTRACT})
+    findings = "".join(f"\n- {finding}" for finding in outcome["findings"])
+    print(f"\n{outcome['conclusion']}{findings}\nreport: {outcome['report']}", file=sys.stderr)
+    if outcome["measured"] + outcome["cached"] == 0:
+        result["error"] = outcome["conclusion"]
+        return EXIT_BUG if outcome["failed"] else EXIT_STOPPED
     return EXIT_OK
 
 

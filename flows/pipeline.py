@@ -175,19 +175,19 @@ FOLDERS = {
     "gradient_accumulation": "accumulation",
     "rnn_baseline": "rnn",
 }
-NAMES = {**FOLDERS, "build_vocabulary": "vocabulary", "write_shards": "shards", "build_report": "report"}
+NAMES = {**FOLDERS, "build_vocabulary": "vocabulary", "write_shards": "shards", "build_report": "report", "report_study": "report"}
 
 
 class PipelineRun:
     """The parent run while it is under way: its directory, its journal, and the seconds of each step."""
 
-    def __init__(self, config: ExperimentConfig, directory: Path) -> None:
+    def __init__(self, config: ExperimentConfig, directory: Path, step: str) -> None:
         self.config = config
         self.directory = directory
         self.name = directory.name
         self.seconds: dict[str, float] = {}
         self.journal = Journal(directory)
-        self.forwarder = Forwarder(directory, config.name, common_tags() | {"gptloom.step": "pipeline"}, below=False)
+        self.forwarder = Forwarder(directory, config.name, common_tags() | {"gptloom.step": step}, below=False)
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -250,9 +250,9 @@ class PipelineRun:
 
 
 @contextmanager
-def open_run(config: ExperimentConfig, directory: Path) -> Iterator[PipelineRun]:
-    """The parent run around the steps: FINISHED at the end, else FAILED or KILLED with the reason, and nothing left RUNNING."""
-    run = PipelineRun(config, directory)
+def open_run(config: ExperimentConfig, directory: Path, step: str = "pipeline") -> Iterator[PipelineRun]:
+    """The parent run around the steps (a pipeline's or a study's): FINISHED at the end, else FAILED or KILLED with the reason, and nothing left RUNNING."""
+    run = PipelineRun(config, directory, step)
     run.journal.open(run.name)
     (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     run.journal.params(flatten(config))

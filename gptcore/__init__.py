@@ -6,6 +6,8 @@ files config, store, journal, entry, device and timing.
 """
 
 __version__ = "0.1.0"
+# Part of the key of every kept study result: raised when the same config begins to give other numbers.
+NUMERICS_VERSION = 1
 
 import os
 

@@ -1,14 +1,33 @@
-"""The research items as tasks: a process and a nested MLflow run each, all measuring the run's trained model or its rival."""
+"""The research items as tasks: inside a pipeline run in their short forms, measuring the run's model or its rival, and as studies
+of their own, whose cells share one process a device.
+"""
 
 from __future__ import annotations
 
+import contextvars
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.context import TaskRunContext
 
 from gptcore.config import ExperimentConfig
+from gptcore.config.study import StudyPlan, load_study
+from tasks.process import run_device_process, run_logger
+from tasks.tracking import common_tags
 from tasks.training import run_step
+
+PROGRESS_S = 3.0
 
 
 @task(task_run_name="profile a training step", persist_result=False)
@@ -42,3 +61,93 @@ def rnn_baseline(config: ExperimentConfig, shards: Path, run: str, directory: Pa
     from gptcore.studies.rnn import baseline_config
 
     return run_step("gptcore.train", baseline_config(config, ShardSet.open(shards).vocab_size), shards, run, directory)
+
+
+# --- studies of their own: `gptloom study NAME` ----------------------------------------------------------------------------
+
+
+def count_parts(plan: StudyPlan) -> int:
+    """Processes that share a study's cells: one a GPU where all cells may use one, else one, for they would disturb each other."""
+    if any(cell.config.train.device == "cpu" for cell in plan.cells):
+        return 1
+    import torch
+
+    return max(1, min(torch.cuda.device_count(), len(plan.cells)))
+
+
+@task(task_run_name="measure cells, part {part} of {parts}", persist_result=False)
+def run_part(study: Path, shards: Path, run: str, directory: Path, part: int, parts: int) -> dict[str, Any]:
+    """The cells of one device as a list inside one process, a nested MLflow run each; returns how many, and how many failed."""
+    plan = load_study(study)
+    folder = directory / "cells" / str(part)
+    share = len(plan.cells[part::parts])
+    args = ["gptcore.studies", str(study), "--shards", str(shards), "--out", str(folder)]
+    args += ["--part", f"{part}/{parts}", "--run", run, "--parent", run]
+    with _cell_progress(folder, share):
+        return run_device_process(
+            args, folder, experiment=f"study-{plan.name}", tags=common_tags() | {"gptloom.step": "cell"}
+        )
+
+
+@task(task_run_name="write the report", persist_result=False)
+def report_study(directory: Path, command: str, seconds: float) -> dict[str, Any]:
+    """Tables, report and conclusion of the study in `directory`; also as artifacts of the Prefect flow run."""
+    from gptcore.studies.finish import finish
+
+    result = finish(directory, command=command, seconds=round(seconds, 1))
+    run_logger().info("%s", result["conclusion"])
+    if TaskRunContext.get() is not None:
+        report = Path(result["report"])
+        create_link_artifact(report.as_uri(), link_text="report.html", key="report", description=result["conclusion"])
+        findings = "".join(f"- {finding}\n" for finding in result["findings"])
+        create_markdown_artifact(f"{result['conclusion']}\n\n{findings}", key="conclusion", description=result["study"])
+        rows = read_table(directory / "tables" / "results.parquet")
+        if rows:
+            create_table_artifact(rows, key="results", description=f"{result['study']}: the first {len(rows)} rows")
+    return result
+
+
+def read_table(path: Path, limit: int = 200) -> list[dict[str, Any]]:
+    """The first rows of a table that a study wrote, JSON-able; none where there is none."""
+    import pandas as pd
+
+    if not path.is_file():
+        return []
+    frame = pd.read_parquet(path).head(limit)
+    return [{k: (None if pd.isna(v) else v) for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+@contextmanager
+def _cell_progress(folder: Path, total: int) -> Iterator[None]:
+    """Prefect's progress bar over the cells of a part, from a thread: how many have left their cell.json."""
+    if TaskRunContext.get() is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def work() -> None:
+        artifact: Any = None
+        while True:
+            is_last = stop.wait(PROGRESS_S)
+            percent = 100.0 * len(list(folder.glob("*/cell.json"))) / max(1, total)
+            try:
+                if artifact is None:
+                    artifact = create_progress_artifact(
+                        percent, key=f"cells-{folder.name}", description=f"of {total} cells"
+                    )
+                else:
+                    update_progress_artifact(artifact, percent)
+            except Exception as error:  # a picture of the work must not stop the work
+                run_logger().warning("no progress bar: Prefect's server says %s", error)
+                return
+            if is_last:
+                return
+
+    context = contextvars.copy_context()  # the artifact belongs to this task run
+    thread = threading.Thread(target=context.run, args=(work,), name="gptloom-cells", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)

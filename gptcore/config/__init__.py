@@ -32,12 +32,15 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "VocabConfig",
+    "changed",
     "check_config",
     "dump_yaml",
     "flatten",
     "hide_password",
     "load_config",
+    "read_yaml",
     "with_changes",
+    "with_overrides",
 ]
 
 
@@ -133,27 +136,26 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises UserError for a missing or unreadable file, an unknown key, a wrong type or an impossible combination.
     """
     path = Path(path)
+    tree = read_yaml(path, "experiment file")
+    tree.setdefault("name", path.stem)
+    return _overridden(tree, overrides, str(path))
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file with sections as a dict; `what` names its kind in messages. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"experiment file {path}: cannot be read ({_reason(error)}); give the path of a YAML file, e.g. experiments/smoke.yaml"
+            f"{what} {path}: cannot be read ({_reason(error)}); give the path of a YAML file, e.g. experiments/smoke.yaml"
         ) from None
     try:
         tree = yaml.load(text, Loader=_YamlLoader) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"experiment file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{what} {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
-        raise UserError(
-            f"experiment file {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}"
-        )
-    tree.setdefault("name", path.stem)
-    if any(override.startswith(tuple(f"train.{end}=" for end in ENDS)) for override in overrides):
-        # Whoever says when to stop means it: an end on the command line replaces those of the file.
-        tree["train"] = {key: value for key, value in (tree.get("train") or {}).items() if key not in ENDS}
-    for override in overrides:
-        _apply_override(tree, override)
-    return check_config(tree, origin=str(path))
+        raise UserError(f"{what} {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}")
+    return tree
 
 
 def check_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
@@ -195,6 +197,38 @@ def with_changes(config: ExperimentConfig, **sections: dict[str, Any]) -> Experi
     for section, fields in sections.items():
         tree[section].update(fields)
     return check_config(tree)
+
+
+def with_overrides(config: ExperimentConfig, overrides: list[str] | tuple[str, ...], origin: str) -> ExperimentConfig:
+    """A checked copy with `section.field=value` changes, as the command line has them. Raises UserError."""
+    return _overridden(config.model_dump(mode="json"), overrides, origin) if overrides else config
+
+
+def changed(config: ExperimentConfig, sections: dict[str, dict[str, Any]], origin: str) -> ExperimentConfig:
+    """`with_changes` for what a file says: an unknown section is the user's mistake, a new end of the run replaces the old ones.
+
+    Raises UserError that begins with `origin`.
+    """
+    tree = config.model_dump(mode="json")
+    for section, fields in sections.items():
+        if not isinstance(tree.get(section), dict) or not isinstance(fields, dict):
+            known = [key for key, value in tree.items() if isinstance(value, dict)]
+            raise UserError(f"{origin}: unknown section {section!r}; known sections: {', '.join(known)}")
+        if section == "model" and "preset" in fields:
+            tree["model"] = {key: value for key, value in tree["model"].items() if key not in PRESET_FIELDS}
+        if section == "train" and fields.keys() & set(ENDS):
+            tree["train"] = {key: value for key, value in tree["train"].items() if key not in ENDS}
+        tree[section].update(fields)
+    return check_config(tree, origin)
+
+
+def _overridden(tree: dict[str, Any], overrides: list[str] | tuple[str, ...], origin: str) -> ExperimentConfig:
+    if any(override.startswith(tuple(f"train.{end}=" for end in ENDS)) for override in overrides):
+        # Whoever says when to stop means it: an end on the command line replaces those of the file.
+        tree["train"] = {key: value for key, value in (tree.get("train") or {}).items() if key not in ENDS}
+    for override in overrides:
+        _apply_override(tree, override)
+    return check_config(tree, origin=origin)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

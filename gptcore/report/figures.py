@@ -71,7 +71,7 @@ def line_figure(
             annotation={"text": html.escape(label), "font": {"size": 12}, "yanchor": "bottom"},
             annotation_position="top right",
         )
-    _lay_out(figure, height)
+    lay_out(figure, height)
     figure.update_layout(hovermode="x unified", showlegend=sum(curve.in_legend for curve in curves) > 1)
     figure.update_xaxes(title=html.escape(x_title), tickformat="~s", hoverformat=",.0f")
     figure.update_yaxes(title=html.escape(y_title), rangemode="tozero" if from_zero else "normal")
@@ -127,7 +127,7 @@ def time_figure(parts: pd.DataFrame, *, height: int | None = None) -> go.Figure:
         hoverinfo="skip",
         cliponaxis=False,
     )
-    _lay_out(figure, height or 110 + 34 * len(steps))
+    lay_out(figure, height or 110 + 34 * len(steps))
     figure.update_layout(
         barmode="stack", bargap=0.28, legend_traceorder="normal", uniformtext={"minsize": 11, "mode": "hide"}
     )
@@ -138,7 +138,8 @@ def time_figure(parts: pd.DataFrame, *, height: int | None = None) -> go.Figure:
     return figure
 
 
-def _lay_out(figure: go.Figure, height: int) -> None:
+def lay_out(figure: go.Figure, height: int) -> None:
+    """Size, margins, fonts and axes that all figures share."""
     figure.update_layout(
         height=height,
         margin={"l": 8, "r": 8, "t": 8, "b": 8},

@@ -19,6 +19,8 @@ p { margin: .6rem 0; max-width: 46rem; }
 .lead { font-size: clamp(1.3rem, 1rem + 1.6vw, 1.85rem); line-height: 1.35; font-weight: 500; letter-spacing: -.012em;
   margin: 1.2rem 0 1.6rem; max-width: 56rem; text-wrap: pretty; }
 .intro { color: var(--soft); }
+.question { font-size: 1.05rem; color: var(--soft); font-style: italic; }
+.findings { margin: 1rem 0; padding-left: 1.2rem; max-width: 46rem; } .findings li { margin: .35rem 0; }
 section { margin-top: 3.25rem; padding-top: 1.5rem; border-top: 1px solid var(--line); }
 .sub { margin-top: 2rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0 0 1.25rem; }

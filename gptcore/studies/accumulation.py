@@ -13,7 +13,7 @@ from torch import Tensor
 from gptcore.checkpoint import load_checkpoint
 from gptcore.config import with_changes
 from gptcore.entry import run_process
-from gptcore.studies.cell import Cell, Outcome, run_study
+from gptcore.studies.short import Outcome, Subject, run_study
 from gptcore.timing import measure_ms
 from gptcore.train import Trainer, accumulate_gradients, build_trainer
 
@@ -58,18 +58,18 @@ def gradients(trainer: Trainer) -> Tensor:
     return torch.cat([p.grad.double().flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 
-def measure(cell: Cell) -> Outcome:
-    batch, repeats = cell.config.train.global_batch_size, cell.config.studies.repeats
-    weights = load_checkpoint(cell.checkpoint).model
+def measure(subject: Subject) -> Outcome:
+    batch, repeats = subject.config.train.global_batch_size, subject.config.studies.repeats
+    weights = load_checkpoint(subject.checkpoint).model
     rows: list[dict[str, Any]] = []
     reference: Tensor | None = None
-    for steps in (1, cell.config.studies.accumulation_steps):
+    for steps in (1, subject.config.studies.accumulation_steps):
         config = with_changes(
-            cell.config,
+            subject.config,
             train={"micro_batch_size": batch // steps, "precision": "fp32", "compile": "off"},
             model={"dropout": 0.0},  # random masks differ between arms; without them only rounding does
         )
-        trainer = build_trainer(config, cell.shards)
+        trainer = build_trainer(config, subject.shards)
         trainer.model.load_state_dict(weights)
         timed = measure_ms(lambda trainer=trainer: accumulate_gradients(trainer), trainer.device.synchronize, repeats)  # type: ignore[misc]
         peak, grads = saved_mib(trainer), gradients(trainer)

@@ -17,7 +17,7 @@ from gptcore.evaluate import evaluate_loss
 from gptcore.generate import generate
 from gptcore.models import LanguageModel
 from gptcore.quantize import METHODS, quantize
-from gptcore.studies.cell import Cell, Outcome, run_study
+from gptcore.studies.short import Outcome, Subject, run_study
 from gptcore.timing import Measurement, measure_ms
 
 DECODE_TOKENS = 100
@@ -31,18 +31,18 @@ def measure_decoding(model: LanguageModel, device: Device, repeats: int) -> Meas
     return measure_ms(lambda: generate(model, idx, n, rng), device.synchronize, repeats)
 
 
-def measure(cell: Cell) -> Outcome:
-    repeats = cell.config.studies.repeats
-    device = choose_device(cell.config.train.device, "fp32")
-    model, _ = load_model(cell.checkpoint, device.torch)
+def measure(subject: Subject) -> Outcome:
+    repeats = subject.config.studies.repeats
+    device = choose_device(subject.config.train.device, "fp32")
+    model, _ = load_model(subject.checkpoint, device.torch)
     arms = {"fp32": model, "int8": quantize(model, METHODS["int8"])}
     n = min(DECODE_TOKENS, model.block_size)
     rows: list[dict[str, Any]] = []
     for weights, arm in arms.items():
-        path = cell.out / f"model_{weights}.safetensors"
+        path = subject.out / f"model_{weights}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in arm.weights().items()}, path)
         decoding = measure_decoding(arm, device, repeats)
-        bpb = evaluate_loss(arm, cell.shards, device, cell.config.evaluate.batch_size).bpb
+        bpb = evaluate_loss(arm, subject.shards, device, subject.config.evaluate.batch_size).bpb
         rows.append(
             {
                 "weights": weights,

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from gptcore.config import with_changes
 from gptcore.entry import run_process
 from gptcore.models import LanguageModel
-from gptcore.studies.cell import Cell, Outcome, run_study
+from gptcore.studies.short import Outcome, Subject, run_study
 from gptcore.timing import PhaseClock, measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 
@@ -54,17 +54,17 @@ def time_modules(model: LanguageModel, clock: PhaseClock) -> ExitStack:
     return stack
 
 
-def measure(cell: Cell) -> Outcome:
-    repeats = cell.config.studies.repeats
+def measure(subject: Subject) -> Outcome:
+    repeats = subject.config.studies.repeats
     steps = 2 * repeats + 3  # warm-ups and the traced step included
     config = with_changes(
-        cell.config,
-        train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps), "compile": "off"},
+        subject.config,
+        train={"max_steps": steps, "warmup_steps": min(steps, subject.config.train.warmup_steps), "compile": "off"},
     )
-    trainer = build_trainer(config, cell.shards)
+    trainer = build_trainer(config, subject.shards)
     undisturbed = measure_ms(lambda: train_step(trainer), trainer.device.synchronize, repeats)
     samples = profile_steps(trainer, repeats)
-    trace_step(trainer, cell.out / TRACE)
+    trace_step(trainer, subject.out / TRACE)
     wall = statistics.median(sum(sample.values()) for sample in samples)
     rows: list[dict[str, Any]] = []
     for section in samples[0]:

@@ -1,4 +1,7 @@
-"""What every study process does around its measurement: read the config, open shards, keep a journal, write result.json."""
+"""The short form of a study, as `gptloom run` has it: one measurement on the model that the run trained.
+
+What every such process does around it: read the config, open shards, keep a journal, write NAME.json.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from gptcore.store import write_json
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measurement's surroundings."""
+class Subject:
+    """What a short form measures: one run of the pipeline."""
 
     config: ExperimentConfig
     shards: ShardSet
@@ -36,7 +39,7 @@ class Outcome:
     files: tuple[str, ...] = ()
 
 
-def run_study(name: str, doc: str | None, measure: Callable[[Cell], Outcome], argv: list[str]) -> dict[str, Any]:
+def run_study(name: str, doc: str | None, measure: Callable[[Subject], Outcome], argv: list[str]) -> dict[str, Any]:
     """Parse the arguments, measure, record; the result as JSON-able numbers."""
     parser = process_parser(doc, "config", "experiment file (YAML)")
     parser.add_argument("--checkpoint", type=Path, help="trained model: a step_NNNNNN directory")
@@ -45,13 +48,13 @@ def run_study(name: str, doc: str | None, measure: Callable[[Cell], Outcome], ar
         raise UserError(
             f"the {name} study needs --shards DIR, --out DIR and --checkpoint DIR; `gptloom run` gives it all three"
         )
-    cell = Cell(load_config(args.config), ShardSet.open(args.shards), args.checkpoint, args.out)
+    subject = Subject(load_config(args.config), ShardSet.open(args.shards), args.checkpoint, args.out)
     start = time.perf_counter()
     with recording(args.out, args.run, args.parent) as journal:
-        train = cell.config.train
+        train = subject.config.train
         journal.tags(choose_device(train.device, train.precision).tags())
-        journal.params({"study": name, "checkpoint": str(args.checkpoint), "repeats": cell.config.studies.repeats})
-        outcome = measure(cell)
+        journal.params({"study": name, "checkpoint": str(args.checkpoint), "repeats": subject.config.studies.repeats})
+        outcome = measure(subject)
         result = {
             "study": name,
             "rows": outcome.rows,

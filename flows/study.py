@@ -1,0 +1,93 @@
+"""A study as one Prefect flow: text → shards → the cells, a process a device → report.
+
+gptloom study timing --smoke            # or from the Prefect UI, where the parameters below are a form
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.pipeline import new_run_name, open_run
+from gptcore.config import ExperimentConfig, with_changes
+from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
+from gptcore.store import home_dir
+from tasks.data import build_vocabulary, ingest, write_shards
+from tasks.studies import count_parts, report_study, run_part
+from tasks.tracking import check_store
+
+
+class StudyForm(BaseModel):
+    """What differs from the study file; empty fields keep the file's values."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seeds: list[int] = Field(default_factory=list, description="study.seeds: one cell of each arm a seed.")
+    minutes: float = Field(0, ge=0, description="study.minutes: no cell is begun later; 0 keeps the file's.")
+    more: list[str] = Field(
+        default_factory=list,
+        description="Any other field as section.field=value: of the base experiment (train.max_steps=100), of the study's "
+        "options (options.repeats=5), of the study file (study.baseline=fp32).",
+    )
+
+    def as_list(self) -> list[str]:
+        """The form as `section.field=value`."""
+        values = [f"study.seeds={list(self.seeds)}"] if self.seeds else []
+        return values + ([f"study.minutes={self.minutes}"] if self.minutes else []) + self.more
+
+
+NO_CHANGES = StudyForm()
+
+
+def _flow_run_name() -> str:
+    return new_run_name(Path(str(flow_run.get_parameters()["name"])).stem)
+
+
+@flow(name="study", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
+def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHANGES) -> dict[str, Any]:
+    """Measure every cell of a study and write its report; cells that are kept from before are not measured again.
+
+    Args:
+        name: timing, quantization, accumulation, rnn, or the path of a study file (YAML).
+        smoke: The smallest form, to see that everything works.
+        changes: What differs from the study file.
+    """
+    start = time.monotonic()
+    plan = load_study(find_study(name), changes.as_list(), smoke=smoke)
+    check_store()
+    home = home_dir()
+    experiment = study_experiment(plan)
+    directory = home / "runs" / (flow_run.get_name() or new_run_name(plan.name))
+    try:
+        with open_run(experiment, directory, step="study") as run:
+            corpus = run.step(ingest, plan.base.data, home)
+            run.describe_data(corpus)
+            cluster = plan.base.data.dask_address
+            vocab = run.step(build_vocabulary, plan.base.vocab, corpus, home, cluster)
+            shards = run.step(write_shards, corpus, vocab, home, plan.block_size, cluster)
+            file = write_plan(plan, directory)
+            parts = count_parts(plan)
+            futures = [run_part.submit(file, shards, run.name, directory, part, parts) for part in range(parts)]
+            for future in futures:
+                future.result()
+            command = " ".join(["gptloom study", name, *(["--smoke"] if smoke else []), *changes.as_list()])
+            result = run.step(report_study, directory, command, time.monotonic() - start)
+            if result["metrics"]:
+                run.journal.metrics(result["metrics"], tokens_seen=0)
+            counts = {f"study/{key}": float(result[key]) for key in ("cells", "failed", "not_run")}
+            run.journal.metrics(counts, tokens_seen=0)
+            run.keep("study.yaml", "config.yaml", "report.html", "tables", "log_entry.md")
+    except KeyboardInterrupt:
+        return Cancelled(message="stopped by the user")  # type: ignore[return-value]
+    return {**result, "flow_run_id": flow_run.get_id(), "mlflow_run_id": run.mlflow_run_id}
+
+
+def study_experiment(plan: StudyPlan) -> ExperimentConfig:
+    """The base experiment under the study's name: all runs of a study stand in one MLflow experiment, and compare there."""
+    return with_changes(plan.base).model_copy(update={"name": f"study-{plan.name}"})

@@ -1,0 +1,312 @@
+"""Run a study's cells one after the other in one device process, each with a folder and a journal of its own.
+
+A finished cell is committed to `home/studies/cells/<key>`; the key is the sha256 of all that its numbers depend on, so a second
+call, a resumed one, or a study that shares cells with another measures only what is new. A cell that fails leaves its reason
+and the others go on.
+
+A study is a module `gptcore.studies.NAME` with an object STUDY (see `Study`); its file is experiments/studies/NAME.yaml.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import ValidationError
+
+from gptcore import NUMERICS_VERSION
+from gptcore.config import UserError, flatten
+from gptcore.config.base import Section
+from gptcore.config.study import Cell, StudyPlan
+from gptcore.device import Device, choose_device, reserve_device, seed_everything
+from gptcore.entry import StopFlag, Stopped, describe_error
+from gptcore.journal import FILE_NAME, Journal, read_journal
+from gptcore.shards import ShardSet
+from gptcore.store import commit_dir, content_id, home_dir, is_committed, read_manifest, write_json
+from gptcore.studies.training import Trained, train
+from gptcore.timing import format_seconds
+
+log = logging.getLogger(__name__)
+
+CELL_FILE = "cell.json"
+DONE = ("done", "cached")
+KEPT_TAG = "gptloom.cached"
+
+
+class Deadline:
+    """True once a signal asks to stop, or the study's minutes are over. `is_signal` tells which."""
+
+    def __init__(self, flag: StopFlag, minutes: float) -> None:
+        self._flag, self._end = flag, time.monotonic() + 60 * minutes
+
+    @property
+    def is_signal(self) -> bool:
+        return bool(self._flag)
+
+    def __bool__(self) -> bool:
+        return self.is_signal or time.monotonic() >= self._end
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a cell is measured. Files written below `out` whose names the result lists are kept with it."""
+
+    shards: ShardSet
+    device: Device  # chosen for the cell's train.device and train.precision
+    out: Path
+    journal: Journal
+    stop: Deadline
+    home: Path
+
+    def train(self, config: Any) -> Trained:
+        """The model that `config` (an ExperimentConfig) trains on these shards: once, whichever cells and studies ask for it.
+
+        Its curves stand in this cell's journal, too. Raises Stopped with a checkpoint kept, NonFinite, UserError.
+        """
+        return train(config, self.shards, self.home, self.journal, self.stop)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one cell measured. A row is flat and JSON-able; the engine puts cell, arm, the grid's factors and seed in front."""
+
+    rows: list[dict[str, Any]]  # the table "results"
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # further ones, e.g. "curves"
+    metrics: dict[str, float] = field(default_factory=dict)  # compared between cells in MLflow
+    files: tuple[str, ...] = ()  # below bench.out
+
+
+@dataclass(frozen=True)
+class Results:
+    """All cells of a study run, also those that failed or were not reached."""
+
+    plan: StudyPlan
+    cells: list[dict[str, Any]]  # name, arm, factors, seed, status, reason, seconds, device, precision, rows, tables, metrics
+    directory: Path
+
+    def table(self, name: str = "results") -> pd.DataFrame:
+        """All finished cells' rows of one table: columns cell, arm, one per grid factor, seed, then the rows' own."""
+        rows: list[dict[str, Any]] = []
+        for cell in self.cells:
+            if cell["status"] in DONE:
+                front = {"cell": cell["name"], "arm": cell["arm"], **cell["factors"], "seed": cell["seed"]}
+                own = cell["rows"] if name == "results" else cell["tables"].get(name, [])
+                rows += [{**front, **row} for row in own]
+        return pd.DataFrame(rows)
+
+    def folder(self, cell: str) -> Path:
+        """Where the files of a cell are."""
+        return next(path.parent for path in self.directory.glob(f"cells/*/{cell}/{CELL_FILE}"))
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of arms with at least one finished cell, in the file's order."""
+        done = {cell["arm"] for cell in self.cells if cell["status"] in DONE}
+        return [arm.name for arm in self.plan.config.arms if arm.name in done]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the numbers say. Blocks are markup of `gptcore.report.page`, in order; tables are saved as CSV and Parquet."""
+
+    conclusion: str  # one sentence, computed, with n and an interval
+    findings: Sequence[str] = ()  # further sentences
+    blocks: Sequence[str] = ()
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # of the study's own MLflow run
+
+
+@dataclass(frozen=True)
+class Study:
+    """A measurement: what its options are, how one cell is measured, what all cells together say.
+
+    measure raises for what cannot be measured: an error is never a number. `version` is raised when it begins to measure
+    differently, so that kept results are measured again. summarize is called only when at least one cell is done, and must
+    live with any of the others missing.
+    """
+
+    title: str
+    options: type[Section]
+    measure: Callable[[Cell, Bench], CellResult]
+    summarize: Callable[[Results], Summary]
+    version: int = 1
+
+
+def find(name: str) -> Study:
+    """The study of that name."""
+    study = getattr(importlib.import_module(f"gptcore.studies.{name}"), "STUDY", None)
+    assert isinstance(study, Study), f"gptcore.studies.{name} has no STUDY"
+    return study
+
+
+def check_options(plan: StudyPlan) -> StudyPlan:
+    """The plan with every cell's options as the study's own class. Raises UserError naming arm and option."""
+    study = find(plan.name)
+    cells = []
+    for cell in plan.cells:
+        try:
+            cells.append(replace(cell, options=study.options.model_validate(cell.options)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                reason = f"unknown; known options: {', '.join(study.options.model_fields)}"
+            else:
+                reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+            raise UserError(f"arm {cell.arm}: options.{where}={first['input']!r}: {reason}") from None
+    return replace(plan, cells=tuple(cells))
+
+
+def cell_key(plan: StudyPlan, cell: Cell, shards: ShardSet, device: Device) -> str:
+    """16 hex digits of everything that a cell's numbers depend on; where the text lay and what the experiment is called do not count."""
+    config = cell.config.model_dump(mode="json", exclude={"name", "data", "vocab", "studies"})
+    options = cell.options.model_dump(mode="json")
+    return content_id(
+        {
+            "study": plan.name,
+            "version": find(plan.name).version,
+            "config": config,
+            "options": options,
+            "shards": shards.id,
+            "numerics": NUMERICS_VERSION,
+            "torch": torch.__version__,
+            "device": device.name,
+            "precision": device.precision,
+        }
+    )
+
+
+def run_cells(
+    plan: StudyPlan, shards: ShardSet, out: Path, run: str, parent: str | None, *, part: int = 0, parts: int = 1
+) -> list[dict[str, Any]]:
+    """Measure every `parts`-th cell from `part` on, each in `out/<cell>`; the contents of their `cell.json`.
+
+    Raises Stopped after a signal, with what is finished kept.
+    """
+    plan = check_options(plan)
+    flag = StopFlag()
+    flag.install()
+    stop = Deadline(flag, plan.config.minutes)
+    mine = plan.cells[part::parts]
+    records = []
+    start, worked = time.monotonic(), 0
+    for number, cell in enumerate(mine, 1):
+        record = run_cell(plan, cell, shards, out / cell.name, f"{run}/{cell.name}", parent, stop)
+        records.append(record)
+        worked += record["status"] in ("done", "failed")
+        left = ""
+        if worked and number < len(mine):
+            left = f", about {format_seconds((time.monotonic() - start) / number * (len(mine) - number))} left"
+        log.info("cell %d/%d %s: %s%s", number, len(mine), cell.name, _outcome(record), left)
+        if stop.is_signal:
+            raise Stopped(f"stopped after {number} of {len(mine)} cells; the same command goes on from there")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return records
+
+
+def run_cell(
+    plan: StudyPlan, cell: Cell, shards: ShardSet, out: Path, run: str, parent: str | None, stop: Deadline
+) -> dict[str, Any]:
+    """Measure one cell, or take what is kept of it; returns and writes `out/cell.json`. Never raises for what the cell did."""
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"name": cell.name, "arm": cell.arm, "factors": cell.factors, "seed": cell.seed}
+    record |= {"status": "failed", "reason": "", "seconds": 0.0, "rows": [], "tables": {}, "metrics": {}, "files": []}
+    journal = Journal(out)
+    journal.open(run, parent, title=cell.name)
+    start = time.perf_counter()
+    status = "FAILED"
+    try:
+        device = choose_device(cell.config.train.device, cell.config.train.precision)
+        key = cell_key(plan, cell, shards, device)
+        record |= {"device": device.name, "precision": device.precision, "key": key}
+        journal.tags({**device.tags(), "gptloom.study": plan.name, "gptloom.arm": cell.arm, "gptloom.seed": str(cell.seed)})
+        journal.params(flatten(cell.config) | flatten(cell.options, "options.") | {"study": plan.name, "arm": cell.arm})
+        kept = home_dir() / "studies" / "cells" / key
+        if is_committed(kept):
+            record |= _take(kept, out, journal, record)
+        elif stop:
+            record["status"], record["reason"], status = "not run", "the study's time was over", "KILLED"
+        else:
+            with reserve_device(device), device.attention(cell.config.model.dropout):
+                seed_everything(cell.seed)
+                result = find(plan.name).measure(cell, Bench(shards, device, out, journal, stop, home_dir()))
+            record |= {"status": "done", "rows": result.rows, "tables": result.tables, "metrics": result.metrics}
+            record |= {"files": list(result.files), "seconds": time.perf_counter() - start}
+            journal.metrics(result.metrics | {"study/seconds": record["seconds"]}, tokens_seen=0)
+            for file in result.files:
+                journal.artifact(file)
+            _keep(kept, out, record)
+        if record["status"] in DONE:
+            status = "FINISHED"
+    except Stopped as error:
+        record["status"], record["reason"], status = "not run", f"{describe_error(error)}", "KILLED"
+    except Exception as error:
+        log.error("cell %s failed", cell.name, exc_info=not isinstance(error, UserError))
+        record |= {"status": "failed", "reason": describe_error(error), "rows": [], "tables": {}, "metrics": {}}
+    record["seconds"] = record["seconds"] or time.perf_counter() - start
+    write_json(out / CELL_FILE, record)
+    journal.close(status, record["reason"])
+    return record
+
+
+def read_cells(directory: Path, plan: StudyPlan) -> list[dict[str, Any]]:
+    """The `cell.json` of every cell of a run, in the plan's order; cells that were never reached say so."""
+    found = {}
+    for path in directory.glob(f"cells/*/*/{CELL_FILE}"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found[record["name"]] = record
+    missing = {"status": "not run", "reason": "the study ended before it", "seconds": 0.0, "rows": [], "tables": {}}
+    return [
+        found.get(
+            cell.name,
+            {"name": cell.name, "arm": cell.arm, "factors": cell.factors, "seed": cell.seed, "metrics": {}, **missing},
+        )
+        for cell in plan.cells
+    ]
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    if record["status"] == "done":
+        return f"done in {format_seconds(record['seconds'])}"
+    return f"{record['status']}" + (f" ({record['reason']})" if record["reason"] else "")
+
+
+def _keep(kept: Path, out: Path, record: dict[str, Any]) -> None:
+    """Commit a finished cell: its numbers, its journal as it is now, its files."""
+    with commit_dir(kept, {"kind": "cell", "id": kept.name}) as tmp:
+        write_json(tmp / CELL_FILE, record)
+        for name in (FILE_NAME, *record["files"]):
+            (tmp / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(out / name, tmp / name)
+
+
+def _take(kept: Path, out: Path, journal: Journal, record: dict[str, Any]) -> dict[str, Any]:
+    """A kept cell's numbers and files; its curves are told again to this run's journal, so that runs compare in MLflow."""
+    read_manifest(kept, verify=True)
+    old: dict[str, Any] = json.loads((kept / CELL_FILE).read_text(encoding="utf-8"))
+    for line in read_journal(kept / FILE_NAME)[0]:
+        if line["kind"] == "metrics":
+            journal.metrics(line["values"], tokens_seen=line["tokens_seen"], step=line["step"])
+    journal.tags({KEPT_TAG: kept.name})
+    for file in old["files"]:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(kept / file, out / file)
+        except OSError:
+            shutil.copyfile(kept / file, out / file)
+        journal.artifact(file)
+    names = ("name", "arm", "factors", "seed")  # another study may call the same cell otherwise
+    return {**old, **{key: record[key] for key in names}, "status": "cached"}
