@@ -10,7 +10,7 @@ from gptcore.models import build_model
 V, T = 29, 16
 
 
-@pytest.fixture(params=["gpt", "lstm", "bigram"])
+@pytest.fixture(params=["gpt", "lstm", "gru", "mingru", "bigram"])
 def model(request):
     torch.manual_seed(0)
     model = build_model(ModelConfig(family=request.param, n_layer=2, n_head=2, n_embd=32, block_size=T), V)
