@@ -40,7 +40,18 @@ from gptcore.entry import (
 )
 from gptcore.store import home_dir
 
-STUDY_CONTRACT = ("run", "report", "cells", "measured", "cached", "failed", "not_run", "conclusion", "seconds", "mlflow_run_id")
+STUDY_CONTRACT = (
+    "run",
+    "report",
+    "cells",
+    "measured",
+    "cached",
+    "failed",
+    "not_run",
+    "conclusion",
+    "seconds",
+    "mlflow_run_id",
+)
 CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
 EPILOG = """\
 exit codes: 0 done, 2 a mistake in the call or its input, 75 stopped, 76 the loss became infinite, 77 out of memory.
@@ -114,7 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     study.add_argument("name", metavar="NAME", help="timing, quantization, accumulation, rnn, or a study file (YAML)")
     study.add_argument(
-        "overrides", metavar="section.field=value", nargs="*", default=[], help="e.g. study.seeds=[1,2] train.max_steps=50"
+        "overrides",
+        metavar="section.field=value",
+        nargs="*",
+        default=[],
+        help="e.g. study.seeds=[1,2] train.max_steps=50",
     )
     study.add_argument("--smoke", action="store_true", help="the smallest form, to see that everything works")
     study.set_defaults(verb=run_study)
@@ -190,8 +205,9 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
 def run_study(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom study`: check every cell's config, then the flow. The exit code is 0 once one cell is measured."""
     from gptcore.config.study import find_study, load_study
+    from gptcore.studies.engine import check_options
 
-    plan = load_study(find_study(args.name), args.overrides, smoke=args.smoke)
+    plan = check_options(load_study(find_study(args.name), args.overrides, smoke=args.smoke))
     home = prepare_home()
     check_source(plan.base.data)
     use_servers()

@@ -175,7 +175,13 @@ FOLDERS = {
     "gradient_accumulation": "accumulation",
     "rnn_baseline": "rnn",
 }
-NAMES = {**FOLDERS, "build_vocabulary": "vocabulary", "write_shards": "shards", "build_report": "report", "report_study": "report"}
+NAMES = {
+    **FOLDERS,
+    "build_vocabulary": "vocabulary",
+    "write_shards": "shards",
+    "build_report": "report",
+    "report_study": "report",
+}
 
 
 class PipelineRun:

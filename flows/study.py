@@ -59,7 +59,7 @@ def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHA
         changes: What differs from the study file.
     """
     start = time.monotonic()
-    plan = load_study(find_study(name), changes.as_list(), smoke=smoke)
+    plan = checked_plan(name, changes.as_list(), smoke)
     check_store()
     home = home_dir()
     experiment = study_experiment(plan)
@@ -73,9 +73,7 @@ def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHA
             shards = run.step(write_shards, corpus, vocab, home, plan.block_size, cluster)
             file = write_plan(plan, directory)
             parts = count_parts(plan)
-            futures = [run_part.submit(file, shards, run.name, directory, part, parts) for part in range(parts)]
-            for future in futures:
-                future.result()
+            measure(file, shards, run.name, directory, parts)
             command = " ".join(["gptloom study", name, *(["--smoke"] if smoke else []), *changes.as_list()])
             result = run.step(report_study, directory, command, time.monotonic() - start)
             if result["metrics"]:
@@ -86,6 +84,29 @@ def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHA
     except KeyboardInterrupt:
         return Cancelled(message="stopped by the user")  # type: ignore[return-value]
     return {**result, "flow_run_id": flow_run.get_id(), "mlflow_run_id": run.mlflow_run_id}
+
+
+def checked_plan(name: str, overrides: list[str], smoke: bool) -> StudyPlan:
+    """The study with every cell and option looked at, before anything starts. Raises UserError. Loads torch, hence not at import."""
+    from gptcore.studies.engine import check_options
+
+    plan = load_study(find_study(name), overrides, smoke=smoke)
+    check_options(plan)
+    return plan
+
+
+def measure(file: Path, shards: Path, run: str, directory: Path, parts: int) -> None:
+    """All cells: in this thread where there is one device, so that Ctrl-C reaches the process; else a task a device, side by side."""
+    if parts == 1:
+        run_part(file, shards, run, directory, 0, 1)
+        return
+    futures = [run_part.submit(file, shards, run, directory, part, parts) for part in range(parts)]
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:
+        (directory / "cells" / "stop").touch()  # the others leave at their next step
+        raise
 
 
 def study_experiment(plan: StudyPlan) -> ExperimentConfig:

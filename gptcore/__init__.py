@@ -6,10 +6,11 @@ files config, store, journal, entry, device and timing.
 """
 
 __version__ = "0.1.0"
-# Part of the key of every kept study result: raised when the same config begins to give other numbers.
-NUMERICS_VERSION = 1
 
 import os
+
+# Part of the key of every kept study result: raised when the same config begins to give other numbers.
+NUMERICS_VERSION = 1
 
 # OpenMP threads that wait by spinning make a training crawl as soon as another process wants a core: on 2 cores with one
 # busy neighbour a step of the small GPT took over 1,500 ms instead of 155, with a short spin 370 ms, and no slower when alone.

@@ -1,4 +1,4 @@
-"""Clocks: where wall time goes (PhaseClock) and how long one thing takes (measure_ms).
+"""Clocks: where wall time goes (PhaseClock, and MapClock by nesting) and how long one thing takes (measure_ms).
 
 Rules (after nanochat and modded-nanogpt): warm up and discard, synchronise the device at both ends, report the median
 with its range, stop the clock during evaluation and saving.
@@ -39,6 +39,46 @@ class PhaseClock:
         if self._stack:
             self.seconds[self._stack[-1]] = self.seconds.get(self._stack[-1], 0.0) + now - self._since
         self._since = now
+
+
+Path = tuple[str, ...]
+
+
+class MapClock(PhaseClock):
+    """A PhaseClock that keeps apart where a phase was entered: the timing map. Times are of a path itself, without what is inside it,
+    so they add up to the wall time of the outermost phase.
+
+    `cpu_seconds` is the processor time of this process (all threads, no children) over the same stretches. `at_boundary` is called
+    with the path at every change, e.g. to note memory.
+    """
+
+    def __init__(
+        self, synchronize: Callable[[], None] | None = None, at_boundary: Callable[[Path], None] | None = None
+    ) -> None:
+        super().__init__(synchronize)
+        self.paths: dict[Path, float] = {}
+        self.cpu_seconds: dict[Path, float] = {}
+        self.calls: dict[Path, int] = {}
+        self._at_boundary = at_boundary
+        self._cpu_since = time.process_time()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with super().phase(name):
+            path = tuple(self._stack)
+            self.calls[path] = self.calls.get(path, 0) + 1
+            yield
+
+    def _charge(self) -> None:
+        since = self._since
+        super()._charge()
+        path, cpu = tuple(self._stack), time.process_time()
+        if path:
+            self.paths[path] = self.paths.get(path, 0.0) + self._since - since
+            self.cpu_seconds[path] = self.cpu_seconds.get(path, 0.0) + cpu - self._cpu_since
+        self._cpu_since = cpu
+        if self._at_boundary is not None:
+            self._at_boundary(path)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def read_table(path: Path, limit: int = 200) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     frame = pd.read_parquet(path).head(limit)
-    return [{k: (None if pd.isna(v) else v) for k, v in row.items()} for row in frame.to_dict("records")]
+    return [{str(k): (None if pd.isna(v) else v) for k, v in row.items()} for row in frame.to_dict("records")]
 
 
 @contextmanager

@@ -22,8 +22,9 @@ PIECE_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Nats per target token in float32; targets of -1 count neither in the sum nor in the mean."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+    """Nats per target token in float32 (float64 stays float64); targets of -1 count neither in the sum nor in the mean."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
     return loss.view_as(targets) if reduction == "none" else loss
 
 

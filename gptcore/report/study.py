@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,17 @@ def table(
     styles = styles or {}
     ranges = [c for c in frame.columns if f"{c}_low" in frame.columns and f"{c}_high" in frame.columns]
     hidden = {f"{c}{end}" for c in ranges for end in ("_low", "_high")}
+    kept = [c for c in frame.columns if c not in hidden]
+    rows = frame.to_dict("records")  # iterrows would make every number of a row a float
     shown = pd.DataFrame(
         {
             str(c).replace("_", " "): [
-                _ranged(row, c, styles.get(c, "")) if c in ranges else text(row[c], styles.get(c, ""))
-                for _, row in frame.iterrows()
+                _ranged(row, c, styles.get(c, "")) if c in ranges else text(row[c], styles.get(c, "")) for row in rows
             ]
-            for c in frame.columns
-            if c not in hidden
+            for c in kept
         }
     )
-    words = [str(c).replace("_", " ") for c in frame.columns if frame[c].map(lambda v: isinstance(v, (str, bool))).any()]
+    words = [str(c).replace("_", " ") for c in kept if frame[c].map(lambda v: isinstance(v, (str, bool))).any()]
     return page.subsection(name, page.html_table(shown, caption, text_columns=words, notes=notes))
 
 
@@ -54,7 +55,7 @@ def text(value: Any, style: str = "") -> str:
         return ("yes" if value else "no") if not isinstance(value, str) else value
     if style:
         return format(value, style)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, Integral) else f"{value:.4g}"
 
 
 def figure(plot: go.Figure, title: str, caption: str, *, alt: str, height: int = 420) -> Markup:
@@ -125,7 +126,9 @@ def write_tables(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list[st
         plain = frame.copy()
         for column in plain.columns:
             if plain[column].map(type).nunique() > 1 and plain[column].dtype == object:
-                plain[column] = [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in plain[column]]
+                plain[column] = [
+                    None if v is None else v if isinstance(v, str) else json.dumps(v) for v in plain[column]
+                ]
         plain.to_csv(folder / f"{name}.csv", index=False)
         plain.to_parquet(folder / f"{name}.parquet", index=False)
         names += [f"tables/{name}.csv", f"tables/{name}.parquet"]
@@ -158,11 +161,14 @@ def write_study_page(
         reason = missing[0]["reason"]
         top.append(
             page.callout(
-                f"{len(missing)} of {len(cells)} cells were not measured ({reason}).", "The same command goes on from there."
+                f"{len(missing)} of {len(cells)} cells were not measured ({reason}).",
+                "The same command goes on from there.",
             )
         )
     if findings:
-        top.append(Markup("<ul class='findings'>{}</ul>").format(page.join(Markup("<li>{}</li>").format(f) for f in findings)))
+        top.append(
+            Markup("<ul class='findings'>{}</ul>").format(page.join(Markup("<li>{}</li>").format(f) for f in findings))
+        )
     links = page.join(
         (Markup('<a href="{}">{}</a>').format(name, name.removeprefix("tables/")) for name in tables), ", "
     )
@@ -190,21 +196,23 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> Markup:
             "cell": [cell["name"] for cell in cells],
             "state": [words[cell["status"]] for cell in cells],
             "took": [duration(cell["seconds"]) if cell["status"] != "not run" else MISSING for cell in cells],
-            "device": [
-                f"{cell['device']}, {cell['precision']}" if cell.get("device") else MISSING for cell in cells
-            ],
+            "device": [f"{cell['device']}, {cell['precision']}" if cell.get("device") else MISSING for cell in cells],
             "reason": [cell["reason"] for cell in cells],
         }
     )
     if not any(frame["reason"]):
         frame = frame.drop(columns="reason")
-    block = page.html_table(frame, "one arm at one point of the grid with one seed", text_columns=["state", "device", "reason"])
-    return page.collapsible(f"{len(cells)} cells", block) if len(cells) > 12 and all(
-        cell["status"] in ("done", "cached") for cell in cells
-    ) else block
+    block = page.html_table(
+        frame, "one arm at one point of the grid with one seed", text_columns=["state", "device", "reason"]
+    )
+    return (
+        page.collapsible(f"{len(cells)} cells", block)
+        if len(cells) > 12 and all(cell["status"] in ("done", "cached") for cell in cells)
+        else block
+    )
 
 
-def _ranged(row: pd.Series, column: str, style: str) -> str:
+def _ranged(row: Mapping[Any, Any], column: str, style: str) -> str:
     value, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
     shown = text(value, style)
     if shown == MISSING or pd.isna(low) or pd.isna(high):

@@ -1,7 +1,7 @@
 """A study, or one device's share of its cells, as a process.
 
-    python -m gptcore.studies timing [--smoke] [section.field=value …]             # all of it, without Prefect and MLflow
-    python -m gptcore.studies RUN/study.yaml --shards DIR --out DIR --part 0/2     # what `gptloom study` starts, once per device
+python -m gptcore.studies timing [--smoke] [section.field=value …]             # all of it, without Prefect and MLflow
+python -m gptcore.studies RUN/study.yaml --shards DIR --out DIR --part 0/2     # what `gptloom study` starts, once per device
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def run_part(
             raise UserError(f"--part={part}: this machine has {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(index)
     logging.getLogger(__name__).info("part %s of study %s", part, plan.name)
-    records = run_cells(
-        plan, ShardSet.open(shards), out, run or out.name, parent, part=index, parts=count
-    )
+    records = run_cells(plan, ShardSet.open(shards), out, run or out.name, parent, part=index, parts=count)
     return {"cells": len(records), "failed": sum(record["status"] == "failed" for record in records)}
 
 

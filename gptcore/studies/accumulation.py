@@ -1,6 +1,10 @@
 """One batch in 1 and in several micro-steps: are the gradients the same, what does it save, what does it cost?
 
-python -m gptcore.studies.accumulation CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
+    gptloom study accumulation                                                              # the study
+    python -m gptcore.studies.accumulation CONFIG.yaml --shards DIR --out DIR --checkpoint DIR   # its short form in a pipeline run
+
+The study's cells are of three kinds: exactness (accumulation_exact), economy (accumulation_economy), and learning, trainings at
+equal tokens, among them small batches with a rescaled beta2; accumulation_summary says what they gave.
 """
 
 from __future__ import annotations
@@ -12,43 +16,16 @@ from torch import Tensor
 
 from gptcore.checkpoint import load_checkpoint
 from gptcore.config import with_changes
+from gptcore.config.study import Cell
 from gptcore.entry import run_process
+from gptcore.studies.accumulation_economy import measure_economy, saved_mib
+from gptcore.studies.accumulation_exact import measure_exactness
+from gptcore.studies.accumulation_options import AccumulationOptions
+from gptcore.studies.accumulation_summary import summarize
+from gptcore.studies.engine import Bench, CellResult, Study
 from gptcore.studies.short import Outcome, Subject, run_study
 from gptcore.timing import measure_ms
 from gptcore.train import Trainer, accumulate_gradients, build_trainer
-
-
-def saved_mib(trainer: Trainer) -> float:
-    """Most memory that one step's micro-batches hold for the backward pass, in MiB.
-
-    On a GPU the allocator's peak above what stood before; on a CPU the storages that autograd keeps, summed by micro-step.
-    """
-    trainer.optimizers.zero_grad()
-    if trainer.device.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        accumulate_gradients(trainer)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    own = {p.untyped_storage().data_ptr() for p in trainer.model.state_dict().values()}
-    kept: dict[int, int] = {}
-    peak = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal peak
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            peak = max(peak, sum(kept.values()))
-        return tensor
-
-    def clear(*_: object) -> None:
-        kept.clear()  # a new micro-step begins: the last one's graph is gone
-
-    handle = trainer.model.register_forward_pre_hook(clear)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        accumulate_gradients(trainer)
-    handle.remove()
-    return peak / 2**20
 
 
 def gradients(trainer: Trainer) -> Tensor:
@@ -98,6 +75,43 @@ def measure(subject: Subject) -> Outcome:
         "accumulation/speed_ratio": many["tok_per_sec"] / one["tok_per_sec"],
     }
     return Outcome(rows, conclusion, metrics)
+
+
+# --- the study -----------------------------------------------------------------------------------------------------------
+
+
+def measure_learning(cell: Cell, bench: Bench) -> CellResult:
+    """One training for each learning rate of the options: its loss at the end, and its curve over tokens and over seconds."""
+    rows: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    train = cell.config.train
+    for lr in cell.options.lrs:
+        trained = bench.train(with_changes(cell.config, train={"lr": lr}))
+        points = trained.curve("val/bpb")
+        front = {"kind": "learning", "lr": lr}
+        rows.append(
+            {
+                **front,
+                "global_batch_size": train.global_batch_size,
+                "beta2": train.beta2,
+                "val_bpb": trained.result["val_bpb"],
+                "val_loss": trained.result["val_loss"],
+                "tokens": trained.result["tokens_seen"],
+                "train_seconds": points[-1][1],
+            }
+        )
+        curves += [{**front, "tokens": t, "seconds": s, "val_bpb": value} for t, s, value in points]
+    best = min(rows, key=lambda row: row["val_bpb"])
+    metrics = {"accumulation/val_bpb": best["val_bpb"], "accumulation/lr": best["lr"]}
+    return CellResult(rows, {"curves": curves}, metrics)
+
+
+def measure_cell(cell: Cell, bench: Bench) -> CellResult:
+    kinds = {"exactness": measure_exactness, "economy": measure_economy, "learning": measure_learning}
+    return kinds[cell.options.kind](cell, bench)
+
+
+STUDY = Study("Gradient accumulation", AccumulationOptions, measure_cell, summarize)
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -40,22 +40,26 @@ from gptcore.timing import format_seconds
 log = logging.getLogger(__name__)
 
 CELL_FILE = "cell.json"
+STOP_FILE = "stop"
 DONE = ("done", "cached")
 KEPT_TAG = "gptloom.cached"
 
 
 class Deadline:
-    """True once a signal asks to stop, or the study's minutes are over. `is_signal` tells which."""
+    """True once a signal or a file asks to stop, or the study's minutes are over. `is_asked` tells which.
 
-    def __init__(self, flag: StopFlag, minutes: float) -> None:
-        self._flag, self._end = flag, time.monotonic() + 60 * minutes
+    The file is for studies on several devices, whose processes are watched from threads that no signal reaches.
+    """
+
+    def __init__(self, flag: StopFlag, minutes: float, stop_file: Path) -> None:
+        self._flag, self._end, self._stop_file = flag, time.monotonic() + 60 * minutes, stop_file
 
     @property
-    def is_signal(self) -> bool:
-        return bool(self._flag)
+    def is_asked(self) -> bool:
+        return bool(self._flag) or self._stop_file.exists()
 
     def __bool__(self) -> bool:
-        return self.is_signal or time.monotonic() >= self._end
+        return self.is_asked or time.monotonic() >= self._end
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,9 @@ class Results:
     """All cells of a study run, also those that failed or were not reached."""
 
     plan: StudyPlan
-    cells: list[dict[str, Any]]  # name, arm, factors, seed, status, reason, seconds, device, precision, rows, tables, metrics
+    cells: list[
+        dict[str, Any]
+    ]  # name, arm, factors, seed, status, reason, seconds, device, precision, rows, tables, metrics
     directory: Path
 
     def table(self, name: str = "results") -> pd.DataFrame:
@@ -197,7 +203,7 @@ def run_cells(
     plan = check_options(plan)
     flag = StopFlag()
     flag.install()
-    stop = Deadline(flag, plan.config.minutes)
+    stop = Deadline(flag, plan.config.minutes, out.parent / STOP_FILE)
     mine = plan.cells[part::parts]
     records = []
     start, worked = time.monotonic(), 0
@@ -209,7 +215,7 @@ def run_cells(
         if worked and number < len(mine):
             left = f", about {format_seconds((time.monotonic() - start) / number * (len(mine) - number))} left"
         log.info("cell %d/%d %s: %s%s", number, len(mine), cell.name, _outcome(record), left)
-        if stop.is_signal:
+        if stop.is_asked:
             raise Stopped(f"stopped after {number} of {len(mine)} cells; the same command goes on from there")
         gc.collect()
         if torch.cuda.is_available():
@@ -232,7 +238,9 @@ def run_cell(
         device = choose_device(cell.config.train.device, cell.config.train.precision)
         key = cell_key(plan, cell, shards, device)
         record |= {"device": device.name, "precision": device.precision, "key": key}
-        journal.tags({**device.tags(), "gptloom.study": plan.name, "gptloom.arm": cell.arm, "gptloom.seed": str(cell.seed)})
+        journal.tags(
+            {**device.tags(), "gptloom.study": plan.name, "gptloom.arm": cell.arm, "gptloom.seed": str(cell.seed)}
+        )
         journal.params(flatten(cell.config) | flatten(cell.options, "options.") | {"study": plan.name, "arm": cell.arm})
         kept = home_dir() / "studies" / "cells" / key
         if is_committed(kept):

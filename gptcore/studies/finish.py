@@ -1,6 +1,6 @@
 """From the cells of a study run to its tables, its report and its one sentence.
 
-    python -m gptcore.studies.finish RUN_DIR        # writes the report of a run that is on disk again
+python -m gptcore.studies.finish RUN_DIR        # writes the report of a run that is on disk again
 """
 
 from __future__ import annotations
@@ -96,7 +96,11 @@ def log_entry(plan: StudyPlan, result: dict[str, Any], devices: list[str], comma
 def _summarize(results: Results) -> Summary:
     if not any(cell["status"] in DONE for cell in results.cells):
         failed = [cell for cell in results.cells if cell["status"] == "failed"]
-        reason = f": {failed[0]['name']} failed ({failed[0]['reason']})" if failed else "; the time was over before the first"
+        reason = (
+            f": {failed[0]['name']} failed ({failed[0]['reason']})"
+            if failed
+            else "; the time was over before the first"
+        )
         return Summary(f"Nothing was measured{reason}.")
     return find(results.plan.name).summarize(results)
 

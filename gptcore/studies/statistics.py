@@ -27,11 +27,12 @@ class Interval:
     high: float
     n: int
 
-    def text(self, style: str = ".4g") -> str:
-        """`0.0012 (n=5, 95 % interval 0.0009 to 0.0015)`."""
+    def text(self, style: str = ".4g", unit: str = "") -> str:
+        """`12 % (n=5, 95 % interval 9 to 15 %)`."""
+        unit = f" {unit}" if unit else ""
         if self.n == 1:
-            return f"{self.mean:{style}} (n=1, no interval)"
-        return f"{self.mean:{style}} (n={self.n}, 95 % interval {self.low:{style}} to {self.high:{style}})"
+            return f"{self.mean:{style}}{unit} (n=1, no interval)"
+        return f"{self.mean:{style}}{unit} (n={self.n}, 95 % interval {self.low:{style}} to {self.high:{style}}{unit})"
 
     @property
     def excludes_zero(self) -> bool:
@@ -41,7 +42,8 @@ class Interval:
 def mean_interval(values: object, level: float = 0.95) -> Interval:
     """Mean of independent values (seeds, repeats) with its interval. All must be finite; at least one."""
     x = np.asarray(values, dtype=np.float64).ravel()
-    assert x.size and np.isfinite(x).all(), "an interval of values that were not measured"
+    assert x.size, "an interval of no values"
+    assert np.isfinite(x).all(), "an interval of values that were not measured"
     n, mean = x.size, float(x.mean())
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
@@ -63,9 +65,7 @@ def ratio_interval(values: object, level: float = 0.95) -> Interval:
     return Interval(math.exp(inner.mean), math.exp(inner.low), math.exp(inner.high), inner.n)
 
 
-def paired(
-    frame: pd.DataFrame, value: str, baseline: object, *, by: str = "arm", ratio: bool = False
-) -> pd.DataFrame:
+def paired(frame: pd.DataFrame, value: str, baseline: object, *, by: str = "arm", ratio: bool = False) -> pd.DataFrame:
     """Every arm against the baseline on the seeds that both have.
 
     frame: one row per arm and seed (columns `by`, seed, `value`). Returns one row per other arm: `by`, n, mean (of the arm's

@@ -1,6 +1,10 @@
-"""Where a training step's time goes, by phase and, inside the forward pass, by module.
+"""Where the time goes: of everything from raw text to report, and inside a training step.
 
-    python -m gptcore.studies.timing CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
+    gptloom study timing                                                                   # the study
+    python -m gptcore.studies.timing CONFIG.yaml --shards DIR --out DIR --checkpoint DIR   # its short form in a pipeline run
+
+The study's cells are of two kinds: pipeline (timing_pipeline) and step (timing_step); timing_summary says what they gave,
+timing_advice what to change, timing_difference what became slower between two runs.
 
 The clock synchronises the device at every boundary, so the sections are exact and add up; on a GPU that costs the overlap of
 kernels, which is why the wall time of undisturbed steps stands beside it.
@@ -17,9 +21,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from gptcore.config import with_changes
+from gptcore.config.study import Cell
 from gptcore.entry import run_process
 from gptcore.models import LanguageModel
+from gptcore.studies.engine import Bench, CellResult, Study
 from gptcore.studies.short import Outcome, Subject, run_study
+from gptcore.studies.timing_options import TimingOptions
+from gptcore.studies.timing_pipeline import measure_pipeline
+from gptcore.studies.timing_step import measure_step
+from gptcore.studies.timing_summary import summarize
 from gptcore.timing import PhaseClock, measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 
@@ -124,6 +134,14 @@ def trace_step(trainer: Trainer, path: Path) -> None:
         train_step(trainer)
         trainer.device.synchronize()
     profiler.export_chrome_trace(str(path))
+
+
+def measure_cell(cell: Cell, bench: Bench) -> CellResult:
+    """One cell of the study."""
+    return {"pipeline": measure_pipeline, "step": measure_step}[cell.options.kind](cell, bench)
+
+
+STUDY = Study("Timing map", TimingOptions, measure_cell, summarize)
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from gptcore.ranks import Ranks, joined_ranks
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import content_id, home_dir, read_manifest
 from gptcore.train import build_trainer, preflight, resume, train_loop
+from gptcore.train.certificate import FILE_NAME as CERTIFICATE
+from gptcore.train.certificate import write_certificate
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,9 @@ def run(
             trainer.local_batch_size // trainer.micro_batch_size,
         )
         log.info("%s", preflight(trainer).line(device.name))
+        if ranks.is_first and (certificate := write_certificate(trainer, out)):
+            journal.metrics({"accumulation/certificate_error": certificate["error"]}, tokens_seen=0)
+            journal.artifact(CERTIFICATE)
         result = train_loop(trainer, journal, out, stop, memory)
         journal.artifact("config.yaml")
         journal.artifact(result["checkpoint"], folder="checkpoint")

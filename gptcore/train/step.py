@@ -81,7 +81,8 @@ def next_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
     start = trainer.step * trainer.config.train.global_batch_size + trainer.ranks.rank * local
     with trainer.clock.phase("data"):
         x, y = trainer.sampler.batch(start, local)
-        return to_device(x, trainer.device), to_device(y, trainer.device)
+        with trainer.clock.phase("to_device"):
+            return to_device(x, trainer.device), to_device(y, trainer.device)
 
 
 def gradients_that_fit(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:

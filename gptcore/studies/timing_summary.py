@@ -1,0 +1,345 @@
+"""What the timing study's cells say together: the map of the whole, the inside of a step, what limits it, what to change."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from gptcore.report import page
+from gptcore.report.figures import PARTS
+from gptcore.report.study import figure, interval_figure, table
+from gptcore.report.wording import duration
+from gptcore.studies.engine import Results, Summary
+from gptcore.studies.statistics import comparison_note, mean_interval, paired
+from gptcore.studies.timing_advice import advise_pipeline, advise_step
+
+
+def summarize(results: Results) -> Summary:
+    """The pipeline's part and the step's part, each where it has numbers."""
+    rows = results.table()
+    findings: list[str] = []
+    blocks: list[str] = []
+    tables: dict[str, pd.DataFrame] = {}
+    metrics: dict[str, float] = {}
+    pipeline = rows[rows["kind"] == "pipeline"].dropna(axis=1, how="all")
+    if len(pipeline):
+        _pipeline(results, pipeline, findings, blocks, tables, metrics)
+    steps = rows[rows["kind"] == "step"].dropna(axis=1, how="all")
+    if len(steps):
+        _steps(results, steps, findings, blocks, tables, metrics)
+    return Summary(findings[0], findings[1:], blocks, tables, metrics)
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------------
+
+
+def _pipeline(
+    results: Results, rows: pd.DataFrame, findings: list[str], blocks: list[str], tables: dict[str, pd.DataFrame],
+    metrics: dict[str, float],
+) -> None:  # fmt: skip
+    facts = results.table("facts")
+    not_training = mean_interval(100 * facts["not_training"])
+    wall = mean_interval(facts["wall_seconds"])
+    gap = float((facts["mapped_seconds"] / facts["wall_seconds"] - 1).abs().max())
+    metrics |= {"timing/not_training": not_training.mean / 100, "timing/wall_seconds": wall.mean}
+    mean = rows.groupby("section", sort=False)[["seconds", "share", "calls", "cpu_seconds"]].mean().reset_index()
+    inclusive = inclusive_shares(mean)
+    steps = {key: value for key, value in inclusive.items() if " / " not in key}
+    largest = max((key for key in steps if key != "train"), key=lambda key: steps[key], default="")
+    findings.append(
+        f"{not_training.text('.1f', '%')} of the time from raw text to report trains nothing; the whole takes {duration(wall.mean)}, "
+        f"and {largest} is the largest part beside training with {100 * steps.get(largest, 0.0):.0f} %."
+    )
+    findings.append(
+        f"The map's sections add up to the wall time of another clock within {100 * gap:.2f} % (n={wall.n})."
+    )
+    busy = mean_interval(100 * facts["cpu_seconds"] / (facts["wall_seconds"] * facts["threads"]))
+    findings.append(
+        f"This process kept its {int(facts['threads'].max())} threads busy for {busy.text('.0f', '%')} of that time; the rest is idle, or work of its helpers."
+    )
+    findings += advise_pipeline(inclusive, not_training.mean / 100)
+    tables["map"] = rows
+    blocks.append(figure(
+        sunburst(mean), "The whole pipeline", "Angle is time: click a part to look inside it, click the middle to go back. Mean over seeds.",
+        alt="Sunburst of the pipeline's time by section", height=560,
+    ))  # fmt: skip
+    blocks.append(figure(
+        icicle(mean), "The same as a flame view", "Width is time; each row is one level further inside.", alt="Icicle of the pipeline's time", height=340,
+    ))  # fmt: skip
+    blocks.append(page.collapsible("every section of the map", _map_table(rows)))
+    memory = results.table("memory")
+    memory = memory[memory["kind"] == "pipeline"] if "kind" in memory else memory
+    if len(memory):
+        blocks.append(_memory_of_pipeline(memory))
+
+
+def inclusive_shares(mean: pd.DataFrame) -> dict[str, float]:
+    """Share of the whole by section, with all that is inside it; names without the root. `mean`: columns section, seconds."""
+    total = float(mean["seconds"].sum())
+    shares: dict[str, float] = {}
+    for section, seconds in zip(mean["section"], mean["seconds"], strict=True):
+        parts = str(section).split(" / ")[1:]
+        for depth in range(1, len(parts) + 1):
+            key = " / ".join(parts[:depth])
+            shares[key] = shares.get(key, 0.0) + seconds / total
+    return shares
+
+
+def nodes(mean: pd.DataFrame) -> pd.DataFrame:
+    """A tree for plotly: id, label, parent, seconds (all inside included); a section's own time inside it is called `itself`."""
+    own = {str(s): float(v) for s, v in zip(mean["section"], mean["seconds"], strict=True)}
+    totals: dict[str, float] = {}
+    for section, seconds in own.items():
+        parts = section.split(" / ")
+        for depth in range(1, len(parts) + 1):
+            key = " / ".join(parts[:depth])
+            totals[key] = totals.get(key, 0.0) + seconds
+    inner = {key.rpartition(" / ")[0] for key in totals}
+    rows = [
+        {"id": key, "label": key.rpartition(" / ")[2], "parent": key.rpartition(" / ")[0], "seconds": seconds}
+        for key, seconds in totals.items()
+    ]
+    rows += [
+        {"id": f"{key} / itself", "label": "itself", "parent": key, "seconds": own[key]}
+        for key in totals
+        if key in inner and own.get(key, 0.0) > 0
+    ]
+    return pd.DataFrame(rows)
+
+
+def sunburst(mean: pd.DataFrame) -> go.Figure:
+    tree = nodes(mean)
+    return go.Figure(
+        go.Sunburst(
+            ids=list(tree["id"]), labels=list(tree["label"]), parents=list(tree["parent"]), values=list(tree["seconds"]),
+            branchvalues="total", maxdepth=4, insidetextorientation="auto", sort=True, marker={"colors": _colours(tree)},
+            hovertemplate="%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>", leaf={"opacity": 0.85},
+        )
+    )  # fmt: skip
+
+
+def icicle(mean: pd.DataFrame) -> go.Figure:
+    tree = nodes(mean)
+    return go.Figure(
+        go.Icicle(
+            ids=list(tree["id"]), labels=list(tree["label"]), parents=list(tree["parent"]), values=list(tree["seconds"]),
+            branchvalues="total", tiling={"orientation": "v", "flip": "y"}, marker={"colors": _colours(tree)}, pathbar={"visible": False},
+            hovertemplate="%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>",
+        )
+    )  # fmt: skip
+
+
+def _colours(tree: pd.DataFrame) -> list[str]:
+    """One colour per first-level part, for all that is inside it."""
+    firsts = [
+        key for key, parent in zip(tree["id"], tree["parent"], strict=True) if parent.count(" / ") == 0 and parent
+    ]
+    colours = []
+    for key in tree["id"]:
+        parts = str(key).split(" / ")
+        first = " / ".join(parts[:2])
+        colours.append(PARTS[firsts.index(first) % len(PARTS)] if first in firsts else "#868b93")
+    return colours
+
+
+def _map_table(rows: pd.DataFrame) -> str:
+    frame = pd.DataFrame(
+        [
+            {
+                "section": str(section).partition(" / ")[2] or "pipeline itself",
+                **_interval(own["seconds"], "seconds"),
+                "share": 100 * float(own["share"].mean()),
+                "calls": int(own["calls"].median()),
+                "cpu_seconds": float(own["cpu_seconds"].mean()),
+                "n": len(own),
+            }
+            for section, own in rows.groupby("section", sort=False)
+        ]
+    ).sort_values("seconds", ascending=False)
+    return table(
+        "Sections, own time", frame, "without what is inside them: mean over seeds (95 % interval); processor seconds of this process",
+        styles={"seconds": ".3f", "share": ".1f", "cpu_seconds": ".3f"},
+    )  # fmt: skip
+
+
+def _memory_of_pipeline(memory: pd.DataFrame) -> str:
+    plot = go.Figure()
+    for i, (seed, own) in enumerate(memory.groupby("seed", sort=False)):
+        plot.add_scatter(
+            x=list(own["seconds"]), y=list(own["mib"]), name=f"seed {seed}", mode="lines+markers", text=list(own["after"]),
+            line={"color": PARTS[i % len(PARTS)]}, hovertemplate="after %{text}: %{y:,.0f} MiB at %{x:.1f} s<extra></extra>",
+        )  # fmt: skip
+    plot.update_xaxes(title="seconds from the start")
+    plot.update_yaxes(title="MiB held", rangemode="tozero")
+    return figure(
+        plot,
+        "Memory after each part",
+        "Resident set of the process on a CPU, allocated device memory on a GPU.",
+        alt="Memory over time",
+        height=300,
+    )
+
+
+# --- inside a step --------------------------------------------------------------------------------------------------------
+
+
+def _steps(
+    results: Results, rows: pd.DataFrame, findings: list[str], blocks: list[str], tables: dict[str, pd.DataFrame],
+    metrics: dict[str, float],
+) -> None:  # fmt: skip
+    arms = [arm for arm in results.arms if (rows["arm"] == arm).any()]
+    # The grid's points are arms of their own here.
+    baseline = results.plan.baseline if results.plan.baseline in arms else arms[0]
+    sections = results.table("sections")
+    base_rows, base_sections = rows[rows["arm"] == baseline], sections[sections["arm"] == baseline]
+    shares = base_sections.groupby("section", sort=False)["share"].sum() / base_sections["seed"].nunique()
+    top = str(shares.idxmax())
+    step = mean_interval(base_rows["step_ms"])
+    metrics |= {"timing/step_ms": step.mean, "timing/of_peak": float(base_rows["of_peak"].mean())}
+    findings.append(
+        f"A training step ({baseline}) takes {step.text('.1f', 'ms')}, most of it in {top} ({100 * shares[top]:.0f} %), and reaches "
+        f"{100 * base_rows['of_peak'].mean():.0f} % of the arithmetic that one large product reaches on this device."
+    )
+    findings.append(
+        f"The clock itself makes a step {100 * base_rows['clock_cost'].mean():+.1f} % longer, the profiler {100 * base_rows['profiler_cost'].mean():+.0f} %; "
+        f"on the same step the two clocks differ by {100 * base_rows['profiler_gap'].mean():.1f} %."
+    )
+    findings += advise_step(
+        dict(base_rows.mean(numeric_only=True))
+        | {"kernels": _mean_or_none(base_rows, "kernels"), "busy_share": _mean_or_none(base_rows, "busy_share")},
+        {str(k): float(v) for k, v in shares.items()},
+    )
+    speed = paired(rows, "tok_per_sec", baseline, ratio=True)
+    tables |= {"steps": rows, "sections": sections, "speed": speed}
+    for _, row in speed[speed["certain"]].iterrows():
+        word = "faster" if row["difference"] > 1 else "slower"
+        factor = row["difference"] if row["difference"] > 1 else 1 / row["difference"]
+        findings.append(
+            f"{row['arm']} is {factor:.2f} times {word} than {baseline} in tokens per second (n={row['n']}, 95 % interval of the ratio {row['low']:.2f} to {row['high']:.2f})."
+        )
+    blocks.append(figure(
+        stacked(sections, arms), "Inside a training step", "Milliseconds a step by section, mean over seeds; click a name to hide it.",
+        alt="Stacked bars of a step's sections for each arm", height=140 + 40 * len(arms),
+    ))  # fmt: skip
+    blocks.append(table(
+        "Arms", _arm_frame(rows, arms), "undisturbed steps: mean over seeds (95 % interval) of the median of the repeats",
+        styles={"step_ms": ",.1f", "tok_per_sec": ",.0f", "of_peak": ".0f", "mfu": ".1f", "of_bandwidth": ".0f", "intensity": ".1f", "peak_mib": ",.0f", "us_per_operator": ",.0f", "busy": ".0f"},
+        notes=["of peak: arithmetic (6N + attention a token) against one large product in the same precision, in %; of bandwidth: bytes of unfused "
+               "operators against one large copy, in % (above 100 where caches serve them); intensity: FLOP a byte."],
+    ))  # fmt: skip
+    if len(speed):
+        blocks.append(figure(
+            interval_figure(speed, label="arm", value="difference", low="low", high="high", x_title=f"tokens per second ÷ {baseline}'s", reference=1.0),
+            "Speed against the base", "Seeds paired, 95 % intervals; right of the line is faster.", alt="Ratio of tokens per second by arm", height=120 + 36 * len(speed),
+        ))  # fmt: skip
+        blocks.append(page.paragraph(comparison_note(speed, baseline), "tablenote"))
+    blocks.append(figure(
+        roofline(rows, arms), "Under the roofline", "Each point is an arm; the roof is what one large copy and one large product reach here. Both axes logarithmic.",
+        alt="Roofline plot", height=420,
+    ))  # fmt: skip
+    memory = results.table("memory")
+    memory = memory[(memory["kind"] == "step") & (memory["arm"] == baseline)]
+    if len(memory):
+        blocks.append(_memory_of_step(memory[memory["seed"] == memory["seed"].iloc[0]]))
+    blocks.append(page.paragraph(
+        "Every step cell keeps a trace of one step, operator by operator (trace.json.gz in its folder and in MLflow): open it at ui.perfetto.dev or chrome://tracing."
+    ))  # fmt: skip
+
+
+def _arm_frame(rows: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
+    def percent(own: pd.DataFrame, key: str) -> float | None:
+        value = _mean_or_none(own, key)
+        return None if value is None else 100 * value
+
+    frame = pd.DataFrame(
+        [
+            {
+                "arm": arm,
+                **_interval(own["step_ms"], "step_ms"),
+                **_interval(own["tok_per_sec"], "tok_per_sec"),
+                "of_peak": percent(own, "of_peak"),
+                "mfu": percent(own, "mfu"),
+                "of_bandwidth": percent(own, "of_bandwidth"),
+                "intensity": float(own["intensity"].mean()),
+                "busy": percent(own, "busy_share"),
+                "kernels": _mean_or_none(own, "kernels"),
+                "operators": int(own["operators"].median()),
+                "us_per_operator": float(own["us_per_operator"].mean()),
+                "peak_mib": _mean_or_none(own, "peak_mib"),
+                "n": len(own),
+            }
+            for arm in arms
+            if len(own := rows[rows["arm"] == arm])
+        ]
+    )
+    return frame.dropna(axis=1, how="all")
+
+
+def stacked(sections: pd.DataFrame, arms: list[str]) -> go.Figure:
+    """Horizontal bars, one per arm, stacked from its sections, the largest of all first."""
+    mean = sections.groupby(["arm", "section"], sort=False)["ms"].sum() / sections.groupby("arm")["seed"].nunique()
+    order = sections.groupby("section")["ms"].sum().sort_values(ascending=False).index
+    plot = go.Figure()
+    for i, section in enumerate(order):
+        plot.add_bar(
+            y=arms, x=[float(mean.get((arm, section), 0.0)) for arm in arms], name=str(section), orientation="h",
+            marker={"color": PARTS[i % len(PARTS)], "opacity": 1.0 if i < len(PARTS) else 0.6},
+            hovertemplate=f"%{{y}}: {section} %{{x:.2f}} ms<extra></extra>",
+        )  # fmt: skip
+    plot.update_layout(barmode="stack", legend={"traceorder": "normal"})
+    plot.update_xaxes(title="ms a step")
+    plot.update_yaxes(autorange="reversed")
+    return plot
+
+
+def roofline(rows: pd.DataFrame, arms: list[str]) -> go.Figure:
+    mean = rows.groupby("arm")[["intensity", "flops_per_sec", "peak_flops", "peak_bandwidth"]].mean()
+    peak, bandwidth = float(mean["peak_flops"].max()), float(mean["peak_bandwidth"].max())
+    low = min(float(mean["intensity"].min()), peak / bandwidth) / 3
+    high = max(float(mean["intensity"].max()), peak / bandwidth) * 3
+    ridge = peak / bandwidth
+    plot = go.Figure()
+    plot.add_scatter(
+        x=[low, ridge, high], y=[low * bandwidth, peak, peak], mode="lines", name="roof", line={"color": "#868b93", "width": 2},
+        hoverinfo="skip",
+    )  # fmt: skip
+    plot.add_scatter(
+        x=[float(mean["intensity"][arm]) for arm in arms], y=[float(mean["flops_per_sec"][arm]) for arm in arms], text=arms,
+        mode="markers+text", textposition="bottom center", marker={"size": 10, "color": PARTS[0]}, name="arms",
+        hovertemplate="%{text}: %{x:.1f} FLOP/byte, %{y:.3s}FLOP/s<extra></extra>",
+    )  # fmt: skip
+    plot.update_xaxes(title="FLOP per byte", type="log")
+    plot.update_yaxes(title="FLOP per second", type="log", exponentformat="SI")
+    return plot
+
+
+def _memory_of_step(memory: pd.DataFrame) -> str:
+    plot = go.Figure()
+    plot.add_scatter(
+        x=list(memory["ms"]),
+        y=list(memory["mib"]),
+        mode="lines",
+        fill="tozeroy",
+        line={"color": PARTS[0]},
+        hovertemplate="%{x:.1f} ms: %{y:.1f} MiB<extra></extra>",
+    )
+    plot.update_xaxes(title="ms from the step's start, under the profiler")
+    plot.update_yaxes(title="MiB allocated", rangemode="tozero")
+    return figure(
+        plot,
+        "Memory during a step",
+        "Of the allocator: it climbs through the forward pass and falls through the backward pass.",
+        alt="Allocated memory over one step",
+        height=300,
+    )
+
+
+def _interval(values: pd.Series, name: str) -> dict[str, float]:
+    interval = mean_interval(values)
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _mean_or_none(rows: pd.DataFrame, key: str) -> float | None:
+    if key not in rows or rows[key].isna().all():
+        return None
+    return float(rows[key].astype(float).mean())
