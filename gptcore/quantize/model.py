@@ -53,6 +53,14 @@ class Method:
         """The same bits chosen without data: what a fine-tuned model gets, and enough to measure size and speed."""
         return changed(self, algorithm="nearest")
 
+    def without_training(self) -> Method:
+        """The same, but for fine-tuning, which `quantize` does not do."""
+        return self.by_rounding() if self.algorithm == "qat" else self
+
+    def with_parts(self, **parts: str) -> Method:
+        """Another head, embedding or choice of modules."""
+        return changed(self, **parts)  # type: ignore[arg-type]
+
     def kind_of(self, name: str, module: nn.Module) -> str:
         """bf16 means: leave it."""
         if self.only is not None and not name.startswith(self.only):
@@ -85,8 +93,10 @@ def calibration_ids(shards: ShardSet, block_size: int, count: int = 64, seed: in
 
 
 @torch.no_grad()
-def quantize(model: LanguageModel, method: Method, calibration: Tensor | None = None) -> LanguageModel:
-    """A quantized copy in evaluation mode; the model stays as it is. Everything that is not a matrix becomes bfloat16.
+def quantize(
+    model: LanguageModel, method: Method, calibration: Tensor | None = None, *, keep_rest: bool = False
+) -> LanguageModel:
+    """A quantized copy in evaluation mode; the model stays as it is. Everything else becomes bfloat16, but with `keep_rest`.
 
     calibration: ids (n, T), for algorithm="gptq". Fine-tuning (algorithm="qat") comes before: see `quantize_checkpoint`.
     """
@@ -115,7 +125,7 @@ def quantize(model: LanguageModel, method: Method, calibration: Tensor | None = 
         elif not is_tied and (kind := method.kind_of(name, table)) != "bf16":
             own = quantized_layer(table.weight, None, kind, method, None)
             replace_module(small, name, QuantizedEmbedding(own, is_tied=False))
-    return small.to(torch.bfloat16)
+    return small if keep_rest else small.to(torch.bfloat16)
 
 
 def stages(model: LanguageModel) -> list[dict[str, nn.Linear]]:
