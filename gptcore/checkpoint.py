@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.models import LanguageModel, build_model
+from gptcore.models.quantized import with_layout
 from gptcore.store import DamagedError, commit_dir, is_committed, read_json, read_manifest, write_json
 from gptcore.vocab import Vocab
 from gptcore.weights import WAY_OUT, check_weights, load_tensors
@@ -135,7 +136,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
     """Read and verify a checkpoint's model and state. Raises what `check_checkpoint` raises."""
     check_checkpoint(directory)
     config, state = load_config(directory / "config.yaml"), read_state(directory)
-    check_weights(directory / MODEL, config, state.get("vocab_size"))
+    check_weights(directory / MODEL, config, state.get("vocab_size"), state.get("quantization"))
     return Checkpoint(directory, config, state, load_tensors(directory / MODEL, str(device)))
 
 
@@ -144,7 +145,10 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[Lan
     checkpoint = load_checkpoint(directory, device)
     if Vocab.load(directory / "tokenizer.json").fingerprint != checkpoint.state.get("vocab_fingerprint"):
         raise UserError(f"{directory / 'tokenizer.json'}: not the vocabulary this model was trained with; {WAY_OUT}")
-    model = build_model(checkpoint.config.model, checkpoint.state["vocab_size"]).to(device)
+    model = build_model(checkpoint.config.model, checkpoint.state["vocab_size"])
+    if "quantization" in checkpoint.state:
+        with_layout(model, checkpoint.state["quantization"])
+    model.to(device)
     model.load_weights(checkpoint.model)
     return model.eval(), checkpoint
 

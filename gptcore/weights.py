@@ -7,6 +7,7 @@ is therefore first built without memory (torch's meta device), and only what fit
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.models import build_model
+from gptcore.models.quantized import with_layout
 
 MAX_VOCAB = 1 << 24
 WAY_OUT = "it is damaged or was tampered with; use another checkpoint"
+STORED = {torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -29,8 +32,10 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         raise UserError(f"{path}: not a whole safetensors file ({error}); {WAY_OUT}") from None
 
 
-def check_weights(path: Path, config: ExperimentConfig, vocab_size: object) -> None:
+def check_weights(path: Path, config: ExperimentConfig, vocab_size: object, layout: Any = None) -> None:
     """Does the file hold this config's model for a vocabulary of that size, and nothing else? Reads its header only.
+
+    layout: what is quantized in it, as its state.json says (`gptcore.models.quantized`).
 
     Raises UserError naming the first tensor that is missing, unknown, of another shape or not of floats.
     """
@@ -42,14 +47,22 @@ def check_weights(path: Path, config: ExperimentConfig, vocab_size: object) -> N
     if config.model.family != "bigram" and config.model.n_layer > len(found):  # spares building a thousand layers
         raise UserError(f"{path}: too few tensors for model.n_layer={config.model.n_layer}; {WAY_OUT}")
     with torch.device("meta"):
-        wanted = {name: list(tensor.shape) for name, tensor in build_model(config.model, vocab_size).weights().items()}
+        model = build_model(config.model, vocab_size)
+        try:
+            weights = (with_layout(model, layout) if layout is not None else model).weights()
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError):
+            raise UserError(
+                f"{path.parent / 'state.json'}: its quantization is none of this model; {WAY_OUT}"
+            ) from None
+    wanted = {name: list(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(found.keys() | wanted.keys()):
         if name not in found or name not in wanted:
             raise UserError(f"{path}: tensor {name[:80]!r} is {'missing' if name in wanted else 'unknown'}; {WAY_OUT}")
         shape, dtype = found[name]
-        if shape != wanted[name] or dtype not in FLOATS:
+        kinds = (STORED[weights[name].dtype],) if weights[name].dtype in STORED else FLOATS
+        if shape != wanted[name] or dtype not in kinds:
             raise UserError(
-                f"{path}: tensor {name!r} is {dtype}{shape}, config.yaml asks for floats {wanted[name]}; {WAY_OUT}"
+                f"{path}: tensor {name!r} is {dtype}{shape}, config.yaml asks for {' or '.join(kinds)} {wanted[name]}; {WAY_OUT}"
             )
 
 

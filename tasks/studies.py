@@ -58,7 +58,7 @@ def gradient_accumulation(
 def rnn_baseline(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train an LSTM with the GPT's parameters on the same tokens."""
     from gptcore.shards import ShardSet
-    from gptcore.studies.rnn import baseline_config
+    from gptcore.studies.rnn_sizes import baseline_config
 
     return run_step("gptcore.train", baseline_config(config, ShardSet.open(shards).vocab_size), shards, run, directory)
 

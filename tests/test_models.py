@@ -12,7 +12,7 @@ from gptcore.models import build_model, losses
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.layers import apply_rotary, rms_norm, rotary_table
 from gptcore.models.published import load_published, to_published
-from gptcore.studies.rnn import estimate_gpt_parameters, estimate_lstm_parameters
+from gptcore.studies.rnn_sizes import estimate_gpt_parameters, estimate_lstm_parameters
 
 V, T = 29, 16
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": T}
@@ -21,6 +21,8 @@ CONFIGS = {
     "gpt2": ModelConfig(preset="gpt2", **SMALL),
     "classic": ModelConfig(preset="classic", **SMALL),
     "lstm": ModelConfig(family="lstm", n_layer=2, n_embd=24, block_size=T),
+    "gru": ModelConfig(family="gru", n_layer=2, n_embd=24, block_size=T),
+    "mingru": ModelConfig(family="mingru", n_layer=2, n_embd=24, block_size=T),
     "bigram": ModelConfig(family="bigram", block_size=T),
 }
 GPTS = ["modern", "gpt2", "classic"]

@@ -11,7 +11,7 @@ from gptcore.journal import read_journal
 from gptcore.models import build_model
 from gptcore.shards import ShardSet, prepare
 from gptcore.studies import accumulation, quantization, timing
-from gptcore.studies.rnn import baseline_config, floor_config
+from gptcore.studies.rnn_sizes import baseline_config, floor_config
 from gptcore.timing import PhaseClock, format_seconds, measure_ms
 from gptcore.train import build_trainer, train_loop
 

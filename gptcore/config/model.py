@@ -62,15 +62,17 @@ PRESET_FIELDS = tuple(PRESETS["modern"])
 class ModelConfig(Section):
     """The network. One contract for all families, so the trainer does not know which it trains."""
 
-    family: Literal["gpt", "lstm", "bigram"] = Field(
-        "gpt", description="gpt: decoder-only Transformer; lstm: the RNN baseline; bigram: the floor of the notes."
+    family: Literal["gpt", "lstm", "gru", "mingru", "bigram", "ngram"] = Field(
+        "gpt",
+        description="gpt: decoder-only Transformer; lstm, gru: the RNN baselines; mingru: one that is learnt in parallel; "
+        "bigram: the floor of the notes; ngram: counts of `order` tokens, for the rnn study.",
     )
     preset: Literal["classic", "gpt2", "modern"] = Field(
         "modern",
         description="Fills the fields marked [preset] that are not given. classic: the 2017 paper's decoder; "
         "gpt2: GPT-2; modern: what was measured to learn most per second.",
     )
-    n_layer: int = Field(4, ge=1, le=1000, description="Depth: number of blocks (gpt) or layers (lstm).")
+    n_layer: int = Field(4, ge=1, le=1000, description="Depth: number of blocks (gpt, mingru) or layers (lstm, gru).")
     n_head: int = Field(4, ge=1, le=1000, description="Attention heads; must divide n_embd.")
     n_embd: int = Field(128, ge=2, le=100_000, description="Width in channels.")
     block_size: int = Field(128, ge=2, le=1 << 20, description="Maximum context, in tokens.")
@@ -80,6 +82,8 @@ class ModelConfig(Section):
         lt=1,
         description="Dropout probability; 0 is right while training sees each token less than a few times.",
     )
+    expansion: float = Field(1.5, gt=0, le=16, description="States per channel of mingru.")
+    order: int = Field(5, ge=1, le=12, description="Tokens of an n-gram, the predicted one included.")
     padded_vocab_size: int | None = Field(
         None, ge=2, description="Rows of embedding and head; at least the vocabulary's size. None: exactly that size."
     )

@@ -31,12 +31,15 @@ class LanguageModel(nn.Module):
         return 6.0 * self.matmul_parameters()
 
     def count_parameters(self) -> int:
-        """Tied parameters count once."""
-        return sum(p.numel() for p in self.parameters())
+        """Tied parameters count once; a quantized matrix has as many as the one it stands for."""
+        stored = sum(int(getattr(module, "stored_parameters", 0)) for module in self.modules())
+        return stored + sum(p.numel() for p in self.parameters())
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters by name, a tied one once and under its first name: what a file holds."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """Parameters and lasting buffers by name, a tied one once and under its first name: what a file holds."""
+        lasting = self.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name in lasting}
+        return {name: parameter.detach() for name, parameter in self.named_parameters()} | buffers
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Copy `weights()` back in. Names must match exactly."""

@@ -6,7 +6,9 @@ from gptcore.config import ModelConfig, UserError
 from gptcore.models.base import LanguageModel
 from gptcore.models.bigram import Bigram
 from gptcore.models.gpt import GPT
-from gptcore.models.rnn import LSTM
+from gptcore.models.mingru import MinGRU
+from gptcore.models.ngram import NGram
+from gptcore.models.rnn import GRU, LSTM
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
@@ -19,5 +21,12 @@ def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
         raise UserError(
             f"model.padded_vocab_size={rows} is smaller than the vocabulary of {vocab_size} ids; raise it or leave it out"
         )
-    families: dict[str, type[LanguageModel]] = {"gpt": GPT, "lstm": LSTM, "bigram": Bigram}
+    families: dict[str, type[LanguageModel]] = {
+        "gpt": GPT,
+        "lstm": LSTM,
+        "gru": GRU,
+        "mingru": MinGRU,
+        "bigram": Bigram,
+        "ngram": NGram,
+    }
     return families[config.family](config, rows)

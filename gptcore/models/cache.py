@@ -6,15 +6,19 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, nh, block_size, hs) a layer."""
+    """Keys and values of the tokens seen so far, one pair of (B, nh, block_size, hs) a layer, in the type of the first ones that come."""
 
-    def __init__(self, n_layer: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        self.keys = [like.new_zeros(shape) for _ in range(n_layer)]
-        self.values = [like.new_zeros(shape) for _ in range(n_layer)]
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.shape = shape
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, nh, T, hs) and return all so far, (B, nh, length + T, hs)."""
+        if layer == len(self.keys):
+            self.keys.append(k.new_empty(self.shape))  # memory comes as it is filled
+            self.values.append(v.new_empty(self.shape))
         end = self.length + k.size(2)
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v

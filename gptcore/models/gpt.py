@@ -16,7 +16,7 @@ from gptcore.config import ModelConfig
 from gptcore.models.base import LanguageModel, without_src
 from gptcore.models.cache import KVCache
 from gptcore.models.layers import ACTIVATIONS, Norm, apply_rotary, compute_dtype, rms_norm, rotary_table
-from gptcore.models.losses import PIECE_LOGITS, cross_entropy, head_cross_entropy, soft_cap
+from gptcore.models.losses import PIECE_LOGITS, cross_entropy, head_cross_entropy, piecewise_cross_entropy, soft_cap
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -32,10 +32,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        if cache is not None and not x.is_cuda:
+            qkv = qkv.float()  # on a CPU attention over a 16-bit cache takes three times as long
         q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
+            qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # (B, nh, T, hs) each
         if self.qk_norm:  # keeps the attention logits small, so a large learning rate cannot saturate them
             q, k = rms_norm(q), rms_norm(k)  # (B, nh, T, hs)
         if rotary is not None:
@@ -48,7 +50,7 @@ class CausalSelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
         )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
 
@@ -157,6 +159,8 @@ class GPT(LanguageModel):
             targets.numel() * self.vocab_size > PIECE_LOGITS[x.device.type] or self.head_in_fp8
         ):
             fp8 = self.head_in_fp8 and self.training
+            if not isinstance(self.lm_head, nn.Linear):  # quantized
+                return None, piecewise_cross_entropy(x, self.lm_head, targets, reduction, cap, self.vocab_size)
             return None, head_cross_entropy(x, self.lm_head.weight, targets, reduction, cap, fp8)
         logits = soft_cap(self.lm_head(x), cap)  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets, reduction)
@@ -164,16 +168,20 @@ class GPT(LanguageModel):
     def new_cache(self, batch_size: int) -> KVCache:
         c = self.config
         shape = (batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return KVCache(c.n_layer, shape, like=self.transformer.wte.weight)
+        return KVCache(shape)
 
     def matmul_parameters(self) -> int:
         """The blocks' matrices and the head; a tied matrix is a head."""
-        blocks = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
-        return blocks + self.lm_head.weight.numel()
+        return sum(matrix_size(module) for module in self.transformer.h.modules()) + matrix_size(self.lm_head)
 
     def flops_per_token(self) -> float:
         """6N + 12·n_layer·n_embd·T (PaLM, Chowdhery et al. 2022, appendix B)."""
         return 6.0 * self.matmul_parameters() + 12.0 * self.config.n_layer * self.config.n_embd * self.block_size
+
+
+def matrix_size(module: nn.Module) -> int:
+    """Weights of a linear layer, quantized or not; 0 for anything else."""
+    return getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 @torch.no_grad()

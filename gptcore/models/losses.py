@@ -7,6 +7,7 @@ with plain matrix products).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,16 +37,25 @@ def head_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", cap: float = 0.0, use_fp8: bool = False
 ) -> Tensor:
     """`cross_entropy(soft_cap(x @ weight.T), targets)` in pieces. x: (B, T, C), weight: (V, C), targets: (B, T)."""
-    flat, flat_targets = x.flatten(0, 1), targets.flatten()
     if reduction == "none":
-        rows = max(1, PIECE_LOGITS[x.device.type] // len(weight))
-        pieces = [
-            cross_entropy(soft_cap(F.linear(part, weight), cap)[None], part_targets[None], "none")[0]
-            for part, part_targets in zip(flat.split(rows), flat_targets.split(rows), strict=True)
-        ]
-        return torch.cat(pieces).view_as(targets)
-    loss = _HeadCrossEntropy.apply(flat, weight, flat_targets, cap, use_fp8)
+        return piecewise_cross_entropy(x, lambda part: F.linear(part, weight), targets, reduction, cap, len(weight))
+    loss = _HeadCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), cap, use_fp8)
     return loss / (targets >= 0).sum() if reduction == "mean" else loss
+
+
+def piecewise_cross_entropy(
+    x: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, reduction: str, cap: float, vocab_size: int
+) -> Tensor:
+    """`cross_entropy(soft_cap(head(x)), targets)` for any head and without its gradient in pieces: for evaluation."""
+    rows = max(1, PIECE_LOGITS[x.device.type] // vocab_size)
+    pieces = [
+        cross_entropy(soft_cap(head(part), cap)[None], part_targets[None], "none")[0]
+        for part, part_targets in zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+    ]
+    each = torch.cat(pieces).view_as(targets)
+    if reduction == "none":
+        return each
+    return each.sum() / (targets >= 0).sum() if reduction == "mean" else each.sum()
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

@@ -1,8 +1,12 @@
-"""The recurrent baseline: embedding, LSTM layers, head (Hochreiter & Schmidhuber 1997), under the GPT's contract."""
+"""The recurrent baselines under the GPT's contract: embedding, LSTM or GRU layers, head.
+
+LSTM: Hochreiter & Schmidhuber 1997; GRU: Cho et al. 2014. On a GPU torch runs them with cuDNN. `MinGRU` has a file of its own.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,32 +17,37 @@ from gptcore.models.base import LanguageModel, cross_entropy, without_src
 
 @dataclass
 class RecurrentState:
-    """Hidden and cell state, each (n_layer, B, C): the whole memory, whatever the length of the text."""
+    """What a recurrent model remembers, whatever the length of the text; None before the first token.
 
-    h: Tensor | None = None
-    c: Tensor | None = None
+    LSTM: (h, c), GRU: h, each (n_layer, B, C); minGRU: its own. `detach` cuts the gradient, not the memory.
+    """
+
+    value: Any = None
+
+    def detach(self) -> None:
+        self.value = _detached(self.value)
 
 
-class LSTM(LanguageModel):
-    """`n_layer` LSTM layers of width `n_embd`; the state starts at zero in every window of training."""
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return None if value is None else tuple(_detached(part) for part in value)
+
+
+class RNN(LanguageModel):
+    """`n_layer` recurrent layers of width `n_embd`; the state starts at zero in every window of training."""
+
+    layer: type[nn.LSTM] | type[nn.GRU]
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.block_size, self.vocab_size = config, config.block_size, vocab_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.lstm = nn.LSTM(
-            config.n_embd,
-            config.n_embd,
-            config.n_layer,
-            batch_first=True,
-            dropout=config.dropout if config.n_layer > 1 else 0.0,
-        )
+        dropout = config.dropout if config.n_layer > 1 else 0.0
+        self.rnn = self.layer(config.n_embd, config.n_embd, config.n_layer, batch_first=True, dropout=dropout)
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         nn.init.normal_(self.wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
-        for name, bias in self.lstm.named_parameters():
-            if name.startswith("bias_ih"):  # forget gates start open (Jozefowicz et al. 2015)
-                nn.init.ones_(bias[config.n_embd : 2 * config.n_embd])
 
     def forward(
         self,
@@ -51,10 +60,9 @@ class LSTM(LanguageModel):
     ) -> tuple[Tensor | None, Tensor | None]:
         without_src(src)
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
-        state = None if cache is None or cache.h is None or cache.c is None else (cache.h, cache.c)
-        x, (h, c) = self.lstm(x, state)  # (B, T, C)
+        x, state = self.rnn(x, None if cache is None else cache.value)  # (B, T, C)
         if cache is not None:
-            cache.h, cache.c = h, c
+            cache.value = state
         logits = self.lm_head(x)  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets, reduction)
 
@@ -62,4 +70,18 @@ class LSTM(LanguageModel):
         return RecurrentState()
 
     def matmul_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters() if p.dim() > 1) - self.wte.weight.numel()
+        return sum(p.numel() for p in self.rnn.parameters() if p.dim() > 1) + self.vocab_size * self.config.n_embd
+
+
+class LSTM(RNN):
+    layer = nn.LSTM
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__(config, vocab_size)
+        for name, bias in self.rnn.named_parameters():
+            if name.startswith("bias_ih"):  # forget gates start open (Jozefowicz et al. 2015)
+                nn.init.ones_(bias[config.n_embd : 2 * config.n_embd])
+
+
+class GRU(RNN):
+    layer = nn.GRU

@@ -1,47 +1,41 @@
-"""What int8 weights cost and give: size on disk, decoding speed, bits per byte on the same tokens.
+"""What fewer bits a weight cost and give: size, memory, speed, bits per byte on the same tokens.
 
-python -m gptcore.studies.quantization CONFIG.yaml --shards DIR --out DIR --checkpoint DIR
+    gptloom study quantization                                                                  # the study
+    python -m gptcore.studies.quantization CONFIG.yaml --shards DIR --out DIR --checkpoint DIR     # its short form, int8 alone
+
+A cell is one method on one trained model (quantization_cell); quantization_summary says what they gave together.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from gptcore.checkpoint import load_model
-from gptcore.device import Device, choose_device
+from gptcore.device import choose_device
 from gptcore.entry import run_process
 from gptcore.evaluate import evaluate_loss
-from gptcore.generate import generate
-from gptcore.models import LanguageModel
-from gptcore.quantize import quantize_int8
+from gptcore.quantize import METHODS, quantize
+from gptcore.studies.engine import Study
+from gptcore.studies.quantization_cell import QuantizationOptions, measure_cell, measure_decoding
+from gptcore.studies.quantization_summary import summarize
 from gptcore.studies.short import Outcome, Subject, run_study
-from gptcore.timing import Measurement, measure_ms
 
 DECODE_TOKENS = 100
-
-
-def measure_decoding(model: LanguageModel, device: Device, repeats: int) -> Measurement:
-    """Time to generate DECODE_TOKENS tokens at batch 1, in ms."""
-    idx = torch.zeros(1, 1, dtype=torch.int64, device=device.torch)
-    rng = torch.Generator(device.torch).manual_seed(0)
-    n = min(DECODE_TOKENS, model.block_size)
-    return measure_ms(lambda: generate(model, idx, n, rng), device.synchronize, repeats)
 
 
 def measure(subject: Subject) -> Outcome:
     repeats = subject.config.studies.repeats
     device = choose_device(subject.config.train.device, "fp32")
     model, _ = load_model(subject.checkpoint, device.torch)
-    arms = {"fp32": model, "int8": quantize_int8(model)}
+    arms = {"fp32": model, "int8": quantize(model, METHODS["int8"])}
     n = min(DECODE_TOKENS, model.block_size)
     rows: list[dict[str, Any]] = []
     for weights, arm in arms.items():
         path = subject.out / f"model_{weights}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in arm.state_dict().items()}, path)
-        decoding = measure_decoding(arm, device, repeats)
+        save_file({name: tensor.contiguous() for name, tensor in arm.weights().items()}, path)
+        decoding = measure_decoding(arm, device, 1, n, repeats)[0]
         bpb = evaluate_loss(arm, subject.shards, device, subject.config.evaluate.batch_size).bpb
         rows.append(
             {
@@ -70,6 +64,9 @@ def measure(subject: Subject) -> Outcome:
         "quant/fp32_tok_per_sec": full["tok_per_sec"],
     }
     return Outcome(rows, conclusion, metrics, files=("model_int8.safetensors",))
+
+
+STUDY = Study("Quantization", QuantizationOptions, measure_cell, summarize)
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""GPT-2 124M decoding one token at a time over a KV cache on a CPU: quantized weights against fp32, speed and file size.
+
+    .venv/bin/python benchmarks/quantize.py [--methods int8 int4 …] [--rounds 5]      # about 3 minutes on 2 cores
+
+Speed and size do not depend on what the weights are, so they are random and nothing is downloaded. All arms take turns within a round,
+each decodes the same number of tokens from the start of a context. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from figures import figure, print_figures
+from safetensors.torch import save_file
+
+from gptcore.config import ModelConfig
+from gptcore.generate import generate
+from gptcore.models import LanguageModel, build_model
+from gptcore.quantize import METHODS, quantize
+
+SPEED_GOALS = {"int8": 3.5, "int4": 6.0}
+SIZE_GOALS = {"int8": 27.0, "int4": 16.0}  # percent of fp32
+VOCAB = 50_257
+
+
+def file_bytes(model: LanguageModel) -> int:
+    """Size of the model as a safetensors file."""
+    with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
+        path = Path(name) / "model.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in model.weights().items()}, path)
+        return path.stat().st_size
+
+
+def decode(model: LanguageModel, batch: int, tokens: int) -> float:
+    """Tokens a second over all rows, sampling included."""
+    idx = torch.zeros(batch, 1, dtype=torch.int64)
+    rng = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
+    generate(model, idx, tokens, rng)
+    return batch * tokens / (time.perf_counter() - start)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=["int8", "int4"], choices=[m for m in METHODS if m != "fp8"])
+    parser.add_argument("--preset", default="gpt2", choices=["gpt2", "modern"], help="gpt2 ties embedding and head")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=64, help="decoded by each arm in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = ModelConfig(preset=args.preset, n_layer=12, n_head=12, n_embd=768, block_size=1024)
+    full = build_model(config, VOCAB).eval()
+    arms = {"fp32": full}
+    for method in args.methods:
+        sys.stderr.write(f"quantizing: {method}\n")
+        arms[method] = quantize(full, METHODS[method].by_rounding())
+    sizes = {name: file_bytes(model) for name, model in arms.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(args.rounds + 1):
+        for name, model in arms.items():
+            speed = decode(model, args.batch, args.tokens if number else 4)
+            if number:  # the first round warms up
+                speeds[name].append(speed)
+        sys.stderr.write(f"round {number}: " + ", ".join(f"{n} {s[-1]:.1f}" for n, s in speeds.items() if s) + "\n")
+    found = []
+    for name in args.methods:
+        goal = SPEED_GOALS.get(name) if args.batch == 1 else None
+        goals = {} if goal is None else {"goal": goal, "goal_is": "at least", "of": "ratio"}
+        found.append(
+            figure(
+                f"{name}: decoding, batch {args.batch}", "tok/s", speeds[name], peer=speeds["fp32"], digits=1, **goals
+            )
+        )
+        size = [100 * sizes[name] / sizes["fp32"]]
+        found.append(figure(f"{name}: file size", "% of fp32", size, goal=SIZE_GOALS.get(name), digits=2))
+    print_figures(found, parameters=full.count_parameters(), fp32_bytes=sizes["fp32"])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""The n-gram floor: counts of what followed the last `order - 1` tokens, smoothed with shorter contexts (interpolated Kneser–Ney,
+Kneser & Ney 1995, in the form of Chen & Goodman 1999 with one discount an order).
+
+Nothing is trained: `fit` counts the training split once, in seconds. The same contract and files as any other model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptcore.config import ModelConfig, UserError
+from gptcore.models.base import LanguageModel, without_src
+
+PIECE = 1 << 24  # probabilities made at a time, at most
+
+
+class NGram(LanguageModel):
+    """p(next | last order - 1 tokens); a text's first tokens have shorter contexts.
+
+    For each order k the k-grams seen are sorted int64 numbers `context · V + next` with their counts; for orders below the longest
+    a count is the number of different tokens that were seen before the k-gram (its versatility, not its frequency).
+    """
+
+    discounts: Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.block_size, self.vocab_size, self.order = config, config.block_size, vocab_size, config.order
+        if vocab_size**self.order >= 2**63:
+            longest = int(63 / np.log2(vocab_size))
+            raise UserError(f"model.order={self.order}: too long for a vocabulary of {vocab_size}; at most {longest}")
+        for k in range(1, self.order + 1):
+            self.register_buffer(f"keys_{k}", torch.zeros(0, dtype=torch.int64))
+            self.register_buffer(f"counts_{k}", torch.zeros(0))
+        self.register_buffer("discounts", torch.full((self.order,), 0.5))
+
+    def fit(self, tokens: np.ndarray) -> None:
+        """Count a text, int ids (n,)."""
+        V, n = self.vocab_size, len(tokens)
+        ids = np.asarray(tokens, dtype=np.int64)
+        if n < self.order:
+            raise UserError(f"model.order={self.order}: the text has only {n} tokens")
+        codes = np.zeros(n - self.order + 1, dtype=np.int64)
+        for offset in range(self.order):
+            codes = codes * V + ids[offset : offset + len(codes)]
+        keys, counts = np.unique(codes, return_counts=True)
+        for k in range(self.order, 0, -1):
+            once, twice = int((counts == 1).sum()), int((counts == 2).sum())
+            setattr(self, f"keys_{k}", torch.from_numpy(keys).to(self.discounts.device))
+            setattr(self, f"counts_{k}", torch.from_numpy(counts).to(self.discounts.device, torch.float32))
+            self.discounts[k - 1] = once / (once + 2 * twice) if once else 0.5
+            keys, counts = np.unique(keys % V ** (k - 1), return_counts=True)
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Tables have whatever size the text gave them."""
+        assert tensors.keys() == self.weights().keys(), "weights of another order"
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor.to(self.discounts.device))
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        src: Tensor | None = None,
+        cache: list[Tensor] | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits are log-probabilities (B, T, V); with targets they are None, so that a large vocabulary fits in memory."""
+        without_src(src)
+        B, T = idx.shape
+        before = cache[0] if cache else idx[:, :0]
+        text = torch.cat((before, idx), dim=1)  # (B, S)
+        if cache is not None:
+            cache[:] = [text[:, text.size(1) - min(text.size(1), self.order - 1) :]]
+        # contexts[k - 2]: number of the last k - 1 tokens at each position, -1 where there are not so many
+        contexts = [self._contexts(text, k)[:, -T:].flatten() for k in range(2, self.order + 1)]
+        rows = max(1, PIECE // self.vocab_size)
+        pieces = [
+            self._log_probabilities([c[start : start + rows] for c in contexts], min(rows, B * T - start))
+            if targets is None
+            else -self._log_probabilities([c[start : start + rows] for c in contexts], min(rows, B * T - start)).gather(
+                1, targets.flatten()[start : start + rows, None].clamp_min(0)
+            )[:, 0]
+            for start in range(0, B * T, rows)
+        ]
+        if targets is None:
+            return torch.cat(pieces).view(B, T, self.vocab_size), None
+        losses = torch.cat(pieces).view(B, T).masked_fill(targets < 0, 0.0)
+        if reduction == "none":
+            return None, losses
+        return None, losses.sum() / (targets >= 0).sum() if reduction == "mean" else losses.sum()
+
+    def _contexts(self, text: Tensor, k: int) -> Tensor:
+        """Number of the k - 1 tokens up to each position (B, S), or -1."""
+        code = torch.zeros_like(text)
+        for back in range(k - 2, -1, -1):
+            shifted = torch.cat((text.new_zeros(len(text), back), text[:, : text.size(1) - back]), dim=1)
+            code = code * self.vocab_size + shifted
+        code[:, : k - 2] = -1
+        return code
+
+    def _log_probabilities(self, contexts: list[Tensor], rows: int) -> Tensor:
+        """(rows, V), from the uniform guess through ever longer contexts."""
+        p = torch.full((rows, self.vocab_size), 1 / self.vocab_size, device=self.discounts.device)
+        for k in range(1, self.order + 1):
+            context = p.new_zeros(rows, dtype=torch.int64) if k == 1 else contexts[k - 2]
+            keys, counts = getattr(self, f"keys_{k}"), getattr(self, f"counts_{k}")
+            low = torch.searchsorted(keys, context * self.vocab_size)
+            high = torch.searchsorted(keys, (context + 1) * self.vocab_size)
+            high = torch.where(context < 0, low, high)
+            different = high - low  # (rows,) next tokens seen after this context
+            row = torch.repeat_interleave(torch.arange(rows, device=p.device), different)
+            place = torch.arange(len(row), device=p.device) - (different.cumsum(0) - different)[row] + low[row]
+            seen = counts[place]
+            total = torch.zeros(rows, device=p.device).index_add_(0, row, seen)
+            discount = self.discounts[k - 1]
+            # what the discounts took is given to the shorter context; all of it where nothing was seen
+            share = torch.where(different > 0, discount * different / total.clamp_min(1), 1.0)
+            p = p * share[:, None]
+            p[row, keys[place] % self.vocab_size] += (seen - discount) / total[row]
+        return p.clamp_min(1e-30).log()
+
+    def new_cache(self, batch_size: int) -> list[Tensor]:
+        return []
+
+    def count_parameters(self) -> int:
+        """Counts kept, of all orders."""
+        return sum(len(getattr(self, f"counts_{k}")) for k in range(1, self.order + 1))
+
+    def matmul_parameters(self) -> int:
+        return 0  # look-ups

@@ -1,0 +1,66 @@
+"""A quantized copy of a checkpoint, which loads, generates and is evaluated like any other.
+
+python -m gptcore.quantize CHECKPOINT --method int8|int8-dynamic|int4|int4-gptq|int4-qat|int4-head8|fp8|bf16 [--shards DIR] --out DIR
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gptcore.checkpoint import load_checkpoint
+from gptcore.config import UserError
+from gptcore.device import choose_device
+from gptcore.entry import process_parser, recording, run_process
+from gptcore.quantize.model import METHODS, quantize_checkpoint
+from gptcore.shards import ShardSet
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = process_parser(__doc__, "checkpoint", "a step_NNNNNN directory")
+    parser.add_argument("--method", default="int8", help=f"one of {', '.join(METHODS)} (default: int8)")
+    parser.add_argument(
+        "--windows", type=int, default=64, help="training windows that GPTQ calibrates on (default: 64)"
+    )
+    parser.add_argument(
+        "--qat-steps", type=int, default=100, help="steps of fine-tuning before int4-qat (default: 100)"
+    )
+    args = parser.parse_args(argv)
+    if args.out is None:
+        raise UserError("quantize needs --out DIR, where the new checkpoint goes")
+    if args.method not in METHODS:
+        raise UserError(f"--method {args.method}: unknown; choose one of {', '.join(METHODS)}")
+    for name in ("windows", "qat_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    start = time.perf_counter()
+    shards = None if args.shards is None else ShardSet.open(args.shards)
+    source = load_checkpoint(args.checkpoint)
+    device = choose_device(source.config.train.device, "fp32")
+    with recording(args.out, args.run, args.parent) as journal:
+        made = quantize_checkpoint(
+            args.checkpoint,
+            METHODS[args.method],
+            args.out / "checkpoints",
+            shards,
+            device=device.torch,
+            calibration_windows=args.windows,
+            qat_steps=args.qat_steps,
+        )
+        before, after = ((path / "model.safetensors").stat().st_size for path in (args.checkpoint, made))
+        result = {
+            "checkpoint": str(made),
+            "method": args.method,
+            "size_mib": after / 2**20,
+            "size_ratio": after / before,
+            "seconds": time.perf_counter() - start,
+        }
+        journal.params({"method": args.method, "checkpoint": str(args.checkpoint)})
+        journal.metrics(
+            {"quant/size_mib": result["size_mib"]}, tokens_seen=source.state["tokens_seen"], step=source.state["step"]
+        )
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_process(main))

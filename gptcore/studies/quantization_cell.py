@@ -1,0 +1,207 @@
+"""One cell of the quantization study: one method on one trained model. Size, memory, speed, loss, damage by layer and by age, texts."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from gptcore.checkpoint import list_checkpoints, load_model
+from gptcore.config import UserError
+from gptcore.config.base import Section
+from gptcore.config.study import Cell
+from gptcore.device import Device
+from gptcore.evaluate import evaluate_loss
+from gptcore.generate import generate
+from gptcore.models import LanguageModel
+from gptcore.models.quantized import has_fp8, layout_of
+from gptcore.quantize import METHODS, Method, calibration_ids, quantize, quantize_checkpoint
+from gptcore.quantize.model import stages
+from gptcore.studies.engine import Bench, CellResult
+from gptcore.timing import Measurement, measure_ms
+from gptcore.vocab import Vocab
+
+FULL = "fp32"  # the trained weights as they are
+
+
+class QuantizationOptions(Section):
+    """Settings of the quantization study."""
+
+    method: str = Field(FULL, description=f"{FULL}, or one of {', '.join(METHODS)}.")
+    embedding: Literal["as the method", "bf16", "int8"] = Field("as the method", description="An untied embedding.")
+    head: Literal["as the method", "bf16", "int8"] = Field("as the method", description="The matrix of the logits.")
+    windows: int = Field(64, ge=1, description="Windows of the training split that GPTQ calibrates on.")
+    qat_steps: int = Field(100, ge=1, description="Steps of fine-tuning of int4-qat.")
+    batches: tuple[int, ...] = Field((1, 32), min_length=1, description="Texts decoded at once.")
+    decode_tokens: int = Field(64, ge=2, description="Tokens of a timed decoding.")
+    repeats: int = Field(5, ge=2, description="Timed repeats; medians and ranges are kept.")
+    layers: bool = Field(False, description="Also quantize one matrix at a time.")
+    ages: bool = Field(True, description="Also quantize every saved checkpoint of the run.")
+    eval_tokens: int = Field(65_536, ge=2, description="Validation tokens for single layers and earlier checkpoints.")
+    sample_tokens: int = Field(200, ge=1, description="Length of the sample text.")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != FULL and value not in METHODS:
+            raise ValueError(f"no such method; choose {FULL} or one of {', '.join(METHODS)}")
+        return value
+
+    def chosen(self) -> Method | None:
+        """The method with its own head and embedding; None for the trained weights."""
+        if self.method == FULL:
+            return None
+        changes = {key: getattr(self, key) for key in ("head", "embedding") if getattr(self, key) != "as the method"}
+        return METHODS[self.method].with_parts(**changes)
+
+
+def measure_cell(cell: Cell, bench: Bench) -> CellResult:
+    """Train (once for all methods), quantize, save, load, and measure what was loaded."""
+    options: QuantizationOptions = cell.options
+    method, device = options.chosen(), bench.device
+    if method is not None and method.kind == "fp8" and not has_fp8(device.torch):
+        raise UserError(f"{device.name} has no FP8 products; this arm needs a GPU of compute capability 8.9 or more")
+    trained = bench.train(cell.config)
+    path, seconds = trained.checkpoint, 0.0
+    if method is not None:
+        start = time.perf_counter()
+        path = quantize_checkpoint(
+            trained.checkpoint,
+            method,
+            bench.out / "quantized",
+            bench.shards,
+            device=device.torch,
+            calibration_windows=options.windows,
+            qat_steps=options.qat_steps,
+        )
+        seconds = time.perf_counter() - start
+    gc.collect()
+    model, _ = load_model(path, device.torch)
+    # The trained weights are the yardstick in their own arithmetic, not in the one they were trained in.
+    plain = Device(device.torch, "fp32", device.name)
+    batch_size = cell.config.evaluate.batch_size
+    evaluation = evaluate_loss(model, bench.shards, plain, batch_size)
+    row: dict[str, Any] = {
+        "method": options.method,
+        "size_mib": (path / "model.safetensors").stat().st_size / 2**20,
+        "val_bpb": evaluation.bpb,
+        "parameters": model.count_parameters(),
+        "quantize_seconds": seconds,
+    }
+    for batch in options.batches:
+        timed, peak = measure_decoding(model, device, batch, options.decode_tokens, options.repeats)
+        tokens = batch * min(options.decode_tokens, model.block_size)
+        row |= _speeds(f"decode_{batch}", tokens, timed) | {f"peak_mib_{batch}": peak}
+    row |= _speeds("prefill", model.block_size, measure_prefill(model, device, options.repeats))
+    tables: dict[str, list[dict[str, Any]]] = {
+        "samples": [{"text": sample(model, path, device, options.sample_tokens)}]
+    }
+    if options.ages:
+        tables["ages"] = damage_by_age(cell, bench, list_checkpoints(trained.folder / "checkpoints"), method, plain)
+    if options.layers and method is not None:
+        tables["layers"] = damage_by_layer(cell, bench, trained.checkpoint, method, plain)
+    metrics = {"quant/size_mib": row["size_mib"], "val/bpb": row["val_bpb"]}
+    metrics |= {f"quant/tok_per_sec_{batch}": row[f"decode_{batch}"] for batch in options.batches}
+    return CellResult([row], tables, metrics)
+
+
+def _speeds(name: str, tokens: int, timed: Measurement) -> dict[str, float]:
+    """Tokens a second: median, and the range of the repeats."""
+    return {
+        name: 1e3 * tokens / timed.median,
+        f"{name}_slowest": 1e3 * tokens / timed.high,
+        f"{name}_fastest": 1e3 * tokens / timed.low,
+    }
+
+
+def measure_decoding(
+    model: LanguageModel, device: Device, batch: int, tokens: int, repeats: int
+) -> tuple[Measurement, float | None]:
+    """Generation of `tokens` ids a row over a cache, sampling included, in ms; and the peak of memory meanwhile, in MiB.
+
+    Memory is the GPU allocator's, or the whole process's resident set on Linux; None where neither can be asked.
+    """
+    idx = torch.zeros(batch, 1, dtype=torch.int64, device=device.torch)
+    rng = torch.Generator(device.torch).manual_seed(0)
+    reset = reset_peak(device)
+    timed = measure_ms(lambda: generate(model, idx, min(tokens, model.block_size), rng), device.synchronize, repeats)
+    return timed, read_peak(device) if reset else None
+
+
+def reset_peak(device: Device) -> bool:
+    """Begin a new peak of memory; whether that is possible here."""
+    if device.is_cuda:
+        torch.cuda.reset_peak_memory_stats(device.torch)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the resident set's high-water mark starts from now
+    except OSError:
+        return False
+    return True
+
+
+def read_peak(device: Device) -> float:
+    """MiB since `reset_peak`."""
+    if device.is_cuda:
+        return torch.cuda.max_memory_allocated(device.torch) / 2**20
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
+@torch.inference_mode()
+def measure_prefill(model: LanguageModel, device: Device, repeats: int) -> Measurement:
+    """Reading a whole context at once into a cache, in ms."""
+    idx = torch.zeros(1, model.block_size, dtype=torch.int64, device=device.torch)
+    return measure_ms(lambda: model(idx, cache=model.new_cache(1)), device.synchronize, repeats)
+
+
+def sample(model: LanguageModel, checkpoint: Path, device: Device, tokens: int) -> str:
+    """A text from the start of a document, the same random numbers for every method."""
+    vocab = Vocab.load(checkpoint / "tokenizer.json")
+    idx = torch.full((1, 1), vocab.eot_id, dtype=torch.int64, device=device.torch)
+    rng = torch.Generator(device.torch).manual_seed(0)
+    return vocab.decode(generate(model, idx, tokens, rng, temperature=0.8, vocab_size=vocab.size)[0].cpu().numpy())
+
+
+def damage_by_age(
+    cell: Cell, bench: Bench, checkpoints: list[Path], method: Method | None, device: Device
+) -> list[dict[str, Any]]:
+    """Bits per byte of every saved checkpoint, quantized; without data-driven steps beyond GPTQ's, since fine-tuning is training."""
+    rows = []
+    for path in checkpoints:
+        if bench.stop:
+            break
+        model, checkpoint = load_model(path, device.torch)
+        if method is not None:
+            model = quantize(model, method.without_training(), _calibration(cell, bench, model, method))
+        evaluation = evaluate_loss(
+            model, bench.shards, device, cell.config.evaluate.batch_size, cell.options.eval_tokens
+        )
+        state = checkpoint.state
+        rows.append({"step": state["step"], "tokens_seen": state["tokens_seen"], "val_bpb": evaluation.bpb})
+    return rows
+
+
+def damage_by_layer(cell: Cell, bench: Bench, checkpoint: Path, method: Method, device: Device) -> list[dict[str, Any]]:
+    """Bits per byte lost by quantizing one matrix and leaving all others in float32, by rounding."""
+    model, _ = load_model(checkpoint, device.torch)
+    size = cell.config.evaluate.batch_size, cell.options.eval_tokens
+    full = evaluate_loss(model, bench.shards, device, *size).bpb
+    names = [name for stage in stages(model) for name in stage]
+    rows = []
+    for name in names:
+        small = quantize(model, method.by_rounding().with_parts(only=name), keep_rest=True)
+        assert layout_of(small).keys() >= {name}
+        bpb = evaluate_loss(small, bench.shards, device, *size).bpb
+        rows.append({"layer": name, "bpb_delta": bpb - full})
+    return rows
+
+
+def _calibration(cell: Cell, bench: Bench, model: LanguageModel, method: Method) -> torch.Tensor | None:
+    if method.algorithm != "gptq":
+        return None
+    return calibration_ids(bench.shards, model.block_size, cell.options.windows)

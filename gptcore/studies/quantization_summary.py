@@ -1,0 +1,181 @@
+"""What all cells of the quantization study say together: seeds paired with the trained weights, tables, plots, one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from gptcore.report import page
+from gptcore.report.study import curves_figure, figure, interval_figure, table
+from gptcore.studies.engine import Results, Summary
+from gptcore.studies.statistics import comparison_note, paired
+
+MEASURES = ("size_mib", "val_bpb")
+
+
+def summarize(results: Results) -> Summary:
+    rows = results.table()
+    baseline = results.plan.baseline
+    speeds = [
+        c for c in rows.columns if c == "prefill" or (c.startswith("decode_") and c.removeprefix("decode_").isdigit())
+    ]
+    overview = _overview(rows, results.arms, speeds)
+    blocks = [
+        table(
+            "Every method",
+            overview,
+            "means over seeds; speeds in tokens a second, memory of the whole process or GPU",
+            styles=_styles(overview),
+        )
+    ]
+    findings: list[str] = []
+    tables: dict[str, pd.DataFrame] = {"overview": overview}
+    metrics: dict[str, float] = {}
+    conclusion = (
+        f"{len(overview)} kinds of weights measured; none of the trained ones ({baseline}), so nothing is compared."
+    )
+    if baseline in results.arms and len(results.arms) > 1:
+        changes = compare(rows, baseline, speeds)
+        tables["comparison"] = changes
+        sentences = [sentence(row, speeds) for _, row in changes.iterrows()]
+        conclusion, findings = _best(changes, sentences), sentences
+        findings.append(comparison_note(paired(rows, "val_bpb", baseline), baseline))
+        blocks += [
+            table(
+                "Against the trained weights",
+                changes,
+                f"seeds paired with {baseline}; 95 % intervals",
+                styles=_styles(changes),
+            ),
+            figure(
+                interval_figure(
+                    changes,
+                    label="arm",
+                    value="bpb_delta",
+                    low="bpb_delta_low",
+                    high="bpb_delta_high",
+                    x_title="bits per byte lost",
+                    reference=0.0,
+                ),
+                "What it costs",
+                "Bits per byte on the whole validation split minus those of the trained weights of the same seed.",
+                alt="Loss of bits per byte for each method with its interval",
+            ),
+        ]
+        metrics = {f"quant/bpb_delta/{row['arm']}": float(row["bpb_delta"]) for _, row in changes.iterrows()}
+    blocks += _by_age(results, baseline, tables) + _by_layer(results, tables) + _texts(results)
+    return Summary(conclusion, findings, blocks, tables, metrics)
+
+
+def _overview(rows: pd.DataFrame, arms: list[str], speeds: list[str]) -> pd.DataFrame:
+    columns = [*MEASURES, *speeds, *[c for c in rows.columns if c.startswith("peak_mib")], "quantize_seconds"]
+    means = rows.groupby("arm", sort=False)[columns].mean(numeric_only=True)
+    counts = rows.groupby("arm", sort=False)["seed"].nunique()
+    return means.assign(n=counts).reindex(arms).reset_index()
+
+
+def compare(rows: pd.DataFrame, baseline: str, speeds: list[str]) -> pd.DataFrame:
+    """One row an arm: share of the size, bits per byte lost and speed as a multiple, each with its interval."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value, is_ratio in (
+        ("size_ratio", "size_mib", True),
+        ("bpb_delta", "val_bpb", False),
+        *((f"{speed}_ratio", speed, True) for speed in speeds),
+    ):
+        for _, row in paired(rows, value, baseline, ratio=is_ratio).iterrows():
+            entry = found.setdefault(str(row["arm"]), {"arm": row["arm"], "n": row["n"]})
+            entry[name] = row["difference"]
+            if name != "size_ratio":
+                entry |= {f"{name}_low": row["low"], f"{name}_high": row["high"]}
+    return pd.DataFrame(list(found.values()))
+
+
+def sentence(row: pd.Series, speeds: list[str]) -> str:
+    """`int8 takes 25 % of the bytes, decodes 3.90 times as fast (…) and costs +0.0010 bits per byte (n=5, …)`."""
+    speed = speeds[0]
+    interval = lambda name, style: (  # noqa: E731
+        f"95 % interval {row[f'{name}_low']:{style}} to {row[f'{name}_high']:{style}}"
+        if row["n"] > 1
+        else "no interval"
+    )
+    return (
+        f"{row['arm']} takes {100 * row['size_ratio']:.1f} % of the bytes, decodes {row[f'{speed}_ratio']:.2f} times as fast at batch "
+        f"{speed.removeprefix('decode_')} ({interval(f'{speed}_ratio', '.2f')}) and costs {row['bpb_delta']:+.4f} bits per byte "
+        f"(n={row['n']}, {interval('bpb_delta', '+.4f')})."
+    )
+
+
+def _best(changes: pd.DataFrame, sentences: list[str]) -> str:
+    """The smallest of those that cost at most 0.02 bits per byte; where none does, the cheapest."""
+    good = changes[changes["bpb_delta"] <= 0.02]
+    place = good["size_ratio"].idxmin() if len(good) else changes["bpb_delta"].idxmin()
+    return sentences[list(changes.index).index(place)]
+
+
+def _by_age(results: Results, baseline: str, tables: dict[str, pd.DataFrame]) -> list[Markup]:
+    ages = results.table("ages")
+    if ages.empty or baseline not in set(ages["arm"]):
+        return []
+    full = ages[ages["arm"] == baseline].set_index(["seed", "step"])["val_bpb"]
+    ages = ages[ages["arm"] != baseline].join(full.rename("full"), on=["seed", "step"])
+    ages["bpb_delta"] = ages["val_bpb"] - ages["full"]
+    ages = ages.dropna(subset=["bpb_delta"])
+    if ages.empty:
+        return []
+    tables["ages"] = ages
+    plot = curves_figure(
+        ages, x="tokens_seen", y="bpb_delta", by="arm", x_title="tokens seen in training", y_title="bits per byte lost"
+    )
+    return [
+        figure(
+            plot,
+            "Damage against training length",
+            "Every saved checkpoint of each run, quantized and evaluated on the first validation tokens.",
+            alt="Bits per byte lost to quantization over the length of training",
+        )
+    ]
+
+
+def _by_layer(results: Results, tables: dict[str, pd.DataFrame]) -> list[Markup]:
+    layers = results.table("layers")
+    if layers.empty:
+        return []
+    tables["layers"] = layers
+    means = layers.groupby(["arm", "layer"], sort=False)["bpb_delta"].agg(["mean", "min", "max"]).reset_index()
+    blocks = []
+    for arm, frame in means.groupby("arm", sort=False):
+        worst = frame.sort_values("mean", ascending=False)
+        plot = interval_figure(
+            worst, label="layer", value="mean", low="min", high="max", x_title="bits per byte lost", reference=0.0
+        )
+        blocks.append(
+            figure(
+                plot,
+                f"One matrix at a time: {arm}",
+                "All others stay as trained; rounded to nearest. Bars are the range over seeds.",
+                alt=f"Loss by layer for {arm}",
+                height=140 + 22 * len(worst),
+            )
+        )
+    return blocks
+
+
+def _texts(results: Results) -> list[Markup]:
+    samples = results.table("samples")
+    if samples.empty:
+        return []
+    first = samples[samples["seed"] == samples["seed"].iloc[0]]
+    texts = [page.subsection(str(row["arm"]), page.text_blocks([row["text"]], "sample")) for _, row in first.iterrows()]
+    return [page.subsection("Texts, from the same random numbers", *texts)]
+
+
+def _styles(frame: pd.DataFrame) -> dict[str, str]:
+    styles = {"size_mib": ".2f", "val_bpb": ".4f", "bpb_delta": "+.4f", "quantize_seconds": ".1f"}
+    for column in frame.columns:
+        if column.endswith("_ratio"):
+            styles[column] = ".2f"
+        elif column.startswith(("decode", "prefill", "peak")):
+            styles[column] = ",.0f"
+    return styles

@@ -1,0 +1,58 @@
+"""The models that the GPT is compared with, as configs for the same trainer: an LSTM of its size, and the bigram floor.
+
+Arithmetic only, no torch: `gptcore.train` does the measuring.
+"""
+
+from __future__ import annotations
+
+from gptcore.config import ExperimentConfig, ModelConfig, with_changes
+
+
+def estimate_gpt_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """12·n_layer·n_embd² in the blocks; embedding, head, positions, biases and gains beside them, as the fields say."""
+    C = model.n_embd
+    count = 12 * model.n_layer * C**2 + (1 if model.tie else 2) * vocab_size * C
+    if model.positions == "learned":
+        count += model.block_size * C
+    if model.bias:
+        count += 9 * model.n_layer * C  # c_attn 3, c_proj 1, c_fc 4, c_proj 1
+    n_norms = 2 * model.n_layer + (model.norm_position == "pre")
+    per_norm = (1 + (model.bias and model.norm == "layer")) * C if model.norm_gain else 0
+    return count + n_norms * per_norm
+
+
+def estimate_lstm_parameters(n_layer: int, n_embd: int, vocab_size: int) -> int:
+    """Four gates of two matrices and two biases a layer, embedding and head beside them."""
+    return n_layer * (8 * n_embd**2 + 8 * n_embd) + 2 * vocab_size * n_embd
+
+
+# Searched at 0.8 M parameters, 2 M tokens (experiments/LOG.md): one wide layer beats two, and this rate beats lower ones.
+LSTM_LAYERS, LSTM_LR = 1, 0.02
+# A row of the bigram table moves only when its token occurs, so it takes a larger step; 0.01 to 0.1 end within 0.01 nats.
+BIGRAM_LR = 0.03
+
+
+def baseline_config(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
+    """The LSTM with as many parameters as the config's GPT (nearest width) and the same batches and steps."""
+    n_layer = LSTM_LAYERS
+    rows = config.model.padded_vocab_size or vocab_size
+    wanted = estimate_gpt_parameters(config.model, rows)
+    width = 2
+    while estimate_lstm_parameters(n_layer, width + 1, rows) <= wanted:
+        width += 1
+    if estimate_lstm_parameters(n_layer, width + 1, rows) - wanted < wanted - estimate_lstm_parameters(
+        n_layer, width, rows
+    ):
+        width += 1
+    return with_changes(
+        config,
+        model={"family": "lstm", "n_layer": n_layer, "n_embd": width},
+        train={"optimizer": "adamw", "lr": LSTM_LR},
+    )
+
+
+def floor_config(config: ExperimentConfig) -> ExperimentConfig:
+    """The bigram table on the same batches."""
+    return with_changes(
+        config, model={"family": "bigram"}, train={"optimizer": "adamw", "lr": BIGRAM_LR, "weight_decay": 0.0}
+    )

@@ -1,0 +1,163 @@
+"""What the families' runs say: three comparisons read off the same curves, positions, states, speeds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from gptcore.report import page
+from gptcore.report.study import curves_figure, figure, table
+from gptcore.studies.engine import Results, Summary
+from gptcore.studies.statistics import comparison_note, mean_interval, paired
+
+CAVEAT = (
+    "Equal FLOPs and equal time are read off the runs' curves at the smallest total of any run, so a run that has more of them is read "
+    "before the end of its learning-rate schedule, where it would have become better."
+)
+
+
+def summarize(results: Results) -> Summary:
+    rows, curves = results.table(), results.table("curves")
+    baseline = results.plan.baseline
+    blocks: list[Markup] = []
+    findings: list[str] = []
+    tables: dict[str, pd.DataFrame] = {}
+    conclusion = f"{len(results.arms)} families measured, but not the reference {baseline}."
+    comparisons = {"equal parameters, equal tokens": rows}
+    if not curves.empty:
+        comparisons |= {"equal FLOPs": at_budget(curves, "flops"), "equal time": at_budget(curves, "seconds")}
+    if baseline in results.arms:
+        for name, frame in comparisons.items():
+            compared = against(frame, baseline)
+            tables[name.replace(", ", " ").replace(" ", "_")] = compared
+            caption = budget_text(name, frame)
+            blocks.append(table(name[0].upper() + name[1:], compared, caption, styles=STYLES))
+            findings += [sentence(row, name, baseline) for _, row in compared.iterrows() if row["arm"] != baseline]
+        equal = paired(rows, "val_bpb", baseline)
+        conclusion = _conclusion(tables["equal_parameters_equal_tokens"], baseline)
+        findings.append(comparison_note(equal, baseline))
+        blocks.append(page.paragraph(CAVEAT))
+    blocks += [*_figures(results, curves), _sizes(rows, results.arms, tables), *_states(rows, tables)]
+    return Summary(conclusion, findings, blocks, tables, {})
+
+
+STYLES = {
+    "val_bpb": ".4f", "difference": "+.4f", "flops_per_token": ".3g", "train_tok_per_sec": ",.0f", "decode_1": ",.0f", "decode_32": ",.0f",
+    "stream_reset_bpb": ".4f", "stream_carried_bpb": ".4f", "gain": "+.4f", "parameters": ",.0f", "non_embedding": ",.0f", "lr": ".4g",
+}  # fmt: skip
+
+
+def at_budget(curves: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """Bits per byte of every run where it had used the smallest total of `axis` (flops, seconds) that any run used; interpolated."""
+    costly = curves[curves.groupby("cell")[axis].transform("max") > 0]  # a look-up table has no FLOPs
+    if costly.empty:
+        return costly
+    budget = costly.groupby("cell")[axis].max().min()
+    rows = []
+    for (cell, arm, seed), line in costly.groupby(["cell", "arm", "seed"], sort=False):
+        line = line.sort_values(axis)
+        bpb = float(np.interp(budget, line[axis], line["val_bpb"]))
+        rows.append({"cell": cell, "arm": arm, "seed": seed, "val_bpb": bpb, "budget": budget})
+    return pd.DataFrame(rows)
+
+
+def against(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Mean of every arm with its interval, and its difference from the baseline, seeds paired."""
+    rows = []
+    for arm, group in frame.groupby("arm", sort=False):
+        own = mean_interval(group["val_bpb"])
+        rows.append({"arm": arm, "n": own.n, "val_bpb": own.mean, "val_bpb_low": own.low, "val_bpb_high": own.high})
+    found = pd.DataFrame(rows)
+    if baseline not in set(frame["arm"]):
+        return found
+    pairs = paired(frame, "val_bpb", baseline).set_index("arm")
+    renamed = pairs[["difference", "low", "high", "certain"]].rename(
+        columns={"low": "difference_low", "high": "difference_high"}
+    )
+    return found.join(renamed, on="arm").sort_values("val_bpb", ignore_index=True)
+
+
+def budget_text(name: str, frame: pd.DataFrame) -> str:
+    if name == "equal FLOPs" and len(frame):
+        return f"bits per byte after {frame['budget'].iloc[0]:.3g} training FLOPs each"
+    if name == "equal time" and len(frame):
+        return f"bits per byte after {frame['budget'].iloc[0]:.0f} seconds of training steps each"
+    return (
+        "bits per byte on the whole validation split, all trained on the same number of tokens (n-gram: counted once)"
+    )
+
+
+def sentence(row: pd.Series, name: str, baseline: str) -> str:
+    if "difference" not in row or pd.isna(row["difference"]):
+        return f"At {name} {row['arm']} was not compared with {baseline}."
+    interval = "no interval"
+    if not math.isnan(row["difference_low"]):
+        interval = f"95 % interval {row['difference_low']:+.4f} to {row['difference_high']:+.4f}"
+    return (
+        f"At {name} {row['arm']} is at {row['val_bpb']:.4f} bits per byte, {row['difference']:+.4f} against {baseline} "
+        f"(n={row['n']}, {interval})."
+    )
+
+
+def _conclusion(compared: pd.DataFrame, baseline: str) -> str:
+    others = compared[compared["arm"] != baseline]
+    if others.empty:
+        return f"Only the reference {baseline} was measured: {compared['val_bpb'].iloc[0]:.4f} bits per byte."
+    said = sentence(others.iloc[0], "equal parameters and tokens", baseline)
+    return f"The best of the others: {said[0].lower()}{said[1:]}"
+
+
+def _figures(results: Results, curves: pd.DataFrame) -> list[Markup]:
+    blocks = []
+    specs = (("tokens", "training tokens"), ("seconds", "seconds of training steps"), ("flops", "training FLOPs"))
+    for axis, title in specs if not curves.empty else ():
+        plot = curves_figure(
+            curves[curves[axis] > 0], x=axis, y="val_bpb", by="arm", x_title=title, y_title="bits per byte"
+        )
+        alt = f"Bits per byte of every family over {title}"
+        blocks.append(figure(plot, f"Over {title}", "On the first validation tokens; one line a seed.", alt=alt))
+    positions = results.table("positions")
+    if not positions.empty:
+        smooth = positions.groupby(["arm", "position"], sort=False)["nats"].mean().reset_index()
+        smooth = smooth[smooth["position"] > 0]
+        plot = curves_figure(
+            smooth, x="position", y="nats", by="arm", x_title="position in the window", y_title="nats per token"
+        )
+        plot.update_xaxes(type="log")
+        caption = "Mean over seeds; a model that uses far context keeps falling to the right."
+        blocks.append(figure(plot, "Loss by position", caption, alt="Loss of every family by position in the window"))
+    memory = results.table("memory")
+    if not memory.empty:
+        one = memory.groupby(["arm", "context"], sort=False)["state_kib"].mean().reset_index()
+        plot = curves_figure(one, x="context", y="state_kib", by="arm", x_title="tokens of context", y_title="KiB")
+        plot.update_xaxes(type="log")
+        plot.update_yaxes(type="log")
+        caption = "What one text leaves behind while it is continued: keys and values grow, a recurrent state does not."
+        blocks.append(figure(plot, "Memory of decoding", caption, alt="Memory of decoding by context length"))
+    return blocks
+
+
+def _sizes(rows: pd.DataFrame, arms: list[str], tables: dict[str, pd.DataFrame]) -> Markup:
+    wanted = ["parameters", "non_embedding", "flops_per_token", "lr", "train_tok_per_sec"]
+    columns = [c for c in rows.columns if c in wanted or c.startswith("decode_")]
+    sizes = rows.groupby("arm", sort=False)[columns].mean(numeric_only=True).reindex(arms).reset_index()
+    tables["sizes"] = sizes
+    caption = "parameters, training FLOPs a token, chosen learning rate, tokens a second in training and in decoding (batch 1, 32)"
+    return table("Sizes and speeds", sizes, caption, styles=STYLES)
+
+
+def _states(rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> list[Markup]:
+    if "stream_carried_bpb" not in rows:
+        return []
+    recurrent = rows.dropna(subset=["stream_carried_bpb"])
+    means = (
+        recurrent.groupby(["arm", "state"], sort=False)[["stream_reset_bpb", "stream_carried_bpb"]].mean().reset_index()
+    )
+    means["gain"] = means["stream_reset_bpb"] - means["stream_carried_bpb"]
+    means = means.rename(columns={"state": "trained_with"})
+    tables["states"] = means
+    caption = "the same models and targets, evaluated with a state that starts at zero in each window and with one that goes on"
+    return [table("Carried against reset state", means, caption, styles=STYLES)]

@@ -1,0 +1,171 @@
+"""Fewer bits: what rounding may change, what GPTQ gains, what kernels compute, what a checkpoint keeps."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gptcore.checkpoint import load_model, save_checkpoint
+from gptcore.config import ExperimentConfig, ModelConfig, UserError
+from gptcore.generate import generate
+from gptcore.models import build_model
+from gptcore.models.quantized import KINDS, Int4Linear, QuantizedLinear, layout_of
+from gptcore.quantize import METHODS, Method, quantize, quantize_checkpoint
+from gptcore.quantize.gptq import gptq_groups
+from gptcore.quantize.model import quantized_layer
+from gptcore.quantize.qat import feel_int4
+from gptcore.quantize.rounding import fake_quantize, group_scales, pack_pairs, quantize_groups, quantize_rows
+
+V, T = 29, 16
+ROUNDING = [name for name in METHODS if METHODS[name].algorithm == "nearest"]
+
+
+def make(preset="modern", family="gpt"):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(family=family, preset=preset, n_layer=2, n_head=2, n_embd=32, block_size=T), V)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def ids(batch=8, seed=1):
+    return torch.randint(V, (batch, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_int8_rounds_each_weight_by_at_most_half_a_step():
+    weight = torch.randn(7, 13, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    q, scale = quantize_rows(weight)
+    assert (q.dtype, scale.dtype) == (torch.int8, torch.bfloat16)
+    assert ((q * scale.float()[:, None] - weight).abs() <= scale.float()[:, None] / 2 + 1e-7).all()
+
+
+def test_int4_scales_beat_the_plain_range_and_digits_survive_packing():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    groups = weight.unflatten(1, (-1, 32))
+    plain = (groups.abs().amax(-1) / 7).bfloat16()
+    error = lambda scale: (fake_quantize(groups, scale) - groups).square().sum(-1)  # noqa: E731
+    assert error(group_scales(groups)).sum() < 0.95 * error(plain).sum()
+    q, scale = quantize_groups(weight, 32)
+    layer = Int4Linear(64, 16)
+    layer.weight, layer.scale = pack_pairs(q), scale
+    assert torch.equal(layer.unpack(), q)
+    assert torch.equal(layer.dequantize(), fake_quantize(groups, scale).flatten(1))
+    assert torch.equal(layer.dequantize(torch.tensor([3, 1])), layer.dequantize()[[3, 1]])
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("out_features", [48, 29])
+def test_every_kernel_multiplies_with_the_weights_it_stores(kind, rows, out_features):
+    """Few rows take another kernel than many; a padded row or a scale of another group would show."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, out_features)
+    layer = quantized_layer(linear.weight.detach(), linear.bias, kind, Method(kind), None)
+    x = torch.randn(rows, 2, 64)
+    wanted = torch.nn.functional.linear(x, layer.dequantize(), linear.bias)
+    assert layer(x).shape == wanted.shape
+    assert (layer(x) - wanted).norm() / wanted.norm() < (0.02 if kind == "int8_dynamic" else 0.01)
+    assert (wanted - linear(x)).norm() / wanted.norm() < (0.2 if kind == "int4" else 0.05)
+
+
+def test_gptq_changes_outputs_less_than_rounding():
+    """The point of it, on inputs that are correlated as activations are; with independent ones nothing could be made up for."""
+    torch.manual_seed(0)
+    weight = torch.randn(24, 64)
+    x = torch.randn(500, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(500, 64)
+    fresh = torch.randn(500, 8) @ torch.linalg.lstsq(torch.randn(500, 8), x).solution + 0.1 * torch.randn(500, 64)
+
+    def change(q, scale, inputs):
+        rounded = ((q.float() - 8).unflatten(1, (-1, 32)) * scale.float()[..., None]).flatten(1)
+        return (inputs @ (rounded - weight).T).norm()
+
+    nearest, gptq = quantize_groups(weight, 32), gptq_groups(weight, x.T @ x, 32)
+    assert change(*gptq, x) < 0.5 * change(*nearest, x)
+    assert change(*gptq, fresh) < change(*nearest, fresh)
+
+
+@pytest.mark.parametrize("preset", ["modern", "gpt2"])
+@pytest.mark.parametrize("method", ["bf16", "int8", "int8-dynamic", "fp8", "int4", "int4-gptq"])
+def test_a_quantized_model_keeps_the_contract_and_the_original(preset, method):
+    model, idx = make(preset), ids()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = quantize(model, METHODS[method], ids(4, seed=2))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert small.count_parameters() == model.count_parameters()
+    assert small.matmul_parameters() == model.matmul_parameters()
+    each = small(idx, idx.roll(-1, 1), reduction="none")[1]
+    full = model(idx, idx.roll(-1, 1), reduction="none")[1]
+    assert 0 < (each - full).abs().mean() < (0.7 if "int4" in method else 0.15)
+    cache = small.new_cache(8)
+    parts = [small(piece, cache=cache)[0] for piece in idx.split([5, 1, 10], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1).float(), small(idx)[0].float(), atol=0.3, rtol=0.05)
+
+
+def test_a_large_batch_in_pieces_goes_through_the_quantized_head(monkeypatch):
+    """The pieces read the head's float weights where it has some: bytes of int8 would be taken for them."""
+    from gptcore.models import losses
+
+    small, idx = quantize(make(), METHODS["int8"]), ids()
+    whole = small(idx, idx.roll(-1, 1), reduction="none")[1]
+    monkeypatch.setitem(losses.PIECE_LOGITS, "cpu", 5 * V)
+    logits, each = small(idx, idx.roll(-1, 1), reduction="none")
+    assert logits is None
+    torch.testing.assert_close(each, whole, atol=0.02, rtol=0.02)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = make("gpt2")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = ExperimentConfig(model=model.config)
+    state = {"vocab_size": V, "vocab_fingerprint": "f", "tokens_seen": 7}
+    return model, save_checkpoint(tmp_path / "run", 3, model, {}, state, config, tmp_path / "tokenizer.json", 1)
+
+
+@pytest.mark.parametrize("method", ROUNDING)
+def test_a_quantized_checkpoint_loads_like_any_other(checkpoint, method, tmp_path):
+    model, path = checkpoint
+    made = quantize_checkpoint(path, METHODS[method], tmp_path / "small")
+    loaded, read = load_model(made)
+    expected = quantize(model, METHODS[method])
+    assert torch.equal(loaded(ids())[0], expected(ids())[0])
+    assert read.state["step"] == 3
+    assert layout_of(loaded) == layout_of(expected) == read.state["quantization"]
+    rng = torch.Generator().manual_seed(0)
+    assert generate(loaded, ids(2)[:, :3], 2 * T, rng).shape == (2, 2 * T)
+    file = load_file(made / "model.safetensors")
+    assert "transformer.wte.weight" not in file or method == "bf16"  # tied: stored once, under the head's name
+    if method != "bf16":
+        assert (made / "model.safetensors").stat().st_size < 0.75 * (path / "model.safetensors").stat().st_size
+
+
+def test_mistakes_are_said_before_anything_is_written(checkpoint, tmp_path):
+    _, path = checkpoint
+    with pytest.raises(UserError, match="--shards"):
+        quantize_checkpoint(path, METHODS["int4-gptq"], tmp_path / "small")
+    made = quantize_checkpoint(path, METHODS["int8"], tmp_path / "small")
+    with pytest.raises(UserError, match="quantized already"):
+        quantize_checkpoint(made, METHODS["int8"], tmp_path / "smaller")
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_head_and_embedding_are_chosen_apart():
+    small = quantize(make(), Method("int4", head="int8", embedding="bf16"))
+    kinds = {name: module.kind for name, module in small.named_modules() if isinstance(module, QuantizedLinear)}
+    assert kinds["lm_head"] == "int8"
+    assert "transformer.wte" not in kinds
+    assert kinds["transformer.h.1.mlp.c_fc"] == "int4"
+    only = quantize(make(), Method("int4", only="transformer.h.1.")).named_modules()
+    assert {n[:15] for n, m in only if isinstance(m, QuantizedLinear)} == {"transformer.h.1"}
+
+
+def test_fine_tuning_multiplies_with_rounded_weights_and_moves_the_exact_ones():
+    model, idx = make(), ids()
+    assert feel_int4(model, 32) == 2 * 4 + 1
+    loss = model(idx, idx.roll(-1, 1))[1]
+    torch.testing.assert_close(
+        loss, quantize(make(), Method("int4", embedding="bf16"))(idx, idx.roll(-1, 1))[1], atol=0.05, rtol=0.02
+    )
+    loss.backward()
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert weight.grad.abs().sum() > 0  # through the rounding, as if it were not there
