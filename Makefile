@@ -7,7 +7,7 @@ run: .venv/.installed
 	.venv/bin/gptloom run experiments/shakespeare.yaml
 
 test: lint
-	.venv/bin/pytest -m "not integration" && .venv/bin/pytest -m integration
+	.venv/bin/pytest -n 2 -m "not integration" && .venv/bin/pytest -m integration
 
 up: .venv/.installed
 	.venv/bin/gptloom up

@@ -1,5 +1,6 @@
 """Recurrences and counts against their definitions: minGRU's scan, the n-gram's smoothing, states that are carried."""
 
+import json
 import math
 from collections import Counter
 
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore.checkpoint import load_model, save_checkpoint
+from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
 from gptcore.config import ExperimentConfig, ModelConfig, UserError
 from gptcore.generate import generate
 from gptcore.models import build_model
 from gptcore.models.mingru import scan
 from gptcore.models.rnn import RecurrentState
+from gptcore.vocab.kinds import CharVocab
 
 V, ORDER = 7, 3
 
@@ -110,10 +112,11 @@ def test_the_ngram_keeps_the_contract_and_its_file(tmp_path):
     each = model(idx, targets, reduction="none")[1]
     assert (each[:, -1] == 0).all()
     torch.testing.assert_close(model(idx, targets)[1], each.sum() / 33)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    state = {"vocab_size": V, "vocab_fingerprint": "f", "tokens_seen": 400}
+    vocab = CharVocab([chr(97 + i) for i in range(V - 2)])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocab.to_json()))
+    state = {"vocab_size": V, "vocab_fingerprint": vocab.fingerprint, "tokens_seen": 400}
     config = ExperimentConfig(model=model.config)
-    path = save_checkpoint(tmp_path, 0, model, {}, state, config, tmp_path / "tokenizer.json", 1)
+    path = save_checkpoint(tmp_path, Snapshot(0, model.weights(), {}, state, config, tmp_path / "tokenizer.json"))
     loaded = load_model(path)[0]
     assert torch.equal(loaded(idx)[0], model(idx)[0])
     assert generate(loaded, idx, 9, torch.Generator().manual_seed(0)).max() < V

@@ -1,10 +1,12 @@
 """Fewer bits: what rounding may change, what GPTQ gains, what kernels compute, what a checkpoint keeps."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptcore.checkpoint import load_model, save_checkpoint
+from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
 from gptcore.config import ExperimentConfig, ModelConfig, UserError
 from gptcore.generate import generate
 from gptcore.models import build_model
@@ -14,6 +16,7 @@ from gptcore.quantize.gptq import gptq_groups
 from gptcore.quantize.model import quantized_layer
 from gptcore.quantize.qat import feel_int4
 from gptcore.quantize.rounding import fake_quantize, group_scales, pack_pairs, quantize_groups, quantize_rows
+from gptcore.vocab.kinds import CharVocab
 
 V, T = 29, 16
 ROUNDING = [name for name in METHODS if METHODS[name].algorithm == "nearest"]
@@ -116,10 +119,12 @@ def test_a_large_batch_in_pieces_goes_through_the_quantized_head(monkeypatch):
 @pytest.fixture
 def checkpoint(tmp_path):
     model = make("gpt2")
-    (tmp_path / "tokenizer.json").write_text("{}")
+    vocab = CharVocab([chr(97 + i) for i in range(V - 2)])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocab.to_json()))
     config = ExperimentConfig(model=model.config)
-    state = {"vocab_size": V, "vocab_fingerprint": "f", "tokens_seen": 7}
-    return model, save_checkpoint(tmp_path / "run", 3, model, {}, state, config, tmp_path / "tokenizer.json", 1)
+    state = {"vocab_size": V, "vocab_fingerprint": vocab.fingerprint, "tokens_seen": 7}
+    snapshot = Snapshot(3, model.weights(), {}, state, config, tmp_path / "tokenizer.json")
+    return model, save_checkpoint(tmp_path / "run", snapshot)
 
 
 @pytest.mark.parametrize("method", ROUNDING)

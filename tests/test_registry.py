@@ -14,7 +14,7 @@ import torch
 from mlflow import MlflowClient
 from prefect.logging import disable_run_logger
 
-from gptcore.checkpoint import save_checkpoint
+from gptcore.checkpoint import Snapshot, save_checkpoint
 from gptcore.config import UserError, check_config
 from gptcore.models import build_model
 from gptcore.vocab import CharVocab
@@ -45,7 +45,7 @@ class Store:
         folder.mkdir(parents=True)
         (folder / "tokenizer.json").write_text(json.dumps(vocab.to_json()))
         model = build_model(config.model, vocab.size)
-        return save_checkpoint(folder, 1, model, {}, state, config, folder / "tokenizer.json", keep=1)
+        return save_checkpoint(folder, Snapshot(1, model.weights(), {}, state, config, folder / "tokenizer.json"))
 
 
 @pytest.fixture

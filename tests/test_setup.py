@@ -122,7 +122,7 @@ def test_deployments_point_at_what_exists():
             f"experiments/studies/{parameters['name']}.yaml" if "name" in parameters else None
         )
         assert file is None or (ROOT / file).is_file(), deployment["name"]
-        assert deployment["description"].endswith("."), deployment["name"]
+        assert deployment["description"].endswith((".", "?")), deployment["name"]
         assert deployment["tags"], deployment["name"]
         assert deployment["work_pool"]["name"] in ("cpu", "gpu")  # the pools `gptloom up` makes
 

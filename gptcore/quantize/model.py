@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore.batches import BatchSampler
-from gptcore.checkpoint import load_checkpoint, load_model, save_checkpoint
+from gptcore.checkpoint import Snapshot, load_checkpoint, load_model, save_checkpoint
 from gptcore.config import UserError
 from gptcore.models import LanguageModel
 from gptcore.models.quantized import (
@@ -194,4 +194,4 @@ def quantize_checkpoint(
     small = quantize(model, method, ids)
     state = {**source.state, "quantization": layout_of(small)}
     tokenizer = checkpoint / "tokenizer.json"
-    return save_checkpoint(out, state["step"], small, {}, state, source.config, tokenizer, keep=1)
+    return save_checkpoint(out, Snapshot(state["step"], small.weights(), {}, state, source.config, tokenizer))
