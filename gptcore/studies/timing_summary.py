@@ -54,7 +54,7 @@ def _pipeline(
     )
     busy = mean_interval(100 * facts["cpu_seconds"] / (facts["wall_seconds"] * facts["threads"]))
     findings.append(
-        f"This process kept its {int(facts['threads'].max())} threads busy for {busy.text('.0f', '%')} of that time; the rest is idle, or work of its helpers."
+        f"This process kept its {int(facts['threads'].max())} threads busy for {busy.text('.0f', '%')} of that time; the rest is idle, or the work of child processes."
     )
     findings += advise_pipeline(inclusive, not_training.mean / 100)
     tables["map"] = rows
