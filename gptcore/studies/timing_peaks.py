@@ -7,7 +7,6 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ class Peaks:
     bandwidth: float  # bytes/s, read and written
 
 
-@cache
 def measure_peaks(device: Device) -> Peaks:
     """The fastest of a few tries each; about two seconds on a CPU."""
     kind, n = device.torch.type, MATMUL_SIZE[device.torch.type]

@@ -113,6 +113,8 @@ def _facts(trainer: Trainer, plain: list[float], clocked: list[float], trace: Tr
     flops = trainer.model.flops_per_token() * trainer.tokens_per_step
     sheet = bench.device.peak_flops
     return {
+        "device": bench.device.name,
+        "precision": bench.device.precision,
         "step_ms": 1e3 * step_s,
         "step_ms_min": 1e3 * min(plain),
         "step_ms_max": 1e3 * max(plain),
