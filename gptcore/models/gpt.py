@@ -166,9 +166,7 @@ class GPT(LanguageModel):
         return logits, None if targets is None else cross_entropy(logits, targets, reduction)
 
     def new_cache(self, batch_size: int) -> KVCache:
-        c = self.config
-        shape = (batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return KVCache(shape)
+        return KVCache(self.block_size)
 
     def matmul_parameters(self) -> int:
         """The blocks' matrices and the head; a tied matrix is a head."""
