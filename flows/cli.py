@@ -60,6 +60,9 @@ state lives under $GPTLOOM_HOME (default ./.gptloom): data, runs, mlflow.db, pre
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["study"]:  # argparse takes no positional words after a flag where none stood before it
+        argv = sorted(argv, key=lambda word: word != "study" and not word.startswith("-"))
     args = build_parser().parse_args(argv)
     result: dict[str, Any] = {}
     # Verbs that fill `result` have stdout to themselves: whatever else is written there goes to stderr.

@@ -113,7 +113,9 @@ def test_deployments_point_at_what_exists():
     for deployment in deployments:
         path, name = deployment["entrypoint"].split(":")
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), deployment["name"]
-        assert (ROOT / deployment["parameters"]["experiment"]).is_file(), deployment["name"]
+        parameters = deployment["parameters"]
+        file = parameters.get("experiment") or f"experiments/studies/{parameters['name']}.yaml"
+        assert (ROOT / file).is_file(), deployment["name"]
         assert deployment["work_pool"]["name"] in ("cpu", "gpu")  # the pools `gptloom up` makes
 
 

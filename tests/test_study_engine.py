@@ -20,6 +20,7 @@ from gptcore.shards import ShardSet, prepare
 from gptcore.studies import engine
 from gptcore.studies.engine import Bench, CellResult, Study, Summary, run_cells
 from gptcore.studies.finish import finish
+from gptcore.studies.publish import publish
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval
 from gptcore.train import build_trainer, certificate
 
@@ -289,3 +290,27 @@ def test_every_training_has_a_certificate_that_can_fail(
     wrong = lambda self, x, y=None, *, reduction="mean", **_: forward(self, x, y, reduction="mean")  # noqa: E731
     monkeypatch.setattr(type(trainer.model), "forward", wrong)
     assert not certificate.certify(trainer)["passed"]
+
+
+@pytest.mark.integration
+def test_a_result_is_published_once(
+    tmp_path: Path, calls: list[str], shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptcore.studies.publish.BROWSERS", ())
+    out, docs, log = tmp_path / "run", tmp_path / "docs", tmp_path / "LOG.md"
+    log.write_text("# Log\n\nNewest first.\n\n## 2026-01-01 · old\n\ntext\n")
+    _run(load_study(_write(tmp_path, TOY)), shards, out)
+    finish(out, command="gptloom study toy")
+    assert publish(out, docs, log, "toy")["logged"]
+    assert not publish(out, docs, log, "toy")["logged"]
+    text = log.read_text()
+    assert text.startswith("# Log\n\nNewest first.\n\n## ")
+    assert text.index("Toy") < text.index("old")
+    page = (docs / "toy.md").read_text()
+    assert "**mean 3.00 of 4**" in page
+    assert "`gptloom study toy`" in page
+    assert "| a | 1 | 2 |" in page
+    assert (docs / "toy" / "results.csv").is_file()
+    (out / "result.json").write_text(json.dumps({**json.loads((out / "result.json").read_text()), "not_run": 1}))
+    with pytest.raises(UserError, match="1 of 4 cells were not measured"):
+        publish(out, docs, log, "toy")

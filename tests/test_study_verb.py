@@ -48,15 +48,13 @@ def result_of(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]
 @pytest.mark.integration
 def test_a_killed_study_goes_on_without_repeating_finished_cells(home: Path, small_text: Path) -> None:
     args = (
-        "flows.cli",
-        "study",
         "accumulation",
         "--smoke",
         f"data.source={small_text}",
         "options.ranks=false",
         "study.seeds=[1]",
     )
-    first = start(home, *args)
+    first = start(home, "gptcore.studies", *args)  # the same cells, without the servers' time
     deadline = time.monotonic() + 200
     while not list(home.glob("runs/*/cells/0/*/cell.json")):
         assert first.poll() is None, first.communicate()
@@ -69,7 +67,7 @@ def test_a_killed_study_goes_on_without_repeating_finished_cells(home: Path, sma
     kept = len(list((home / "studies" / "cells").glob("*/COMMITTED")))
     assert kept >= 1
 
-    code, result, err = result_of(start(home, *args))
+    code, result, err = result_of(start(home, "flows.cli", "study", *args))
     assert code == 0, err
     assert set(result) >= KEYS
     assert (result["cells"], result["failed"], result["not_run"]) == (4, 0, 0)
@@ -80,7 +78,7 @@ def test_a_killed_study_goes_on_without_repeating_finished_cells(home: Path, sma
     rows = pd.read_parquet(run / "tables" / "exactness.parquet")
     exact = rows[(rows["precision"] == "fp64") & (rows["method"] == "ours")]
     assert exact["error"].max() < 1e-12
-    naive = rows[(rows["method"] == "naive") & (rows["batch"] == "ragged") & (rows["micro_steps"] > 1)]
+    naive = rows[(rows["method"] == "naive") & (rows["batch"] == "ragged") & (rows["micro_steps"] == 4)]
     assert naive["error"].min() > 1e-4, "a mean of means that is exact measures nothing"
 
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
@@ -102,10 +100,8 @@ def test_the_timing_map_adds_up_and_draws_itself(home: Path, small_text: Path) -
     mapped = pd.read_parquet(run / "tables" / "map.parquet")
     names = set(mapped["section"])
     for part in ("ingest", "vocabulary", "shards", "train / forward / attention", "train / forward / loss", "train / backward", "train / save",
-                 "train / data / to_device", "train / evaluate / forward / head" , "train / report", "report"):  # fmt: skip
-        assert f"pipeline / {part}" in names or part.startswith("train / evaluate"), (
-            f"{part} is missing in {sorted(names)}"
-        )
+                 "train / data / to_device", "train / evaluate / head" , "train / report", "report"):  # fmt: skip
+        assert f"pipeline / {part}" in names, f"{part} is missing in {sorted(names)}"
     assert mapped["seconds"].min() >= 0
     assert mapped["share"].sum() == pytest.approx(1)
     steps = pd.read_parquet(run / "tables" / "steps.parquet")

@@ -134,7 +134,7 @@ def _caption(step: StepRecord) -> str:
     wall = step.number("wall_ms")
     facts = [
         f"a whole step takes {wall:,.1f} ms" if wall is not None else "",
-        "median (fastest–slowest)" if ranged else "",
+        f"{'mean' if step.name == 'timing' else 'median'} (fastest–slowest)" if ranged else "",
     ]
     return "; ".join(fact for fact in facts if fact) or "measured on this run's model and device"
 

@@ -151,6 +151,13 @@ def _learning(
     best = pd.concat([rows[(rows["arm"] == arm) & (rows["lr"] == lr)] for arm, lr in chosen.items()])
     curves = results.table("curves")
     curves = pd.concat([curves[(curves["arm"] == arm) & (curves["lr"] == lr)] for arm, lr in chosen.items()])
+    for arm, lr in chosen.items():
+        tried = sorted(means[arm].index)
+        if len(tried) > 1 and lr in (tried[0], tried[-1]):
+            findings.append(
+                f"The best learning rate of {arm}, {lr:g}, is at the edge of those tried ({tried[0]:g} to {tried[-1]:g}): beyond it "
+                "this arm may be better still."
+            )
     limit = float(best["train_seconds"].min())
     at_time = pd.DataFrame(
         [
@@ -165,15 +172,13 @@ def _learning(
     for comparison, what in ((tokens, "equal tokens"), (at_equal_time, f"equal time ({limit:.1f} s of steps)")):
         for _, row in comparison.iterrows():
             word = "better" if row["difference"] < 0 else "worse"
-            interval = (
-                "no interval"
-                if row["n"] < 2
-                else f"95 % interval of the difference {row['low']:+.4f} to {row['high']:+.4f}"
-            )
-            unsure = "" if row["n"] > 1 and row["low"] * row["high"] > 0 else ", which is no difference at this n"
+            if row["n"] < 2:
+                how_sure = "n=1: one seed cannot tell this from luck"
+            else:
+                how_sure = f"n={row['n']}, 95 % interval of the difference {row['low']:+.4f} to {row['high']:+.4f}"
+                how_sure += "" if row["low"] * row["high"] > 0 else ": no difference at this n"
             findings.append(
-                f"At {what}, {row['arm']} is {abs(row['difference']):.4f} bits per byte {word} than {reference} "
-                f"(n={row['n']}, {interval}){unsure}."
+                f"At {what}, {row['arm']} is {abs(row['difference']):.4f} bits per byte {word} than {reference} ({how_sure})."
             )
             metrics[f"accumulation/{'tokens' if comparison is tokens else 'time'}_bpb_{_slug(row['arm'])}"] = row[
                 "difference"

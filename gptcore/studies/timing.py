@@ -13,55 +13,25 @@ kernels, which is why the wall time of undisturbed steps stands beside it.
 from __future__ import annotations
 
 import statistics
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from gptcore.config import with_changes
 from gptcore.config.study import Cell
 from gptcore.entry import run_process
-from gptcore.models import LanguageModel
 from gptcore.studies.engine import Bench, CellResult, Study
 from gptcore.studies.short import Outcome, Subject, run_study
 from gptcore.studies.timing_options import TimingOptions
 from gptcore.studies.timing_pipeline import measure_pipeline
+from gptcore.studies.timing_sections import sections
 from gptcore.studies.timing_step import measure_step
 from gptcore.studies.timing_summary import summarize
-from gptcore.timing import PhaseClock, measure_ms
+from gptcore.timing import MapClock, measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 
 TRACE = "trace.json.gz"
-MODULES = {
-    "attn": "forward: attention",
-    "mlp": "forward: feed-forward",
-    "lm_head": "forward: head",
-    "wte": "forward: embedding",
-    "lstm": "forward: lstm",
-}
-
-
-def time_modules(model: LanguageModel, clock: PhaseClock) -> ExitStack:
-    """Charge each module's forward pass to its own section; close the result to take the hooks off again."""
-    stack = ExitStack()
-    for name, module in model.named_modules():
-        section = MODULES.get(name.rsplit(".", 1)[-1])
-        if section is None:
-            continue
-        running: list[Any] = []
-
-        def enter(_module: nn.Module, _args: object, section: str = section, running: list[Any] = running) -> None:
-            running.append(clock.phase(section))
-            running[-1].__enter__()
-
-        def leave(_module: nn.Module, _args: object, _output: object, running: list[Any] = running) -> None:
-            running.pop().__exit__(None, None, None)
-
-        stack.callback(module.register_forward_pre_hook(enter).remove)
-        stack.callback(module.register_forward_hook(leave).remove)
-    return stack
 
 
 def measure(subject: Subject) -> Outcome:
@@ -75,16 +45,16 @@ def measure(subject: Subject) -> Outcome:
     undisturbed = measure_ms(lambda: train_step(trainer), trainer.device.synchronize, repeats)
     samples = profile_steps(trainer, repeats)
     trace_step(trainer, subject.out / TRACE)
-    wall = statistics.median(sum(sample.values()) for sample in samples)
+    wall = statistics.mean(sum(sample.values()) for sample in samples)  # means add up; medians would not
     rows: list[dict[str, Any]] = []
-    for section in samples[0]:
-        values = [sample[section] for sample in samples]
-        median = statistics.median(values)
+    for section in dict.fromkeys(section for sample in samples for section in sample):
+        values = [sample.get(section, 0.0) for sample in samples]
+        mean = statistics.mean(values)
         rows.append(
             {
                 "section": section,
-                "ms": median,
-                "share": median / wall,
+                "ms": mean,
+                "share": mean / wall,
                 "low": min(values),
                 "high": max(values),
                 "n": repeats,
@@ -119,11 +89,11 @@ def profile_steps(trainer: Trainer, repeats: int) -> list[dict[str, float]]:
     """Milliseconds by section for each of `repeats` steps, after one that is thrown away."""
     samples = []
     for repeat in range(repeats + 1):
-        trainer.clock = PhaseClock(trainer.device.synchronize)
-        with time_modules(trainer.model, trainer.clock), trainer.clock.phase("other"):
+        trainer.clock = clock = MapClock(trainer.device.synchronize)
+        with sections(trainer.model, clock), clock.phase("other"):
             train_step(trainer)
         if repeat:
-            samples.append({name: 1e3 * seconds for name, seconds in trainer.clock.seconds.items()})
+            samples.append({": ".join(path[1:]) or path[0]: 1e3 * s for path, s in clock.paths.items()})
     return samples
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gptcore.studies.timing_sections import TRAINING
+
 # Shares of a step or of a run from which a rule speaks.
 DATA, COPY, OPTIMIZER, CLIP = 0.05, 0.05, 0.20, 0.10
 EVALUATE, SAVE, REPORT, COLLECT, COMPILE = 0.15, 0.05, 0.03, 0.02, 0.20
@@ -63,20 +65,10 @@ def advise_pipeline(shares: Mapping[str, float], not_training: float) -> list[st
     """For the whole pipeline. shares: first-level and train's second-level parts → share of the whole, all inside included."""
     told = []
     if not_training > NOT_TRAINING:
-        largest = max(
-            (
-                key
-                for key in shares
-                if key not in ("train",)
-                and not key.startswith("train / forward")
-                and not key.startswith("train / backward")
-                and not key.startswith("train / optimizer")
-                and not key.startswith("train / clip")
-            ),
-            key=lambda key: shares[key],
-        )
+        largest = largest_other(shares)
         told.append(
-            f"{_p(not_training)} of the time trains nothing (rule: {_p(NOT_TRAINING)}); the largest such part is {largest} with {_p(shares[largest])}. Data that is prepared once is found again by the next run."
+            f"{_p(not_training)} of the time trains nothing (rule: {_p(NOT_TRAINING)}); the largest such part is {largest} with "
+            f"{_p(shares[largest])}. Prepared data is found again by the next run; the rest shrinks against longer training."
         )
     for key, limit, way in (
         ("train / evaluate", EVALUATE, "raise train.eval_interval or lower train.eval_tokens"),
@@ -88,6 +80,17 @@ def advise_pipeline(shares: Mapping[str, float], not_training: float) -> list[st
         if shares.get(key, 0.0) > limit:
             told.append(f"{key} takes {_p(shares[key])} of the whole (rule: {_p(limit)}): {way}.")
     return told
+
+
+def largest_other(shares: Mapping[str, float]) -> str:
+    """The largest part that is not training: of the pipeline's parts, with train taken apart."""
+    training = {f"train / {part}" for part in TRAINING}
+    candidates = [
+        key
+        for key in shares
+        if key != "train" and key not in training and key.count(" / ") == key.startswith("train / ")
+    ]
+    return max(candidates, key=lambda key: shares[key])
 
 
 def _p(share: float) -> str:

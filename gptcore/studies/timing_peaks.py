@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore.device import Device
-from gptcore.timing import measure_ms
+from gptcore.timing import MapClock, measure_ms
 from gptcore.train import Trainer
 from gptcore.train.step import backward_all
 
@@ -31,7 +31,6 @@ class Peaks:
     bandwidth: float  # bytes/s, read and written
 
 
-@cache
 def measure_peaks(device: Device) -> Peaks:
     """The fastest of a few tries each; about two seconds on a CPU."""
     kind, n = device.torch.type, MATMUL_SIZE[device.torch.type]
@@ -86,16 +85,13 @@ class Trace:
     memory: list[tuple[float, float]]  # ms from the start, MiB allocated
 
 
-def trace_step(trainer: Trainer, step: Any, path: Path) -> Trace:
-    """One step as a Chrome trace at `path` (ui.perfetto.dev opens it), and its figures. The phases are marked in it."""
+def trace_step(trainer: Trainer, clock: MapClock, step: Any, path: Path) -> Trace:
+    """One step, by the trainer's `clock` too, as a Chrome trace at `path` (ui.perfetto.dev opens it), and its figures. The phases are marked in it."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    clock = trainer.clock
     original = clock.phase
 
     def marked(name: str) -> Any:
-        from contextlib import ExitStack
-
         stack = ExitStack()
         stack.enter_context(original(name))
         stack.enter_context(record_function(f"phase: {name}"))
@@ -104,6 +100,9 @@ def trace_step(trainer: Trainer, step: Any, path: Path) -> Trace:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if trainer.device.is_cuda else [])]
     clock.phase = marked  # type: ignore[method-assign]
     try:
+        with profile(activities=activities, profile_memory=True):
+            step()  # the profiler's own beginnings
+        clock.paths.clear()
         with profile(activities=activities, profile_memory=True) as profiler:
             start = time.perf_counter()
             step()

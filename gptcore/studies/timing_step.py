@@ -31,7 +31,7 @@ def measure_step(cell: Cell, bench: Bench) -> CellResult:
     Raises RuntimeError when sections do not add up to the wall time, UserError when a compiler is asked for and missing.
     """
     repeats = cell.options.repeats
-    steps = 2 * repeats + 8
+    steps = 2 * repeats + 10
     config = with_changes(
         cell.config, train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps)}
     )
@@ -61,9 +61,12 @@ def measure_step(cell: Cell, bench: Bench) -> CellResult:
         maps.append(clock.paths)
     check_sum(sum(clocked), sum(walls), cell.options.tolerance)
     rows = _section_rows(maps)
-    trainer.clock = MapClock(bench.device.synchronize)
-    trace = trace_step(trainer, lambda: train_step(trainer), bench.out / TRACE)
+    trainer.clock = traced = MapClock(bench.device.synchronize)
+    trace = trace_step(trainer, traced, lambda: train_step(trainer), bench.out / TRACE)
+    gap = _gap(_inclusive_ms(traced), trace)  # before anything else runs on this clock
+    trainer.clock = bare
     facts = _facts(trainer, plain, clocked, trace, bench) | {
+        "profiler_gap": gap,
         "preparation_s": preparation_s,
         "parameters": estimate.parameters,
         "micro_batch_size": trainer.micro_batch_size,
@@ -109,15 +112,15 @@ def _facts(trainer: Trainer, plain: list[float], clocked: list[float], trace: Tr
     traffic = count_traffic(trainer, *next_batch(trainer))
     flops = trainer.model.flops_per_token() * trainer.tokens_per_step
     sheet = bench.device.peak_flops
-    own = {name: seconds for name, seconds in _outermost(trainer).items() if name in trace.phases_ms}
     return {
+        "device": bench.device.name,
+        "precision": bench.device.precision,
         "step_ms": 1e3 * step_s,
         "step_ms_min": 1e3 * min(plain),
         "step_ms_max": 1e3 * max(plain),
         "clocked_ms": 1e3 * statistics.median(clocked),
         "clock_cost": statistics.median(clocked) / step_s - 1,
         "profiler_cost": trace.wall_ms / (1e3 * step_s) - 1,
-        "profiler_gap": _gap(own, trace),
         "tok_per_sec": trainer.tokens_per_step / step_s,
         "flops_per_step": flops,
         "flops_per_sec": flops / step_s,
@@ -139,10 +142,8 @@ def _facts(trainer: Trainer, plain: list[float], clocked: list[float], trace: Tr
     }
 
 
-def _outermost(trainer: Trainer) -> dict[str, float]:
-    """Milliseconds of each phase of the traced step with all that is inside it, by our clock."""
-    clock = trainer.clock
-    assert isinstance(clock, MapClock)
+def _inclusive_ms(clock: MapClock) -> dict[str, float]:
+    """Milliseconds of each phase with all that is inside it."""
     totals: dict[str, float] = {}
     for path, seconds in clock.paths.items():
         for name in path:
@@ -151,14 +152,15 @@ def _outermost(trainer: Trainer) -> dict[str, float]:
 
 
 def _gap(own: dict[str, float], trace: Trace) -> float:
-    """How far our clock and the profiler's are apart on the same step, as a share of the phases' time.
+    """How far our clock (`own`, ms by phase) and the profiler's are apart on the same step, as a share of the phases' time.
 
     Raises RuntimeError where they have nothing in common to compare.
     """
-    if not own:
+    names = own.keys() & trace.phases_ms.keys()
+    if not names:
         raise RuntimeError("the profiler's trace holds none of the step's phases")
-    theirs = sum(trace.phases_ms[name] for name in own)
-    return sum(abs(own[name] - trace.phases_ms[name]) for name in own) / theirs
+    theirs = sum(trace.phases_ms[name] for name in names)
+    return sum(abs(own[name] - trace.phases_ms[name]) for name in names) / theirs
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[dict[str, Any]]:

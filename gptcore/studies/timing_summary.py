@@ -11,7 +11,7 @@ from gptcore.report.study import figure, interval_figure, table
 from gptcore.report.wording import duration
 from gptcore.studies.engine import Results, Summary
 from gptcore.studies.statistics import comparison_note, mean_interval, paired
-from gptcore.studies.timing_advice import advise_pipeline, advise_step
+from gptcore.studies.timing_advice import advise_pipeline, advise_step, largest_other
 
 
 def summarize(results: Results) -> Summary:
@@ -44,18 +44,17 @@ def _pipeline(
     metrics |= {"timing/not_training": not_training.mean / 100, "timing/wall_seconds": wall.mean}
     mean = rows.groupby("section", sort=False)[["seconds", "share", "calls", "cpu_seconds"]].mean().reset_index()
     inclusive = inclusive_shares(mean)
-    steps = {key: value for key, value in inclusive.items() if " / " not in key}
-    largest = max((key for key in steps if key != "train"), key=lambda key: steps[key], default="")
+    largest = largest_other(inclusive)
     findings.append(
         f"{not_training.text('.1f', '%')} of the time from raw text to report trains nothing; the whole takes {duration(wall.mean)}, "
-        f"and {largest} is the largest part beside training with {100 * steps.get(largest, 0.0):.0f} %."
+        f"and {largest} is the largest part beside training with {100 * inclusive[largest]:.0f} %."
     )
     findings.append(
         f"The map's sections add up to the wall time of another clock within {100 * gap:.2f} % (n={wall.n})."
     )
     busy = mean_interval(100 * facts["cpu_seconds"] / (facts["wall_seconds"] * facts["threads"]))
     findings.append(
-        f"This process kept its {int(facts['threads'].max())} threads busy for {busy.text('.0f', '%')} of that time; the rest is idle, or work of its helpers."
+        f"This process kept its {int(facts['threads'].max())} threads busy for {busy.text('.0f', '%')} of that time; the rest is idle, or the work of child processes."
     )
     findings += advise_pipeline(inclusive, not_training.mean / 100)
     tables["map"] = rows
@@ -187,6 +186,7 @@ def _steps(
     results: Results, rows: pd.DataFrame, findings: list[str], blocks: list[str], tables: dict[str, pd.DataFrame],
     metrics: dict[str, float],
 ) -> None:  # fmt: skip
+    rows = against_best_peaks(rows)
     arms = [arm for arm in results.arms if (rows["arm"] == arm).any()]
     # The grid's points are arms of their own here.
     baseline = results.plan.baseline if results.plan.baseline in arms else arms[0]
@@ -246,6 +246,19 @@ def _steps(
     ))  # fmt: skip
 
 
+def against_best_peaks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Shares of the peaks anew, against the best that any cell of the same device and precision reached: a neighbour on the machine
+    can only make a peak too low, and what one cell reached the device can do.
+    """
+    rows, kind = rows.copy(), [rows["device"], rows["precision"]]
+    rows["peak_flops"] = rows.groupby(kind)["peak_flops"].transform("max")
+    rows["peak_bandwidth"] = rows.groupby(rows["device"])["peak_bandwidth"].transform("max")
+    rows["of_peak"] = rows["flops_per_sec"] / rows["peak_flops"]
+    rows["of_bandwidth"] = rows["bytes_per_sec"] / rows["peak_bandwidth"]
+    rows["ridge"] = rows["peak_flops"] / rows["peak_bandwidth"]
+    return rows
+
+
 def _arm_frame(rows: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
     def percent(own: pd.DataFrame, key: str) -> float | None:
         value = _mean_or_none(own, key)
@@ -293,21 +306,24 @@ def stacked(sections: pd.DataFrame, arms: list[str]) -> go.Figure:
 
 
 def roofline(rows: pd.DataFrame, arms: list[str]) -> go.Figure:
-    mean = rows.groupby("arm")[["intensity", "flops_per_sec", "peak_flops", "peak_bandwidth"]].mean()
-    peak, bandwidth = float(mean["peak_flops"].max()), float(mean["peak_bandwidth"].max())
-    low = min(float(mean["intensity"].min()), peak / bandwidth) / 3
-    high = max(float(mean["intensity"].max()), peak / bandwidth) * 3
-    ridge = peak / bandwidth
+    """A point for each arm under the roof of its own device and precision."""
+    mean = rows.groupby("arm")[["intensity", "flops_per_sec"]].mean()
+    low = min(float(mean["intensity"].min()), float(rows["ridge"].min())) / 3
+    high = max(float(mean["intensity"].max()), float(rows["ridge"].max())) * 3
     plot = go.Figure()
-    plot.add_scatter(
-        x=[low, ridge, high], y=[low * bandwidth, peak, peak], mode="lines", name="roof", line={"color": "#868b93", "width": 2},
-        hoverinfo="skip",
-    )  # fmt: skip
-    plot.add_scatter(
-        x=[float(mean["intensity"][arm]) for arm in arms], y=[float(mean["flops_per_sec"][arm]) for arm in arms], text=arms,
-        mode="markers+text", textposition="bottom center", marker={"size": 10, "color": PARTS[0]}, name="arms",
-        hovertemplate="%{text}: %{x:.1f} FLOP/byte, %{y:.3s}FLOP/s<extra></extra>",
-    )  # fmt: skip
+    for i, (key, own) in enumerate(rows.groupby(["device", "precision"], sort=False)):
+        peak, bandwidth = float(own["peak_flops"].max()), float(own["peak_bandwidth"].max())
+        name, colour = ", ".join(map(str, key)), PARTS[i % len(PARTS)]
+        plot.add_scatter(
+            x=[low, peak / bandwidth, high], y=[low * bandwidth, peak, peak], mode="lines", name=f"roof, {name}",
+            line={"color": colour, "width": 2}, hoverinfo="skip",
+        )  # fmt: skip
+        mine = [arm for arm in arms if (own["arm"] == arm).any()]
+        plot.add_scatter(
+            x=[float(mean["intensity"][arm]) for arm in mine], y=[float(mean["flops_per_sec"][arm]) for arm in mine], text=mine,
+            mode="markers+text", textposition="bottom center", marker={"size": 10, "color": colour}, showlegend=False,
+            hovertemplate="%{text}: %{x:.1f} FLOP/byte, %{y:.3s}FLOP/s<extra></extra>",
+        )  # fmt: skip
     plot.update_xaxes(title="FLOP per byte", type="log")
     plot.update_yaxes(title="FLOP per second", type="log", exponentformat="SI")
     return plot
