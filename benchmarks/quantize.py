@@ -9,10 +9,15 @@ each decodes the same number of tokens from the start of a context. The last lin
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+# Between the 50 kernels of a token OpenMP's threads had better wait awake, as GNU's own default has it; gptcore shortens that for
+# trainings that share their cores. The same for all arms.
+os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
 import torch
 from figures import figure, print_figures

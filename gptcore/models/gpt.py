@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gptcore.config import ModelConfig
 from gptcore.models.base import LanguageModel, without_src
 from gptcore.models.cache import KVCache
-from gptcore.models.layers import ACTIVATIONS, Norm, apply_rotary, compute_dtype, rms_norm, rotary_table
+from gptcore.models.layers import ACTIVATIONS, Norm, apply_rotary, compute_dtype, dropout, rms_norm, rotary_table
 from gptcore.models.losses import PIECE_LOGITS, cross_entropy, head_cross_entropy, piecewise_cross_entropy, soft_cap
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -51,7 +51,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
         )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
+        return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -65,7 +65,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.c_fc(x))  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+        return dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         if self.config.embedding_norm:
             x = rms_norm(x)  # (B, T, C)
         # The residual stream is kept in the type of the products: half the memory traffic of float32 at 16 bits.
-        x = F.dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
+        x = dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
         rotary = None
         if self.config.positions == "rotary":
             rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each
@@ -166,9 +166,7 @@ class GPT(LanguageModel):
         return logits, None if targets is None else cross_entropy(logits, targets, reduction)
 
     def new_cache(self, batch_size: int) -> KVCache:
-        c = self.config
-        shape = (batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return KVCache(shape)
+        return KVCache(self.block_size)
 
     def matmul_parameters(self) -> int:
         """The blocks' matrices and the head; a tied matrix is a head."""

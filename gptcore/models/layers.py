@@ -19,11 +19,19 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if gain and bias and kind == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if weight is not None and weight.dtype != x.dtype:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if self.kind == "rms":
             return F.rms_norm(x, (x.size(-1),), weight)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, (x.size(-1),), weight, bias).to(x.dtype)  # autocast would answer in float32
+        y = F.layer_norm(x, (x.size(-1),), weight, bias)
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast answers in float32
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout that costs nothing where it does nothing."""
+    return F.dropout(x, p) if training and p else x
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(BF16), requires_grad=False)
-        self._packed: Any = None  # the kernel's own order of the weights, made at the first use on a device
+        self._packed: Any = None  # what the kernel reads, made at the first use on a device
+        self._bias: Tensor | None = None
 
     @property
     def stored_parameters(self) -> int:
@@ -55,20 +56,33 @@ class QuantizedLinear(nn.Module):
         return self.dequantize(idx.flatten()).to(BF16).view(*idx.shape, self.in_features)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x: (rows, in_features) bfloat16; returns (rows, out_features) bfloat16 or float32."""
-        if x.is_cuda or len(x) > self.few_rows:
-            return F.linear(x, self.dequantize().to(BF16))
-        return self.multiply_few(x)
+        """x: (rows, in_features) bfloat16; returns (rows, out_features) bfloat16 or float32, a tensor of its own."""
+        return F.linear(x, self.dequantize().to(BF16))
 
     def multiply_few(self, x: Tensor) -> Tensor:
+        """The same with the CPU's packed kernel, for up to `few_rows` rows."""
         raise NotImplementedError
 
+    def pack_for(self, device: torch.device) -> Any:
+        """What the device's kernel reads."""
+        return self.weight, self.scale
+
     def forward(self, x: Tensor) -> Tensor:
-        # Lean on purpose: at one token a microsecond here, in each of 50 layers, is a percent of int4's whole step.
-        y = self.multiply(x.reshape(-1, self.in_features).to(BF16))
-        if self.bias is not None:
-            y = y.add_(self.bias)
-        return y.view((*x.shape[:-1], self.out_features)).to(x.dtype)
+        # Lean on purpose: at one token everything between the kernels runs on cold caches, in each of 50 layers, and attributes that
+        # a module has to search for count, too.
+        if self._packed is None:
+            self._packed, self._bias = self.pack_for(x.device), self.bias
+        rows = x.numel() // self.in_features
+        flat = x.reshape(rows, self.in_features) if x.dtype == BF16 else x.reshape(rows, self.in_features).to(BF16)
+        y = self.multiply_few(flat) if rows <= self.few_rows and not x.is_cuda else self.multiply(flat)
+        if self._bias is not None:
+            y = y.add_(self._bias)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._packed = None  # packed from what is overwritten
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._packed = None  # packed for the device that is left
@@ -90,7 +104,7 @@ class Int8Linear(QuantizedLinear):
         return self.weight[rows].float() * self.scale[rows].float()[:, None]
 
     def multiply_few(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+        return torch._weight_int8pack_mm(x, *self._packed)
 
 
 class Int8DynamicLinear(Int8Linear):
@@ -98,10 +112,17 @@ class Int8DynamicLinear(Int8Linear):
 
     kind = "int8_dynamic"
 
+    def pack_for(self, device: torch.device) -> Any:
+        return self.weight, self.scale.float()
+
     def multiply(self, x: Tensor) -> Tensor:
-        x_scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / 127  # (rows, 1)
-        x8 = (x / x_scale).round().to(torch.int8)
-        return integer_product(x8, self.weight).float() * x_scale * self.scale.float()
+        weight, scale = self._packed
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+        x_scale = largest.clamp_min_(1e-12).div_(127)  # (rows, 1)
+        x8 = x.div(x_scale).round_().to(torch.int8)
+        return integer_product(x8, weight).mul(x_scale).mul_(scale)
+
+    multiply_few = multiply
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
@@ -142,20 +163,22 @@ class Int4Linear(QuantizedLinear):
         return (q * self.scale[rows].float()[..., None]).flatten(1)
 
     def multiply(self, x: Tensor) -> Tensor:
-        if x.is_cuda and len(x) <= self.few_rows and not (self.in_features % 32 or self.out_features % 8):
-            return self.multiply_few(x)
-        return super().multiply(x)
+        return self.multiply_few(x) if x.is_cuda and len(x) <= self.few_rows and self._fits_gpu else super().multiply(x)
+
+    @property
+    def _fits_gpu(self) -> bool:
+        return not (self.in_features % 32 or self.out_features % 8)
 
     def multiply_few(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            self._packed = self.pack_for(x.device)
         weight, scale_and_zero = self._packed
-        kernel = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+        kernel = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
         y = kernel(x, weight, self.group_size, scale_and_zero)
         return y if y.size(1) == self.out_features else y[:, : self.out_features].contiguous()
 
     def pack_for(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Weights in the order of the device's kernel, and (groups, rows, 2) scales and zeros."""
+        if device.type == "cuda" and not self._fits_gpu:
+            return self.weight, self.scale  # no kernel will read them
         scale = self.scale.t().contiguous()  # (groups, rows)
         if device.type == "cuda":
             tiles = next(t for t in (8, 4, 2) if self.in_features % (16 * t) == 0)
@@ -176,7 +199,7 @@ class Float8Linear(QuantizedLinear):
     """e4m3 weights with one scale an output row; on GPUs with FP8 the activations too, one scale a token."""
 
     kind = "fp8"
-    few_rows = 0
+    few_rows = 0  # there is no kernel for few
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__(in_features, out_features, bias)

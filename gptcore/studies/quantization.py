@@ -18,7 +18,8 @@ from gptcore.entry import run_process
 from gptcore.evaluate import evaluate_loss
 from gptcore.quantize import METHODS, quantize
 from gptcore.studies.engine import Study
-from gptcore.studies.quantization_cell import QuantizationOptions, measure_cell, measure_decoding
+from gptcore.studies.quantization_cell import QuantizationOptions, measure_cell
+from gptcore.studies.quantization_speed import measure_decoding
 from gptcore.studies.quantization_summary import summarize
 from gptcore.studies.short import Outcome, Subject, run_study
 
@@ -35,7 +36,7 @@ def measure(subject: Subject) -> Outcome:
     for weights, arm in arms.items():
         path = subject.out / f"model_{weights}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in arm.weights().items()}, path)
-        decoding = measure_decoding(arm, device, 1, n, repeats)[0]
+        decoding = measure_decoding(arm, device, 1, n, repeats)
         bpb = evaluate_loss(arm, subject.shards, device, subject.config.evaluate.batch_size).bpb
         rows.append(
             {

@@ -22,7 +22,7 @@ from gptcore.models.quantized import has_fp8, layout_of
 from gptcore.quantize import METHODS, Method, calibration_ids, quantize, quantize_checkpoint
 from gptcore.quantize.model import stages
 from gptcore.studies.engine import Bench, CellResult
-from gptcore.timing import Measurement, measure_ms
+from gptcore.studies.quantization_speed import compare_speeds, measure_peak
 from gptcore.vocab import Vocab
 
 FULL = "fp32"  # the trained weights as they are
@@ -93,10 +93,9 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
         "quantize_seconds": seconds,
     }
     for batch in options.batches:
-        timed, peak = measure_decoding(model, device, batch, options.decode_tokens, options.repeats)
-        tokens = batch * min(options.decode_tokens, model.block_size)
-        row |= _speeds(f"decode_{batch}", tokens, timed) | {f"peak_mib_{batch}": peak}
-    row |= _speeds("prefill", model.block_size, measure_prefill(model, device, options.repeats))
+        row[f"peak_mib_{batch}"] = measure_peak(model, device, batch, options.decode_tokens)
+    full = model if method is None else load_model(trained.checkpoint, device.torch)[0]
+    row |= compare_speeds(model, full, device, options.batches, options.decode_tokens, options.repeats)
     tables: dict[str, list[dict[str, Any]]] = {
         "samples": [{"text": sample(model, path, device, options.sample_tokens)}]
     }
@@ -107,56 +106,6 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     metrics = {"quant/size_mib": row["size_mib"], "val/bpb": row["val_bpb"]}
     metrics |= {f"quant/tok_per_sec_{batch}": row[f"decode_{batch}"] for batch in options.batches}
     return CellResult([row], tables, metrics)
-
-
-def _speeds(name: str, tokens: int, timed: Measurement) -> dict[str, float]:
-    """Tokens a second: median, and the range of the repeats."""
-    return {
-        name: 1e3 * tokens / timed.median,
-        f"{name}_slowest": 1e3 * tokens / timed.high,
-        f"{name}_fastest": 1e3 * tokens / timed.low,
-    }
-
-
-def measure_decoding(
-    model: LanguageModel, device: Device, batch: int, tokens: int, repeats: int
-) -> tuple[Measurement, float | None]:
-    """Generation of `tokens` ids a row over a cache, sampling included, in ms; and the peak of memory meanwhile, in MiB.
-
-    Memory is the GPU allocator's, or the whole process's resident set on Linux; None where neither can be asked.
-    """
-    idx = torch.zeros(batch, 1, dtype=torch.int64, device=device.torch)
-    rng = torch.Generator(device.torch).manual_seed(0)
-    reset = reset_peak(device)
-    timed = measure_ms(lambda: generate(model, idx, min(tokens, model.block_size), rng), device.synchronize, repeats)
-    return timed, read_peak(device) if reset else None
-
-
-def reset_peak(device: Device) -> bool:
-    """Begin a new peak of memory; whether that is possible here."""
-    if device.is_cuda:
-        torch.cuda.reset_peak_memory_stats(device.torch)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the resident set's high-water mark starts from now
-    except OSError:
-        return False
-    return True
-
-
-def read_peak(device: Device) -> float:
-    """MiB since `reset_peak`."""
-    if device.is_cuda:
-        return torch.cuda.max_memory_allocated(device.torch) / 2**20
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-
-
-@torch.inference_mode()
-def measure_prefill(model: LanguageModel, device: Device, repeats: int) -> Measurement:
-    """Reading a whole context at once into a cache, in ms."""
-    idx = torch.zeros(1, model.block_size, dtype=torch.int64, device=device.torch)
-    return measure_ms(lambda: model(idx, cache=model.new_cache(1)), device.synchronize, repeats)
 
 
 def sample(model: LanguageModel, checkpoint: Path, device: Device, tokens: int) -> str:

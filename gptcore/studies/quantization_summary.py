@@ -10,7 +10,7 @@ from markupsafe import Markup
 from gptcore.report import page
 from gptcore.report.study import curves_figure, figure, interval_figure, table
 from gptcore.studies.engine import Results, Summary
-from gptcore.studies.statistics import comparison_note, paired
+from gptcore.studies.statistics import comparison_note, paired, ratio_interval
 
 MEASURES = ("size_mib", "val_bpb")
 
@@ -79,16 +79,16 @@ def _overview(rows: pd.DataFrame, arms: list[str], speeds: list[str]) -> pd.Data
 def compare(rows: pd.DataFrame, baseline: str, speeds: list[str]) -> pd.DataFrame:
     """One row an arm: share of the size, bits per byte lost and speed as a multiple, each with its interval."""
     found: dict[str, dict[str, Any]] = {}
-    for name, value, is_ratio in (
-        ("size_ratio", "size_mib", True),
-        ("bpb_delta", "val_bpb", False),
-        *((f"{speed}_ratio", speed, True) for speed in speeds),
-    ):
+    for name, value, is_ratio in (("size_ratio", "size_mib", True), ("bpb_delta", "val_bpb", False)):
         for _, row in paired(rows, value, baseline, ratio=is_ratio).iterrows():
             entry = found.setdefault(str(row["arm"]), {"arm": row["arm"], "n": row["n"]})
             entry[name] = row["difference"]
-            if name != "size_ratio":
+            if not is_ratio:
                 entry |= {f"{name}_low": row["low"], f"{name}_high": row["high"]}
+    for arm, entry in found.items():
+        for speed in speeds:  # each cell timed the trained weights beside its own
+            times = ratio_interval(rows.loc[rows["arm"] == arm, f"{speed}_speedup"])
+            entry |= {f"{speed}_ratio": times.mean, f"{speed}_ratio_low": times.low, f"{speed}_ratio_high": times.high}
     return pd.DataFrame(list(found.values()))
 
 
@@ -110,7 +110,8 @@ def sentence(row: pd.Series, speeds: list[str]) -> str:
 def _best(changes: pd.DataFrame, sentences: list[str]) -> str:
     """The smallest of those that cost at most 0.02 bits per byte; where none does, the cheapest."""
     good = changes[changes["bpb_delta"] <= 0.02]
-    place = good["size_ratio"].idxmin() if len(good) else changes["bpb_delta"].idxmin()
+    order = good.assign(size=good["size_ratio"].round(3)).sort_values(["size", "bpb_delta"])
+    place = order.index[0] if len(good) else changes["bpb_delta"].idxmin()
     return sentences[list(changes.index).index(place)]
 
 

@@ -18,7 +18,7 @@ from gptcore.models import LanguageModel, build_model
 from gptcore.models.ngram import NGram
 from gptcore.models.rnn import RecurrentState
 from gptcore.studies.engine import Bench, CellResult
-from gptcore.studies.quantization_cell import measure_decoding
+from gptcore.studies.quantization_speed import measure_decoding
 from gptcore.studies.rnn_carried import stream_bpb, train_carried
 
 RECURRENT = ("lstm", "gru", "mingru")
@@ -88,7 +88,7 @@ def describe(
         row["stream_reset_bpb"] = stream_bpb(model, bench.shards, device, is_carried=False)
         row["stream_carried_bpb"] = stream_bpb(model, bench.shards, device, is_carried=True)
     for batch in options.batches:
-        timed, _ = measure_decoding(model, device, batch, options.decode_tokens, options.repeats)
+        timed = measure_decoding(model, device, batch, options.decode_tokens, options.repeats)
         row[f"decode_{batch}"] = 1e3 * batch * min(options.decode_tokens, model.block_size) / timed.median
     positions = [{"position": i, "nats": float(nats)} for i, nats in enumerate(evaluation.position_nats)]
     memory = []
