@@ -31,8 +31,10 @@ await keep(list, 'prefect-deployments');
 
 const smoke = await call(`${prefect}/api/deployments/name/pipeline/smoke`);
 const form = await open(`${prefect}/deployments/deployment/${smoke.id}/run`, 1440, 1500, 8000);
-if (source) await form.getByLabel(/Source of text/).first().fill(source);
-await form.getByLabel(/Max Steps/).first().fill('120');
+// Prefect's labels are not tied to their inputs: the input is what follows.
+const field = (label, tag) => form.locator(`xpath=//label[contains(., "${label}")]/following::${tag}[1]`);
+if (source) await field('Source of text', 'textarea').fill(source);
+await field('Max Steps', 'input').fill('120');
 await form.waitForTimeout(500);
 await keep(form, 'prefect-form');
 await form.getByRole('button', { name: /^(Submit|Run)$/ }).first().click();
@@ -46,7 +48,9 @@ for (let i = 0; i < 120; i++) {
 }
 console.log(run.name, run.state_type, JSON.stringify(run.parameters));
 await keep(await open(`${prefect}/runs/flow-run/${run.id}`, 1440, 1000, 8000), 'prefect-flow-run');
-const artifacts = await open(`${prefect}/runs/flow-run/${run.id}?tab=Artifacts`, 1440, 1400, 8000);
+const artifacts = await open(`${prefect}/runs/flow-run/${run.id}`, 1440, 1400, 8000);
+await artifacts.getByText('Artifacts', { exact: true }).last().click();
+await artifacts.waitForTimeout(4000);
 await keep(artifacts, 'prefect-artifacts');
 
 const found = await call(`${mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name=smoke`);
@@ -54,8 +58,17 @@ const id = found.experiment.experiment_id;
 const runs = (await call(`${mlflow}/api/2.0/mlflow/runs/search`, { experiment_ids: [id], max_results: 100 })).runs;
 const pick = runs.filter((r) => /(^|\/)(train|rnn)$/.test(r.info.run_name)).slice(0, 2).map((r) => r.info.run_id);
 const text = encodeURIComponent;
-const compare = await open(`${mlflow}/#/compare-runs?runs=${text(JSON.stringify(pick))}&experiments=${text(JSON.stringify([id]))}`, 1900, 1150, 10000);
-await keep(compare, 'mlflow-compare');
-const charts = await open(`${mlflow}/#/experiments/${id}/runs?compareRunsMode=CHART`, 1900, 1100, 10000);
-await keep(charts, 'mlflow-charts');
+const look = async (name, path, height, act = async () => {}) => {
+  const page = await open(`${mlflow}/#/${path}`, 1500, height, 9000);
+  await page.mouse.click(1473, 36); // the assistant's panel, which a fresh browser opens
+  await page.waitForTimeout(3000);
+  await act(page);
+  await keep(page, name);
+};
+await look('mlflow-compare', `compare-runs?runs=${text(JSON.stringify(pick))}&experiments=${text(JSON.stringify([id]))}`, 1150);
+await look('mlflow-charts', `experiments/${id}/runs?compareRunsMode=CHART`, 1000, async (page) => {
+  await page.mouse.click(351, 234); // the newest run's steps
+  await page.getByPlaceholder('Search metric charts').fill('^train/(loss|bpb|lr|grad_norm)');
+  await page.waitForTimeout(5000);
+});
 await browser.close();

@@ -304,6 +304,7 @@ class Night:
         report = self.folder / "reports" / f"{self.name}.html"
         night["report"] = str(report)
         shown = {key: value for key, value in night.items() if key not in ("made", "report")}
+        shown["val_bpb"] = None if self.val_bpb is None else f"{self.val_bpb:.4f}"
         write_night(report, shown, self.ledger.nights, self.arms, self.decision, matrix, sentences)
         try:
             self._leave_artifacts(night, matrix, sentences, row)
@@ -328,16 +329,15 @@ class Night:
         before = keys.index(self.champion.facts["run"]) if self.champion else None
         if self.tonight_key and self.tonight_key not in models:
             models[self.tonight_key] = "tonight's"
-        holdouts = [generation.name for generation in self.ledger.generations]
+        holdouts = [generation.name for generation in self.ledger.accepted]
         if not models or not holdouts:
             return None, [], None
         matrix = read_matrix(self.folder / "scores", models, holdouts)
         sentences: list[str] = []
         if self.tonight_key and before is not None:
             sentences = explain(matrix, before, list(models).index(self.tonight_key))
-        elif before is not None:
-            sentences = explain(matrix, before, before)[:1]
-        return matrix, sentences, before
+        now = f"champion {self._champion_now()}"
+        return matrix, sentences, matrix.models.index(now) if now in matrix.models else None
 
     def _leave_artifacts(self, night: dict[str, Any], matrix: Any, sentences: list[str], row: int | None) -> None:
         from gptcore.nights.ledger import draw_matrix

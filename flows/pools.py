@@ -40,7 +40,7 @@ def prepare_pool(api: str, pool: str, *, has_worker: bool) -> None:
             if answers(f"{url}/queues/{name}"):  # `default` comes with the pool
                 request(f"{url}/queues/{name}", settings, method="PATCH")
             else:
-                request(f"{url}/queues/", {"name": name, **settings})
+                request(f"{url}/queues", {"name": name, **settings})
     request(url, {"description": HAS_WORKER if has_worker else NO_WORKER.format(pool=pool)}, method="PATCH")
 
 

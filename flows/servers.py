@@ -163,8 +163,11 @@ class _Stack:
         self._wait_until(lambda: answers(f"{self.mlflow_url}/health"), "mlflow")
         log.info("registering the deployments of prefect.yaml")
         # Both pools always: a deployment needs its pool, and a GPU may be added later.
-        for pool in POOLS:
-            prepare_pool(f"{self.prefect_url}/api", pool, has_worker=pool in self.pools)
+        try:
+            for pool in POOLS:
+                prepare_pool(f"{self.prefect_url}/api", pool, has_worker=pool in self.pools)
+        except OSError as error:
+            raise _StartFailed(f"the work pools cannot be made ({error})\n{self._tail('prefect')}") from error
         for pool in self.pools:
             self._spawn(
                 f"worker-{pool}", "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",

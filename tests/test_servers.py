@@ -291,7 +291,7 @@ def test_nightly_runs_once_for_one_text(stack, tiny):
 
 def test_trainings_of_one_pool_wait_for_each_other_and_the_urgent_do_not(stack, tiny):
     """Two trainings side by side halve each other's speed and may not fit the device; a rollback must not wait for either."""
-    slow = {"experiment": str(tiny), "overrides": {"max_steps": 400}}
+    slow = {"experiment": str(tiny), "overrides": {"max_steps": 200}}
     runs = [stack.start_run("train/train", slow), stack.start_run("train/train", slow)]
     stack.wait_for_run(runs[0], {"RUNNING"}, 60)
     promoted = stack.wait_for_run(stack.start_run("promote/promote", {"model": "tiny"}), {"COMPLETED"}, 60)
@@ -303,7 +303,7 @@ def test_trainings_of_one_pool_wait_for_each_other_and_the_urgent_do_not(stack, 
 
 def test_night_that_fires_while_the_last_still_runs_is_cancelled(stack, tiny):
     """Two nights at once would both replace one champion."""
-    long = {"experiment": str(tiny), "overrides": {"max_steps": 10_000_000}, "force": True}
+    long = {"experiment": str(tiny), "overrides": {"max_steps": 10_000_000, "more": ["name=long-night"]}, "force": True}
     first = stack.start_run("nightly/nightly", long)
     stack.wait_for_run(first, {"RUNNING"}, 60)
     second = stack.wait_for_run(stack.start_run("nightly/nightly", long), {"CANCELLED"}, 60)

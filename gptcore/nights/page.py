@@ -28,7 +28,7 @@ def write_night(
     sentences: list[str],
 ) -> Path:
     """Write the page of `night` (a record of the ledger) to `path`; whatever the night did not get to is left out."""
-    lead = f"{night['outcome'].capitalize()}: {night['reason']}"
+    lead = f"Night {night['night']}, {night['outcome']}: {night['reason'].partition(':')[0]}"
     blocks = [
         page.section(
             "Tonight",
@@ -88,6 +88,8 @@ def _gate_table(decision: Decision) -> str:
 
 
 def _nights_table(nights: list[dict[str, Any]]) -> str:
-    keys = ("night", "outcome", "reason", "champion", "val_bpb")
+    keys = ("night", "outcome", "champion", "val_bpb", "reason")
     rows = [{key: "–" if night.get(key) is None else str(night[key]) for key in keys} for night in nights]
+    for row, night in zip(rows, nights, strict=True):
+        row["val_bpb"] = "–" if night["val_bpb"] is None else f"{night['val_bpb']:.4f}"
     return page.html_table(pd.DataFrame(rows), "Outcomes", text_columns=("outcome", "reason", "champion"))
