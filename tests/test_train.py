@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -215,26 +214,6 @@ def test_the_process_trains_with_prefect_and_mlflow_blocked(config, shards, tmp_
     assert result["steps"] == 4
     assert Path(result["checkpoint"]).name == "step_000004"
     assert "step 4/4" in done.stderr
-
-
-@pytest.mark.integration
-def test_sigterm_commits_a_checkpoint_and_exits_75(config, shards, tmp_path):
-    path = tmp_path / "toy.yaml"
-    path.write_text(dump_yaml(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptcore.train", str(path), "train.max_steps=100000", "--shards", str(shards.directory), "--out", str(tmp_path / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "step 10/" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert "stopped at step" in json.loads(out.splitlines()[-1])["error"]
-    assert len(list_checkpoints(tmp_path / "out" / "checkpoints")) >= 1
-    assert read_journal(tmp_path / "out" / "metrics.jsonl")[0][-1]["status"] == "KILLED"
 
 
 @pytest.mark.integration

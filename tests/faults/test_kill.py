@@ -133,6 +133,16 @@ def test_second_signal_exits_at_once() -> None:
     assert process.wait(5) == 75
 
 
+@pytest.fixture(scope="module")
+def plain(config: ExperimentConfig, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """40 steps without chance in them."""
+    changes = {"max_steps": 40, "save_interval": 20, "log_interval": 1, "ema_decay": 0.0, "keep_interval": 20}
+    plain = with_changes(config, model={"dropout": 0.0}, train=changes | {"select": "last"})
+    training = Training(plain, shards, tmp_path_factory.mktemp("plain") / "run")
+    training.finish()
+    return training
+
+
 @pytest.mark.parametrize(
     ("changes", "launcher"),
     [
@@ -142,25 +152,20 @@ def test_second_signal_exits_at_once() -> None:
     ids=["micro-batch", "ranks"],
 )
 def test_resumed_with_another_micro_batch_or_more_ranks(
-    config: ExperimentConfig, shards: ShardSet, tmp_path: Path, changes: dict[str, int], launcher: tuple[str, ...]
+    plain: Training, tmp_path: Path, changes: dict[str, int], launcher: tuple[str, ...]
 ) -> None:
     """The order of samples must depend on neither: the losses of the next 20 steps agree but for rounding."""
-    plain = with_changes(
-        config,
-        model={"dropout": 0.0},
-        train={"max_steps": 40, "save_interval": 20, "log_interval": 1, "select": "last", "ema_decay": 0.0, "keep_interval": 20},
-    )  # fmt: skip
-    whole = Training(plain, shards, tmp_path / "whole")
-    whole.finish()
-    half = Training(with_changes(plain, train=changes), shards, tmp_path / "half")
-    shutil.copytree(whole.out, half.out)
+    half = Training(with_changes(plain.config, train=changes), plain.shards, tmp_path / "half")
+    shutil.copytree(plain.out, half.out)
     shutil.rmtree(half.checkpoint)
     (half.out / "metrics.jsonl").unlink()
     said = half.finish(*launcher)
     assert "resumed at step 20" in said
-    expected = {tokens: loss for tokens, loss in whole.curve().items() if tokens > 20 * 8 * 32}
+    expected = {tokens: loss for tokens, loss in plain.curve().items() if tokens > 20 * 8 * 32}
     assert len(expected) == 20
     assert half.curve() == pytest.approx(expected, rel=1e-5)
+    worst = max(abs(half.curve()[tokens] / loss - 1) for tokens, loss in expected.items())
+    print(f"\nlargest relative difference over 20 steps: {worst:.1e}")
 
 
 @pytest.fixture
@@ -175,7 +180,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("when", ["save", "journal"])
+@pytest.mark.parametrize("when", ["save", "journal"] if IS_LONG else ["save"])
 def test_full_disk_keeps_the_checkpoint_before(whole: Training, small_disk: Path, when: str) -> None:
     """A full disk must not cost what was saved, nor leave half a line or half a checkpoint that is taken for whole."""
     training = Training(whole.config, whole.shards, small_disk / "run")
