@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not IS_LONG, reason="minutes: make test-faults"),
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="counts processes in /proc (Linux)"),
 ]
-GROUPS, CANCELS = 5, 4
+GROUPS, CANCELS = 4, 5
 STEPS = 6000  # half a minute of training
 
 
