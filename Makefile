@@ -9,6 +9,10 @@ run: .venv/.installed
 test: lint
 	.venv/bin/pytest -n 2 -m "not integration" && .venv/bin/pytest -m integration
 
+# The long form of the tests that kill, stop, cancel and starve: about 40 minutes on 2 cores.
+test-faults: .venv/.installed
+	GPTLOOM_FAULTS=long .venv/bin/pytest -s tests/faults
+
 up: .venv/.installed
 	.venv/bin/gptloom up
 
@@ -38,4 +42,4 @@ clean:
 	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.PHONY: run test up down lint bench audit clean
+.PHONY: run test test-faults up down lint bench audit clean

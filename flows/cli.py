@@ -253,7 +253,9 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     words = [*filter(None, [args.experiment]), *args.overrides]
     experiment, overrides = ("", words) if args.resume else ("".join(words[:1]), words[1:])
     if not experiment and not args.resume:
-        raise UserError("gptloom run needs EXPERIMENT.yaml, e.g. experiments/smoke.yaml, or --resume RUN")
+        raise UserError(
+            "gptloom run: EXPERIMENT.yaml is missing; give an experiment file, e.g. experiments/smoke.yaml, or --resume RUN"
+        )
     config = load_config(experiment, overrides) if experiment else None
     if config is not None:
         check_source(config.data)

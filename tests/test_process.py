@@ -18,7 +18,7 @@ from gptcore.config import UserError
 from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, read_journal
 from tasks import process
-from tasks.process import run_device_process
+from tasks.process import ProcessDied, run_device_process
 
 pytestmark = pytest.mark.integration
 
@@ -219,3 +219,64 @@ def test_progress_line(out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytes
     with caplog.at_level("INFO"):
         run("well", out)
     assert "step 3/4, loss 1.000, 9 tok/s, about 0 s left" in caplog.text
+
+
+def test_time_over_is_a_failure_and_ends_the_child(
+    out: Path, mlflow_store: str, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect raises in the middle of the watch; the child, stopped by us, would otherwise call itself KILLED."""
+    from prefect import flow, task
+
+    states: list[Any] = []
+
+    @task(timeout_seconds=4, persist_result=False)
+    def step() -> None:
+        run("wait", out)
+
+    @flow(persist_result=False)
+    def whole() -> Any:
+        states.append(step(return_state=True))
+
+    whole()
+    assert states[0].name == "TimedOut"
+    assert not is_alive(int((out / "pid").read_text()))
+    assert read_journal(out / FILE_NAME)[0][-1]["reason"] == "timed out"
+    assert mlflow_status(mlflow_store) == "FAILED"
+
+
+def test_only_a_killed_child_is_tried_again(prefect_server: None) -> None:
+    """A retry after a mistake wastes an hour; none after the kernel's kill wastes a night."""
+    from prefect import flow, task
+
+    from tasks.training import RETRIES
+
+    raised: list[Exception] = []
+
+    @task(**RETRIES | {"retry_delay_seconds": 0}, persist_result=False)
+    def step(error: str) -> str:
+        raised.append(ProcessDied("SIGKILL") if error == "died" else NonFinite("nan"))
+        if len(raised) == 1 or error != "died":
+            raise raised[-1]
+        return "done"
+
+    @flow(persist_result=False)
+    def whole(error: str) -> Any:
+        return step(error, return_state=True)
+
+    assert whole("died", return_state=True).is_completed()
+    assert len(raised) == 2
+    assert whole("nan", return_state=True).is_failed()
+    assert len(raised) == 3
+
+
+def test_failure_is_told_with_code_and_log_in_mlflow(out: Path, mlflow_store: str) -> None:
+    """`failed` alone sends people to a machine and a file they may not reach."""
+    with pytest.raises(RuntimeError):
+        run("bug", out)
+    client = MlflowClient(tracking_uri=mlflow_store)
+    (found,) = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
+    assert found.info.status == "FAILED"
+    reason = found.data.tags["gptloom.reason"]
+    assert "exit code 1" in reason
+    assert "ZeroDivisionError: oh no" in reason
+    assert [file.path for file in client.list_artifacts(found.info.run_id)] == [process.LOG_NAME]

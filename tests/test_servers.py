@@ -381,6 +381,16 @@ def training_processes(stack: Stack) -> list[str]:
 def weights(stack: Stack, name: str) -> str:
     (newest,) = (stack.home / "runs" / name / "train" / "checkpoints").glob("step_001000")
     return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+def test_cancel_in_the_ui_ends_every_process_of_the_run(stack, tiny):
+    """The long form, 20 of them, is in tests/faults."""
+    before = set(stack.processes())
+    run = start_long_run(stack, tiny)
+    request(f"{stack.api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    assert wait_for(lambda: not set(stack.processes()) - before, 30), stack.processes()
+    name = stack.wait_for_run(run, {"CANCELLED"}, 30)["name"]
+    found = {entry.data.tags["gptloom.run"]: entry for entry in mlflow_runs(stack, "tiny")}
+    assert {found[key].info.status for key in (name, f"{name}/train")} == {"KILLED"}
+    assert (stack.home / "runs" / name / "train" / "checkpoints").is_dir()
 
 
 def test_down_cancels_and_stops_everything(stack, tiny):
@@ -392,7 +402,7 @@ def test_down_cancels_and_stops_everything(stack, tiny):
     assert not stack.processes()
     assert not stack.state.exists()
     statuses = [entry.info.status for entry in mlflow_runs(stack, "tiny")]
-    assert statuses.count("KILLED") == 2, statuses  # the pipeline's run and its training
+    assert statuses.count("KILLED") == 4, statuses  # the pipeline's run and its training, here and of the cancel before
     assert "RUNNING" not in statuses
     assert stack.call("down").returncode == 0  # nothing to stop is no mistake
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ class Deadline:
 
     def __bool__(self) -> bool:
         return self.is_asked or time.monotonic() >= self._end
+
+    def interrupting(self) -> AbstractContextManager[None]:
+        """As StopFlag's: a signal raises Stopped at once. The minutes do not, they end between two steps."""
+        return self._flag.interrupting()
 
 
 @dataclass(frozen=True)

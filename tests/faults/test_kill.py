@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from trainer_process import IS_LONG, Training, wait_until
 
+from gptcore.checkpoint import list_checkpoints
 from gptcore.config import ExperimentConfig, load_config, with_changes
 from gptcore.journal import read_journal
 from gptcore.shards import ShardSet, prepare
@@ -71,25 +72,32 @@ def assert_as_if_nothing_had_happened(training: Training, whole: Training) -> No
 @pytest.mark.parametrize("seed", range(10 if IS_LONG else 1))
 def test_killed_at_random_moments(whole: Training, tmp_path: Path, seed: int) -> None:
     """A repeated or skipped batch, a torn checkpoint that is loaded, dropout that starts over: the bits would differ."""
-    rng, kills, saves = random.Random(seed), 0, 0
+    rng, kills, saves, has_saved = random.Random(seed), 0, 0, False
     training = Training(whole.config, whole.shards, tmp_path / "run")
     while kills < KILLS_A_RUN:
+        has_opened = training.has_grown()
         process = training.start()
-        records = len(read_journal(training.out / "metrics.jsonl")[0])
-        wait_until(lambda records=records: len(read_journal(training.out / "metrics.jsonl")[0]) > records, process)
+        wait_until(has_opened, process)
         # Each attempt gets its share, so that the last one still has something to do.
         time.sleep(rng.uniform(0.0, seconds_of(whole) / KILLS_A_RUN))
         is_save = kills % 2 == 1 and wait_until(training.is_saving, process)
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before it was killed; give it more steps"
+        if process.returncode == 0:  # it was faster than its murderer: another run
+            assert_as_if_nothing_had_happened(training, whole)
+            training = Training(whole.config, whole.shards, tmp_path / f"run-{kills}")
+            continue
+        assert process.returncode == -signal.SIGKILL
         kills, saves = kills + 1, saves + is_save
+        has_saved = bool(list_checkpoints(training.out / "checkpoints"))
     said = training.finish()
-    assert "resumed at step" in said
-    assert saves >= KILLS_A_RUN // 2
+    assert ("resumed at step" in said) == has_saved
     assert_as_if_nothing_had_happened(training, whole)
     tags = [r["values"] for r in read_journal(training.out / "metrics.jsonl")[0] if r["kind"] == "tags"]
-    assert {"gptloom.resumes": str(KILLS_A_RUN)} in tags
+    opened = sum(r["kind"] == "open" for r in read_journal(training.out / "metrics.jsonl")[0])
+    assert {"gptloom.resumes": str(opened - 1)} in tags
+    assert saves >= KILLS_A_RUN // 2
+    print(f"\nseed {seed}: {kills} kills, {saves} of them during a save; weights and curve identical")
 
 
 @pytest.mark.parametrize("seed", range(20 if IS_LONG else 1))
@@ -102,13 +110,15 @@ def test_stopped_at_a_random_moment(whole: Training, tmp_path: Path, seed: int) 
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
     out, said = process.communicate(timeout=30)
-    assert time.monotonic() - start < 10
+    took = time.monotonic() - start
+    assert took < 10
     assert process.returncode == 75, said
     error = json.loads(out.splitlines()[-1])["error"]
     if "checkpoint" in error:  # else it came before the first step
         assert (Path(error.rpartition(" ")[2]) / "COMMITTED").is_file()
     training.finish()
     assert_as_if_nothing_had_happened(training, whole)
+    print(f"\nseed {seed}: stopped within {took:.2f} s; weights and curve identical")
 
 
 DEAF = """
@@ -133,6 +143,16 @@ def test_second_signal_exits_at_once() -> None:
     assert process.wait(5) == 75
 
 
+@pytest.fixture(scope="module")
+def plain(config: ExperimentConfig, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """40 steps without chance in them."""
+    changes = {"max_steps": 40, "save_interval": 20, "log_interval": 1, "ema_decay": 0.0, "keep_interval": 20}
+    plain = with_changes(config, model={"dropout": 0.0}, train=changes | {"select": "last"})
+    training = Training(plain, shards, tmp_path_factory.mktemp("plain") / "run")
+    training.finish()
+    return training
+
+
 @pytest.mark.parametrize(
     ("changes", "launcher"),
     [
@@ -142,25 +162,20 @@ def test_second_signal_exits_at_once() -> None:
     ids=["micro-batch", "ranks"],
 )
 def test_resumed_with_another_micro_batch_or_more_ranks(
-    config: ExperimentConfig, shards: ShardSet, tmp_path: Path, changes: dict[str, int], launcher: tuple[str, ...]
+    plain: Training, tmp_path: Path, changes: dict[str, int], launcher: tuple[str, ...]
 ) -> None:
     """The order of samples must depend on neither: the losses of the next 20 steps agree but for rounding."""
-    plain = with_changes(
-        config,
-        model={"dropout": 0.0},
-        train={"max_steps": 40, "save_interval": 20, "log_interval": 1, "select": "last", "ema_decay": 0.0, "keep_interval": 20},
-    )  # fmt: skip
-    whole = Training(plain, shards, tmp_path / "whole")
-    whole.finish()
-    half = Training(with_changes(plain, train=changes), shards, tmp_path / "half")
-    shutil.copytree(whole.out, half.out)
+    half = Training(with_changes(plain.config, train=changes), plain.shards, tmp_path / "half")
+    shutil.copytree(plain.out, half.out)
     shutil.rmtree(half.checkpoint)
     (half.out / "metrics.jsonl").unlink()
     said = half.finish(*launcher)
     assert "resumed at step 20" in said
-    expected = {tokens: loss for tokens, loss in whole.curve().items() if tokens > 20 * 8 * 32}
+    expected = {tokens: loss for tokens, loss in plain.curve().items() if tokens > 20 * 8 * 32}
     assert len(expected) == 20
     assert half.curve() == pytest.approx(expected, rel=1e-5)
+    worst = max(abs(half.curve()[tokens] / loss - 1) for tokens, loss in expected.items())
+    print(f"\nlargest relative difference over 20 steps: {worst:.1e}")
 
 
 @pytest.fixture
@@ -175,7 +190,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("when", ["save", "journal"])
+@pytest.mark.parametrize("when", ["save", "journal"] if IS_LONG else ["save"])
 def test_full_disk_keeps_the_checkpoint_before(whole: Training, small_disk: Path, when: str) -> None:
     """A full disk must not cost what was saved, nor leave half a line or half a checkpoint that is taken for whole."""
     training = Training(whole.config, whole.shards, small_disk / "run")

@@ -54,6 +54,12 @@ class Training:
         records, _ = read_journal(self.out / "metrics.jsonl")
         return bool(records) and records[-1]["kind"] == "metrics"
 
+    def has_grown(self) -> Callable[[], bool]:
+        """Asks whether the journal has grown since now: the attempt just started has opened it."""
+        journal = self.out / "metrics.jsonl"
+        lines = len(read_journal(journal)[0])
+        return lambda: len(read_journal(journal)[0]) > lines
+
     def is_saving(self) -> bool:
         return any((self.out / "checkpoints").glob(".step_*.tmp"))
 

@@ -1,0 +1,78 @@
+"""What the main job pays for being a pipeline: seconds in which no text was read, no model trained, nothing measured.
+
+    .venv/bin/python benchmarks/pipeline.py [experiments/smoke.yaml section.field=value …]
+
+Minutes on 2 cores. From an empty home, with a temporary Prefect server and MLflow in SQLite, as `make run` does. Work is, for a step
+that is a process of its own, the time from the opening to the closing of its journal; for the others (data, report) the step's seconds in
+timing.json. All the rest counts as overhead: starting Prefect and every process, importing, tracking, waiting. The last line on
+stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from figures import figure, print_figures
+
+from gptcore.journal import FILE_NAME, read_journal
+
+ROOT = Path(__file__).resolve().parent.parent
+GOAL_PERCENT = 5.0
+IN_PROCESS = ("ingest", "vocabulary", "shards", "report")  # steps without a process of their own
+
+
+def working_seconds(run: Path) -> dict[str, float]:
+    """Seconds of work by step of a finished run. Raises KeyError when a step left no record."""
+    steps: dict[str, float] = json.loads((run / "timing.json").read_text(encoding="utf-8"))
+    work = {step: seconds for step, seconds in steps.items() if step in IN_PROCESS}
+    for journal in run.glob(f"*/**/{FILE_NAME}"):
+        records = read_journal(journal)[0]
+        assert (records[0]["kind"], records[-1]["kind"]) == ("open", "close"), journal
+        work[str(journal.parent.relative_to(run))] = (records[-1]["time_ms"] - records[0]["time_ms"]) / 1e3
+    for step in steps:
+        assert step in work, f"step {step} has no journal of its own"
+    # A journal below another one's folder was written by the same process where that one was open, and is counted there.
+    return {step: s for step, s in work.items() if "/" not in step or step == "evaluate/samples"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", default="experiments/shakespeare.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    args = parser.parse_intermixed_args()
+    with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as home:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "run", args.experiment, *args.overrides],
+            cwd=ROOT,
+            env={**os.environ, "GPTLOOM_HOME": home},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        wall = time.perf_counter() - start
+        result = json.loads(done.stdout.splitlines()[-1])
+        if done.returncode != 0:
+            print(json.dumps({"error": result["error"]}), flush=True)
+            return done.returncode
+        work = working_seconds(Path(home) / "runs" / result["run"])
+    steps = sum(result["seconds"].values())
+    total = sum(work.values())
+    figures = [
+        figure("orchestration, tracking and process starts", "%", [100 * (wall - total) / wall], goal=GOAL_PERCENT),
+        figure("of it before, between and after the steps", "s", [wall - steps]),
+        figure("of it inside the steps: process starts, imports, the last records", "s", [steps - total]),
+        figure("main job, wall clock", "s", [wall]),
+    ]
+    print_figures(figures, work_seconds={step: round(seconds, 2) for step, seconds in work.items()})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
