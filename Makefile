@@ -20,6 +20,8 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	.venv/bin/python benchmarks/main_job.py
+	.venv/bin/python benchmarks/data.py
+	.venv/bin/python benchmarks/batches.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
