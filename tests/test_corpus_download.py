@@ -233,7 +233,7 @@ def nonsense(handler: Handler) -> None:
     [
         (lie_long, {}, "the connection broke at"),
         (stall, {"timeout_seconds": 0.2}, "Time|time"),
-        (drip, {"timeout_seconds": 0.3}, "stalls"),
+        (drip, {"timeout_seconds": 0.8}, "stalls"),
         (lambda h: chunked(h, last=False), {}, "Protocol|Chunk|Incomplete|Invalid"),
         (lambda h: h.head(404, 0), {}, "HTTP 404; correct the address"),
         (lambda h: h.head(403, 0), {}, "HTTP 403"),
