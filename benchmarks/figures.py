@@ -26,12 +26,13 @@ def figure(
 ) -> dict[str, Any]:
     """One entry: medians of both sides, their ratio, whether the goal is met.
 
-    goal_is: `at most` or `at least`. of: what the goal is about: `ours` or `ratio` (ours / peer). met: for `ours`, every run meets it.
+    goal_is: `at most` or `at least`. of: what the goal is about: `ours` (every run meets it), `mean` of ours, or `ratio` (ours / peer).
     """
     middle = statistics.median(ours)
     other = None if peer is None else statistics.median(peer)
     ratio = None if other is None else middle / other
-    judged = list(ours) if of == "ours" else [ratio or 0.0]
+    mean = statistics.fmean(ours)
+    judged = {"ours": list(ours), "mean": [mean], "ratio": [ratio or 0.0]}[of]
     met = None
     if goal is not None:
         met = max(judged) <= goal if goal_is == "at most" else min(judged) >= goal
@@ -39,6 +40,7 @@ def figure(
         "name": name,
         "unit": unit,
         "ours": round(middle, digits),
+        "mean": round(mean, digits),
         "peer": None if other is None else round(other, digits),
         "ratio": None if ratio is None else round(ratio, 4),
         "goal": goal,

@@ -32,18 +32,26 @@ def make_shards(experiment: str, text: Path, home: Path) -> Path:
     return prepare(load_config(ROOT / "experiments" / experiment, [f"data.source={text}"]), home).shards
 
 
-def train(experiment: str, text: Path, shards: Path, out: Path, *overrides: str) -> OurRun:
-    """One run of an experiment; raises RuntimeError with its last lines when it fails."""
+def train(experiment: str, text: Path, shards: Path, out: Path, *overrides: str, alone: bool = True) -> OurRun:
+    """One run of an experiment; raises RuntimeError with its last lines when it fails.
+
+    alone: with False it does not wait for the device, so that runs whose time is not asked for can share it.
+    """
     command = [sys.executable, "-m", "gptcore.train", str(ROOT / "experiments" / experiment), f"data.source={text}"]
     command += [*overrides, "--shards", str(shards), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if not alone:  # the lock of a device lies where temporary files do
+        own = out.with_name(f"{out.name}-tmp")
+        own.mkdir()
+        environment["TMPDIR"] = str(own)
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"our side failed:\n{done.stderr[-3000:]}")
-    sys.stderr.write(f"{out.name}: {seconds:.1f} s, {done.stderr.splitlines()[-1]}\n")
-    return OurRun(seconds, json.loads(done.stdout.splitlines()[-1]), evaluations(out))
+    run = OurRun(seconds, json.loads(done.stdout.splitlines()[-1]), evaluations(out))
+    sys.stderr.write(f"{out.name}: {seconds:.1f} s, val {run.result['val_loss']:.4f}, {done.stderr.splitlines()[-1]}\n")
+    return run
 
 
 def evaluations(out: Path) -> list[tuple[int, float, float]]:

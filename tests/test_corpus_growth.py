@@ -130,6 +130,7 @@ def test_file_just_written_is_not_trusted(tmp_path: Path, monkeypatch: pytest.Mo
     assert corpus.find_corpus(data, home) is None
     assert corpus.build_corpus(data, home) == first
     assert len(opened) == 22
+    assert len(list((home / "data" / "families").rglob("*.npz"))) == 1, "a second look replaces the first one's ledger"
     fill(folder, range(20, 21))
     manifest = read_manifest(corpus.build_corpus(data, home))
     assert (manifest["documents"], manifest["duplicates"], manifest["skipped"]) == (21, 1, 1)

@@ -35,8 +35,8 @@ class TrainConfig(Section):
     )
     cuda_graph: Literal["on", "off"] = Field(
         "off",
-        description="Launch the whole step of one GPU as one CUDA graph, uncompiled: for small models, where launching "
-        "kernels takes longer than they run.",
+        description="Launch the whole step of one GPU as one CUDA graph: for small models, where launching kernels takes "
+        "longer than they run.",
     )
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for everything."

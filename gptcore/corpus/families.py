@@ -29,7 +29,7 @@ INCIDENTAL = {"processes", "order", "dask_address", "timeout_seconds", "max_over
     f"max_{limit}" for limit in ("members", "member_bytes", "total_bytes", "expansion", "download_bytes")
 }
 RACY_SECONDS = 2.0  # a file written so shortly before it is read may change again within its clock's resolution
-KEPT = 20  # ledgers of a family; an older corpus than these is not added to
+KEPT = 20  # corpora of a family with a ledger; an older one than these is not added to
 NO_DIGESTS = np.zeros((0, 2), dtype=np.uint64)
 
 
@@ -120,7 +120,8 @@ class Family:
             digests=np.concatenate([NO_DIGESTS, *(note.digests for note in notes)]),
         )
         tmp.replace(self.folder / f"{number:06d}-{corpus.name}.npz")
-        for old in before[: 1 - KEPT]:
+        others = [ledger for ledger in before if _corpus_of(ledger) != corpus.name]
+        for old in set(before) - set(others[1 - KEPT :]):  # an older look at the same corpus is never read again
             old.unlink(missing_ok=True)
 
     def _ledgers(self) -> list[Path]:

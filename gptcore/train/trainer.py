@@ -28,8 +28,6 @@ from gptcore.train.warm import load_initial_weights
 
 log = logging.getLogger(__name__)
 
-# Up to so many FLOPs a step an H100 waits for its host to launch kernels: there, one launch for all of them pays.
-
 
 @dataclass
 class Trainer:
@@ -122,7 +120,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         optimizers=build_optimizers(model, train, on_device=use_graph),
         sampler=build_feed(config, shards, device, ranks),
         micro_batch_size=micro,
-        forward=build_forward(model, device, ranks, "off" if use_graph else train.compile),
+        forward=build_forward(model, device, ranks, train.compile),
         watch=FiniteWatch(device.torch, at_once=not device.is_cuda),
         loss_scale=LossScale(device.torch) if device.precision == "fp16" else None,
         average=WeightAverage(model, train.ema_decay) if train.ema_decay else None,
@@ -187,13 +185,8 @@ def missing_compiler(device: Device) -> str | None:
 
 
 def _graph_applies(config: ExperimentConfig, device: Device, ranks: Ranks) -> bool:
-    """Recording a compiled step fails on the GPUs it was tried on, so the two exclude each other."""
     if config.train.cuda_graph == "off":
         return False
     if not device.is_cuda or ranks.count > 1:
         raise UserError("train.cuda_graph=on: needs one process on one CUDA GPU; use train.cuda_graph=off")
-    if config.train.compile == "on":
-        raise UserError(
-            "train.cuda_graph=on with train.compile=on: a compiled step cannot be recorded; set one of them to off"
-        )
     return True
