@@ -381,6 +381,8 @@ def training_processes(stack: Stack) -> list[str]:
 def weights(stack: Stack, name: str) -> str:
     (newest,) = (stack.home / "runs" / name / "train" / "checkpoints").glob("step_001000")
     return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+
+
 def test_cancel_in_the_ui_ends_every_process_of_the_run(stack, tiny):
     """The long form, 20 of them, is in tests/faults."""
     before = set(stack.processes())
