@@ -7,7 +7,7 @@ run: .venv/.installed
 	.venv/bin/gptloom run experiments/shakespeare.yaml
 
 test: lint
-	.venv/bin/pytest -n 2 -m "not integration" && .venv/bin/pytest -m integration
+	.venv/bin/pytest -n 2 -m "not integration" && .venv/bin/pytest -n 2 --dist loadfile -m integration
 
 # The long form of the tests that kill, stop, cancel and starve: about 40 minutes on 2 cores.
 test-faults: .venv/.installed

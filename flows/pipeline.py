@@ -29,12 +29,13 @@ from gptcore.leftovers import sweep
 from gptcore.store import claim, home_dir, is_claimed, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
+from tasks.forwarding import Forwarder, forward_tree, write_tags
 from tasks.process import closing_line, run_logger
 from tasks.registry import register_model
 from tasks.reporting import build_report
 from tasks.runs import run_named
 from tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
-from tasks.tracking import Forwarder, check_store, common_tags, forward_tree, write_tags
+from tasks.tracking import check_store, common_tags
 from tasks.training import train_floor, train_model
 
 FINISHED_S, INTERRUPTED_S = (

@@ -40,10 +40,11 @@ from gptcore.entry import Stopped
 from gptcore.journal import FILE_NAME, is_held, last_record, read_journal
 from gptcore.leftovers import find_leftovers, sweep
 from gptcore.store import home_dir
+from tasks.forwarding import forward_tree
 from tasks.liveness import Run, Snapshot, device_locks, end_processes, is_alive, is_dead, unfinished_runs
 from tasks.process import close_journals, run_logger
 from tasks.reporting import markdown_table
-from tasks.tracking import end_run, forward_tree, running_runs
+from tasks.tracking import end_run, running_runs
 
 log = logging.getLogger("gptloom.reconcile")
 

@@ -44,7 +44,7 @@ from gptcore.entry import (
     Stopped,
 )
 from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
-from tasks.tracking import Forwarder, write_tags
+from tasks.forwarding import Forwarder, write_tags
 
 LOG_NAME = "log.txt"
 GRACE_S = 20.0  # Prefect kills its own process 30 s after a cancel

@@ -14,7 +14,8 @@ from typing import Any
 from gptcore.config import UserError, load_config
 from gptcore.journal import FILE_NAME
 from gptcore.store import home_dir, is_claimed
-from tasks.tracking import RUN_TAG, connect, first_line, forward_tree, tracking_uri
+from tasks.forwarding import forward_tree
+from tasks.tracking import RUN_TAG, connect, first_line, tracking_uri
 
 log = logging.getLogger("gptloom.tracking")
 

@@ -25,8 +25,8 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from flows.reconcile import GONE, MARK, Reconciler
 from gptcore.config import UserError
 from gptcore.journal import FILE_NAME, Journal, is_held, last_record
+from tasks.forwarding import Forwarder
 from tasks.liveness import Snapshot, end_processes, unfinished_runs
-from tasks.tracking import Forwarder
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 EARLIER = datetime.now(UTC) - timedelta(minutes=5)

@@ -502,7 +502,7 @@ def test_journal_goes_to_postgresql(postgres_uri, home, monkeypatch):
     from mlflow import MlflowClient
 
     from gptcore.journal import Journal
-    from tasks.tracking import forward_tree
+    from tasks.forwarding import forward_tree
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres_uri)
     directory = home / "runs" / "night-1"

@@ -15,7 +15,8 @@ from mlflow.entities import Run
 
 from gptcore.config import UserError
 from gptcore.journal import Journal
-from tasks.tracking import Forwarder, check_store, forward_tree, read_servers, tracking_uri
+from tasks.forwarding import Forwarder, forward_tree
+from tasks.tracking import check_store, read_servers, tracking_uri
 
 
 def write_run(home: Path) -> Path:

@@ -28,10 +28,10 @@ from trainer_process import IS_LONG
 from gptcore.config import dump_yaml, load_config
 from gptcore.journal import Journal, read_journal
 from gptcore.shards import prepare
-from tasks import tracking
+from tasks import forwarding, tracking
+from tasks.forwarding import Forwarder
 from tasks.process import run_device_process
 from tasks.runs import sync
-from tasks.tracking import Forwarder
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(290)]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -163,7 +163,7 @@ def test_stopped_from_the_first_point_until_after_the_run(home: Path, server: Ml
     start = time.monotonic()
     with forwarder.follow():
         record_run(directory, range(1, 2000), is_end=True)
-    assert time.monotonic() - start < tracking.FLUSH_S + 2, "the run waited for MLflow"
+    assert time.monotonic() - start < forwarding.FLUSH_S + 2, "the run waited for MLflow"
     assert sync_without_a_server(forwarder)
     server.start()
     assert sync(["toy-1"]) == {"runs": ["toy-1"], "missing": []}
@@ -189,7 +189,7 @@ def sync_without_a_server(forwarder: Forwarder) -> bool:
 
 def test_memory_holds_a_piece_of_a_long_journal(home: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An outage of a night must not fill the memory: what MLflow has not taken stays on the disk."""
-    monkeypatch.setattr(tracking, "QUEUE_BYTES", 2000)
+    monkeypatch.setattr(forwarding, "QUEUE_BYTES", 2000)
     directory = home / "runs" / "toy-1"
     record_run(directory, range(1000), is_end=False)
     forwarder = Forwarder(directory, "toy")
@@ -213,7 +213,7 @@ def test_hung_server_delays_the_end_of_a_step_by_seconds_only(home: Path, monkey
             record_run(directory, range(100), is_end=True)
             time.sleep(1.5)
             start = time.monotonic()
-        assert time.monotonic() - start < tracking.FLUSH_S + 1
+        assert time.monotonic() - start < forwarding.FLUSH_S + 1
 
 
 # --- the long form ------------------------------------------------------------------------------------------------------
