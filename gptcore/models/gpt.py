@@ -8,6 +8,8 @@ al. 2021 (squared ReLU), Zhang et al. 2019 (zero initialisation).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,8 +35,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3C)
-        if cache is not None and not x.is_cuda:
-            qkv = qkv.float()  # on a CPU attention over a 16-bit cache takes three times as long
+        if not x.is_cuda:
+            qkv = qkv.float()  # on a CPU attention in 16 bits takes three times as long, forwards and backwards
         q, k, v = (
             qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
         )  # (B, nh, T, hs) each
@@ -47,9 +49,16 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
             if 1 < T < k.size(2):
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # (T, S)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
-        )  # (B, nh, T, hs)
+        is_cast_back = not x.is_cuda and torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False) if is_cast_back else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and T > 1,
+                dropout_p=self.dropout if self.training else 0.0,
+            )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
         return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 

@@ -89,7 +89,9 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
         muon_groups: list[dict[str, object]] = [
             {"params": params, "splits": splits, "lr": peak(config.lr)} for splits, params in muon.items() if params
         ]
-        optimizers["muon"] = Muon(muon_groups, lr=config.lr, weight_decay=config.weight_decay)
+        is_short = device.type == "cuda" or config.precision == "bf16"
+        dtype = torch.bfloat16 if is_short else torch.float32
+        optimizers["muon"] = Muon(muon_groups, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype)
     adamw_lr = config.lr if config.optimizer == "adamw" else config.adamw_lr
     adamw_groups = [
         {"params": params, "weight_decay": decay, "lr": peak(adamw_lr)}

@@ -15,13 +15,10 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Replace each matrix's singular values by about 1. matrices: (..., rows, columns), any leading shape.
-
-    bfloat16 on a GPU; float32 on a CPU, where it is as fast at these sizes and bit-reproducible.
-    """
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Replace each matrix's singular values by about 1. matrices: (..., rows, columns), any leading shape; dtype: of the products."""
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -42,8 +39,15 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict[str, object]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        groups: list[dict[str, object]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """dtype: of the products that make an update orthogonal; bfloat16 is enough, where it is fast."""
+        self.dtype = dtype
         self.found_inf: Tensor | None = (
             None  # as in torch's fused AdamW: where it is not 0, a step changes no parameter
         )
@@ -68,7 +72,7 @@ class Muon(torch.optim.Optimizer):
         update = grads.lerp_(torch.stack(buffers), group["momentum"])  # (n, rows, columns), Nesterov
         splits = int(group["splits"])
         rows, columns = shape[0] // splits, shape[1]
-        update = orthogonalize(update.view(-1, splits, rows, columns)).view(-1, *shape)
+        update = orthogonalize(update.view(-1, splits, rows, columns), dtype=self.dtype).view(-1, *shape)
         scale, lr = max(1.0, rows / columns) ** 0.5, group["lr"]
         if (
             self.found_inf is not None
