@@ -31,7 +31,6 @@ SETTINGS = {
     ),
     "better": (
         "model.n_layer=2", "train.lr=0.03", "train.adamw_lr=0.02", "train.warmup_steps=10", "train.decay_fraction=1",
-        "train.weight_decay=0",
     ),
     "long": (),
 }  # fmt: skip
