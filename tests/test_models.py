@@ -55,6 +55,19 @@ def test_attention_equals_a_naive_masked_softmax(name):
     torch.testing.assert_close(attention(x, rotary, None, 0), naive, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_double_precision_stays_double(cached):
+    """Attention on a CPU turns 16 bits into 32, for speed; doing so with 64 spoiled the study that measures exactness."""
+    model = make("modern").double()
+    model.transformer.cos, model.transformer.sin = (t.double() for t in rotary_table(T, 16))
+    single = make("modern")
+    a = model(tokens(), cache=model.new_cache(3) if cached else None)[0]
+    assert a.dtype == torch.float64
+    hidden = model.transformer.h[0].attn(torch.randn(2, T, 32, dtype=torch.float64), None, None, 0)
+    assert (hidden != hidden.float().double()).any()
+    torch.testing.assert_close(a.float(), single(tokens())[0], rtol=1e-3, atol=1e-3)
+
+
 def test_post_norm_is_add_and_norm_and_pre_norm_leaves_the_stream_alone():
     x = torch.randn(2, T, 32)
     post, pre = make("classic").transformer.h[0], make("gpt2").transformer.h[0]

@@ -35,7 +35,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3C)
-        if not x.is_cuda:
+        if not x.is_cuda and qkv.itemsize == 2:
             qkv = qkv.float()  # on a CPU attention in 16 bits takes three times as long, forwards and backwards
         q, k, v = (
             qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
