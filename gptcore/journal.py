@@ -8,7 +8,7 @@ A line is `{"seq", "attempt", "time_ms", "kind", …}`; the kinds and their furt
     dataset   name, digest, source, context, profile {…}
     artifact  path (absolute, or relative to the journal's folder), folder (in MLflow)
 
-Whoever measures appends; `tasks/tracking.py` forwards. Replaying a journal changes nothing that is already there.
+Whoever measures appends; `tasks/forwarding.py` forwards. Replaying a journal changes nothing that is already there.
 A writer holds the file's lock, which the kernel frees however it ends: an unclosed journal that nobody holds is a dead run's.
 """
 

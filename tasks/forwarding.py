@@ -33,9 +33,8 @@ TAGS_FILE = "tags.json"  # beside a journal: the tags of its run and of those be
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000  # what one MLflow request, and one parameter, may hold
 QUEUE_BYTES = 1 << 20  # of a journal in memory; the rest waits on the disk, where it is safe
 POLL_S = 1.0
-FLUSH_S = (
-    5.0  # for what is left at the end of a step; what takes longer is left to the end of the run, or `gptloom sync`
-)
+# For what is left at the end of a step; what takes longer is left to the end of the run, or `gptloom sync`.
+FLUSH_S = 5.0
 LONGEST_PAUSE_S = 15.0  # between two tries while MLflow does not answer
 
 log = logging.getLogger("gptloom.tracking")

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("up"), free_port(), free_port())
+@contextmanager
+def running_stack(home: Path) -> Iterator[Stack]:
+    """A `gptloom up` on ports of its own, ended afterwards with all that it started."""
+    stack = Stack(home, free_port(), free_port())
     stack.start()
     yield stack
     if stack.process is not None and stack.process.poll() is None:
@@ -154,6 +156,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         stack.process.wait(120)
     for pid in stack.processes():  # only after a test that failed for it
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with running_stack(tmp_path_factory.mktemp("up")) as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module")

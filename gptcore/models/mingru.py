@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.config import ModelConfig
-from gptcore.models.base import LanguageModel, cross_entropy, without_src
 from gptcore.models.layers import Norm
-from gptcore.models.rnn import RecurrentState
+from gptcore.models.rnn import Recurrent
 
 KERNEL = 4  # tokens that the convolution sees
 
@@ -93,42 +92,19 @@ class MinGRUBlock(nn.Module):
         return x + F.dropout(y, self.dropout, self.training), (before, h)  # (B, T, C)
 
 
-class MinGRU(LanguageModel):
+class MinGRU(Recurrent):
     """`n_layer` blocks of width `n_embd` with `expansion` · n_embd states each."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
-        super().__init__()
-        self.config, self.block_size, self.vocab_size = config, config.block_size, vocab_size
-        self.wte = nn.Embedding(vocab_size, config.n_embd)
+    def build_layers(self, config: ModelConfig) -> None:
         self.blocks = nn.ModuleList(MinGRUBlock(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, "rms", True, False)
-        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        nn.init.normal_(self.wte.weight)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        src: Tensor | None = None,
-        cache: RecurrentState | None = None,
-        reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:
-        without_src(src)
-        x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
-        old = [None] * len(self.blocks) if cache is None or cache.value is None else cache.value
+    def recur(self, x: Tensor, state: tuple[BlockState, ...] | None) -> tuple[Tensor, tuple[BlockState, ...]]:
         new = []
-        for block, state in zip(self.blocks, old, strict=True):
-            x, state = block(x, state)
-            new.append(state)
-        if cache is not None:
-            cache.value = tuple(new)
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
-        return logits, None if targets is None else cross_entropy(logits, targets, reduction)
-
-    def new_cache(self, batch_size: int) -> RecurrentState:
-        return RecurrentState()
+        for block, old in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x, kept = block(x, old)
+            new.append(kept)
+        return self.ln_f(x), tuple(new)
 
     def matmul_parameters(self) -> int:
         return sum(p.numel() for p in self.blocks.parameters() if p.dim() > 1) + self.vocab_size * self.config.n_embd

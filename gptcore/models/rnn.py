@@ -34,20 +34,25 @@ def _detached(value: Any) -> Any:
     return None if value is None else tuple(_detached(part) for part in value)
 
 
-class RNN(LanguageModel):
-    """`n_layer` recurrent layers of width `n_embd`; the state starts at zero in every window of training."""
-
-    layer: type[nn.LSTM] | type[nn.GRU]
+class Recurrent(LanguageModel):
+    """Embedding, a recurrence, head; the state starts at zero in every window of training."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.block_size, self.vocab_size = config, config.block_size, vocab_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        dropout = config.dropout if config.n_layer > 1 else 0.0
-        self.rnn = self.layer(config.n_embd, config.n_embd, config.n_layer, batch_first=True, dropout=dropout)
+        self.build_layers(config)
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         nn.init.normal_(self.wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
+
+    def build_layers(self, config: ModelConfig) -> None:
+        """Make what stands between embedding and head."""
+        raise NotImplementedError(type(self).__name__)
+
+    def recur(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """(B, T, C) and the state after what came before (None: nothing) to what the head reads, (B, T, C), and the new state."""
+        raise NotImplementedError(type(self).__name__)
 
     def forward(
         self,
@@ -60,7 +65,7 @@ class RNN(LanguageModel):
     ) -> tuple[Tensor | None, Tensor | None]:
         without_src(src)
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
-        x, state = self.rnn(x, None if cache is None else cache.value)  # (B, T, C)
+        x, state = self.recur(x, None if cache is None else cache.value)  # (B, T, C)
         if cache is not None:
             cache.value = state
         logits = self.lm_head(x)  # (B, T, V)
@@ -68,6 +73,19 @@ class RNN(LanguageModel):
 
     def new_cache(self, batch_size: int) -> RecurrentState:
         return RecurrentState()
+
+
+class RNN(Recurrent):
+    """`n_layer` recurrent layers of width `n_embd`."""
+
+    layer: type[nn.LSTM] | type[nn.GRU]
+
+    def build_layers(self, config: ModelConfig) -> None:
+        dropout = config.dropout if config.n_layer > 1 else 0.0
+        self.rnn = self.layer(config.n_embd, config.n_embd, config.n_layer, batch_first=True, dropout=dropout)
+
+    def recur(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self.rnn(x, state)
 
     def matmul_parameters(self) -> int:
         return sum(p.numel() for p in self.rnn.parameters() if p.dim() > 1) + self.vocab_size * self.config.n_embd

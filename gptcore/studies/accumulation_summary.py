@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from gptcore.report import page
 from gptcore.report.figures import PARTS
 from gptcore.report.study import curves_figure, figure, interval_figure, table
-from gptcore.studies.engine import Results, Summary
+from gptcore.studies.engine import Draft, Results, Summary
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval
 
 COUNTS = ("micro_steps", "micro_batch_size", "repeats")  # floats where other kinds of cells have no such column
@@ -18,33 +18,24 @@ ROUNDING = 1e-12  # float64: hundreds of thousands of terms, each rounded to 1e-
 def summarize(results: Results) -> Summary:
     """One part for each kind of cell that has numbers."""
     rows = results.table()
-    findings: list[str] = []
-    blocks: list[str] = []
-    tables: dict[str, pd.DataFrame] = {}
-    metrics: dict[str, float] = {}
+    draft = Draft()
     for kind, part in (("exactness", _exactness), ("economy", _economy)):
         own = rows[rows["kind"] == kind].dropna(axis=1, how="all")
         if len(own):
             own = own.astype({column: int for column in COUNTS if column in own})
-            part(own, findings, blocks, tables, metrics)
+            part(own, draft)
     if (rows["kind"] == "learning").any():
-        _learning(results, rows[rows["kind"] == "learning"], findings, blocks, tables, metrics)
-    return Summary(findings[0], findings[1:], blocks, tables, metrics)
+        _learning(results, rows[rows["kind"] == "learning"], draft)
+    return draft.summary()
 
 
-def _exactness(
-    rows: pd.DataFrame,
-    findings: list[str],
-    blocks: list[str],
-    tables: dict[str, pd.DataFrame],
-    metrics: dict[str, float],
-) -> None:
+def _exactness(rows: pd.DataFrame, draft: Draft) -> None:
     exact = rows[(rows["precision"] == "fp64") & (rows["method"] != "naive")]
     worst, n, most = float(exact["error"].max()), exact["seed"].nunique(), int(rows["micro_steps"].max())
     ranks = exact["method"].str.contains("processes").any()
-    metrics["accumulation/error_fp64"] = worst
+    draft.metrics["accumulation/error_fp64"] = worst
     verdict = "is" if worst < ROUNDING else "is not"
-    findings.append(
+    draft.findings.append(
         f"In float64 the gradient of a batch in up to {most} micro-steps{' and over two processes' if ranks else ''} {verdict} the batch's own "
         f"to rounding: the largest relative difference on full, ragged and masked batches is {worst:.1e} (n={n} seeds)."
     )
@@ -53,34 +44,38 @@ def _exactness(
         own = naive[naive["batch"] == batch]
         if len(own):
             interval = mean_interval(100 * own["error"])
-            metrics[f"accumulation/error_naive_{batch}"] = interval.mean / 100
-            findings.append(
+            draft.metrics[f"accumulation/error_naive_{batch}"] = interval.mean / 100
+            draft.findings.append(
                 f"The naive mean of the micro-batches' means is off by {interval.text('.3g', '%')} of the gradient on {batch} "
                 f"batches in {most} micro-steps."
             )
     low = rows[(rows["precision"] == "bf16") & (rows["method"] == "ours") & (rows["micro_steps"] == most)]
     if len(low):
         drift = mean_interval(100 * low.groupby("seed")["drift"].mean())
-        metrics["accumulation/drift_bf16"] = drift.mean / 100
+        draft.metrics["accumulation/drift_bf16"] = drift.mean / 100
         error = mean_interval(100 * low.groupby("seed")["error"].mean())
-        findings.append(
+        draft.findings.append(
             f"In bf16, {most} micro-steps move the gradient by {drift.text('.3g', '%')}; bf16 itself is {error.mean:.3g} % "
             "away from float64."
         )
     keys = ["precision", "batch", "method", "micro_steps"]
     grouped = [
-        {**dict(zip(keys, key, strict=True)), **_spread(own["error"], "error"), "n": own["seed"].nunique()}
+        {
+            **dict(zip(keys, key, strict=True)),
+            **mean_interval(own["error"]).columns("error"),
+            "n": own["seed"].nunique(),
+        }
         for key, own in rows.groupby(keys, sort=False)
     ]
     frame = pd.DataFrame(grouped)
-    tables["exactness"] = frame
-    blocks.append(figure(
+    draft.tables["exactness"] = frame
+    draft.blocks.append(figure(
         _error_figure(frame), "Distance to the exact gradient", "Relative distance to the float64 gradient of the whole batch, mean "
         "over seeds; both axes logarithmic. Click a name to hide it.",
         alt="Error of the gradient by number of micro-steps, for each precision and method", height=460,
     ))  # fmt: skip
     most_rows = frame[(frame["micro_steps"] == most) | frame["method"].str.contains("processes")]
-    blocks.append(table(
+    draft.blocks.append(table(
         f"The gradient in {most} micro-steps", most_rows, "relative distance to the float64 gradient of the whole batch: mean (95 % interval)",
         styles={"error": ".2e", "micro_steps": "d"},
         notes=["ours: sums divided by the batch's number of targets. naive: the mean of the micro-batches' means. Full batches have as many "
@@ -88,13 +83,7 @@ def _exactness(
     ))  # fmt: skip
 
 
-def _economy(
-    rows: pd.DataFrame,
-    findings: list[str],
-    blocks: list[str],
-    tables: dict[str, pd.DataFrame],
-    metrics: dict[str, float],
-) -> None:
+def _economy(rows: pd.DataFrame, draft: Draft) -> None:
     # Of several arms (say, two widths) each has its own curve; the sentence is about the first.
     frame = pd.DataFrame(
         [
@@ -103,22 +92,22 @@ def _economy(
                 "micro_batch_size": size,
                 "micro_steps": int(own["micro_steps"].iloc[0]),
                 "peak_mib": float(own["peak_mib"].mean()),
-                **_spread(own["tok_per_sec"], "tok_per_sec"),
+                **mean_interval(own["tok_per_sec"]).columns("tok_per_sec"),
                 "n": own["seed"].nunique(),
                 "repeats": int(own["repeats"].iloc[0]),
             }
             for (arm, size), own in rows.groupby(["arm", "micro_batch_size"], sort=False)
         ]
     )
-    tables["economy"] = frame
+    draft.tables["economy"] = frame
     first = rows[rows["arm"] == rows["arm"].iloc[0]]
     whole, least = int(first["micro_batch_size"].max()), int(first["micro_batch_size"].min())
     wide = first.pivot_table(index="seed", columns="micro_batch_size", values=["tok_per_sec", "peak_mib"])
     speed = ratio_interval(wide["tok_per_sec"][least] / wide["tok_per_sec"][whole])
     memory = float((wide["peak_mib"][least] / wide["peak_mib"][whole]).mean())
     best = first.groupby("micro_batch_size")["tok_per_sec"].mean().idxmax()
-    metrics |= {"accumulation/speed_ratio": speed.mean, "accumulation/memory_ratio": memory}
-    findings.append(
+    draft.metrics |= {"accumulation/speed_ratio": speed.mean, "accumulation/memory_ratio": memory}
+    draft.findings.append(
         f"Micro-batches of {least} instead of {whole} sequences keep {100 * memory:.0f} % of the activations and run at "
         f"{speed.text('.2f', 'times')} the speed; the fastest size here is {best}."
     )
@@ -131,20 +120,17 @@ def _economy(
         )  # fmt: skip
     plot.update_xaxes(title="activations kept for the backward pass, MiB", type="log")
     plot.update_yaxes(title="tok/s", rangemode="tozero")
-    blocks.append(figure(
+    draft.blocks.append(figure(
         plot, "Memory against speed", "Each point is a micro-batch size (its label) at the same tokens a step.",
         alt="Speed over activation memory for each micro-batch size",
     ))  # fmt: skip
-    blocks.append(table(
+    draft.blocks.append(table(
         "What a micro-batch costs", frame, "gradients of one step at constant tokens a step; tok/s: mean over seeds of the median of "
         "the rounds (95 % interval)", styles={"peak_mib": ",.1f", "tok_per_sec": ",.0f"},
     ))  # fmt: skip
 
 
-def _learning(
-    results: Results, rows: pd.DataFrame, findings: list[str], blocks: list[str], tables: dict[str, pd.DataFrame],
-    metrics: dict[str, float],
-) -> None:  # fmt: skip
+def _learning(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
     arms = [arm for arm in results.arms if (rows["arm"] == arm).any()]
     means = rows.groupby(["arm", "lr"])["val_bpb"].mean()
     chosen = {arm: means[arm].idxmin() for arm in arms}  # over all seeds, so that no seed picks its own luck
@@ -154,7 +140,7 @@ def _learning(
     for arm, lr in chosen.items():
         tried = sorted(means[arm].index)
         if len(tried) > 1 and lr in (tried[0], tried[-1]):
-            findings.append(
+            draft.findings.append(
                 f"The best learning rate of {arm}, {lr:g}, is at the edge of those tried ({tried[0]:g} to {tried[-1]:g}): beyond it "
                 "this arm may be better still."
             )
@@ -165,7 +151,7 @@ def _learning(
             for (arm, seed), own in curves.groupby(["arm", "seed"], sort=False)
         ]
     )
-    tables |= {"learning": best, "learning_rates": rows, "curves": curves}
+    draft.tables |= {"learning": best, "learning_rates": rows, "curves": curves}
     reference = arms[0]
     tokens = paired(best, "val_bpb", reference)
     at_equal_time = paired(at_time, "val_bpb", reference)
@@ -177,10 +163,10 @@ def _learning(
             else:
                 how_sure = f"n={row['n']}, 95 % interval of the difference {row['low']:+.4f} to {row['high']:+.4f}"
                 how_sure += "" if row["low"] * row["high"] > 0 else ": no difference at this n"
-            findings.append(
+            draft.findings.append(
                 f"At {what}, {row['arm']} is {abs(row['difference']):.4f} bits per byte {word} than {reference} ({how_sure})."
             )
-            metrics[f"accumulation/{'tokens' if comparison is tokens else 'time'}_bpb_{_slug(row['arm'])}"] = row[
+            draft.metrics[f"accumulation/{'tokens' if comparison is tokens else 'time'}_bpb_{_slug(row['arm'])}"] = row[
                 "difference"
             ]
     summary = pd.DataFrame(
@@ -190,8 +176,8 @@ def _learning(
                 "sequences_a_step": int(own["global_batch_size"].iloc[0]),
                 "beta2": float(own["beta2"].iloc[0]),
                 "lr": chosen[arm],
-                **_spread(own["val_bpb"], "val_bpb"),
-                **{k.replace("val_bpb", "at_equal_time"): v for k, v in _spread(at_time[at_time["arm"] == arm]["val_bpb"], "val_bpb").items()},
+                **mean_interval(own["val_bpb"]).columns("val_bpb"),
+                **mean_interval(at_time[at_time["arm"] == arm]["val_bpb"]).columns("at_equal_time"),
                 "tokens": int(own["tokens"].iloc[0]),
                 "seconds_of_steps": float(own["train_seconds"].mean()),
                 "n": own["seed"].nunique(),
@@ -199,15 +185,15 @@ def _learning(
             for arm, own in best.groupby("arm", sort=False)
         ]
     )  # fmt: skip
-    tables["learning_summary"] = summary
-    blocks.append(table(
+    draft.tables["learning_summary"] = summary
+    draft.blocks.append(table(
         "Does accumulation learn better?", summary, "bits per byte on the validation split at equal tokens and at equal time: mean (95 % interval)",
         styles={"val_bpb": ".4f", "at_equal_time": ".4f", "beta2": ".5f", "seconds_of_steps": ".1f", "lr": "g"},
         notes=[comparison_note(tokens, reference), "The learning rate of each arm is the best of those tried, on the mean over seeds. A small "
                "batch sees more updates; its rescaled beta2 averages squared gradients over as many tokens as the large batch's (Marek et al. 2025)."],
     ))  # fmt: skip
     if len(tokens):
-        blocks.append(figure(
+        draft.blocks.append(figure(
             interval_figure(tokens, label="arm", value="difference", low="low", high="high", x_title=f"bits per byte minus {reference}'s", reference=0.0),
             "Difference at equal tokens", "Seeds paired; below zero is better.", alt="Difference of bits per byte by arm", height=120 + 60 * len(tokens),
         ))  # fmt: skip
@@ -216,12 +202,7 @@ def _learning(
                alt=f"Validation bits per byte over {title}", height=380)
         for x, title, name in (("tokens", "tokens", "At equal tokens"), ("seconds", "seconds of steps", "At equal time"))
     ]  # fmt: skip
-    blocks.append(page.figure_row(*panels))
-
-
-def _spread(values: pd.Series, name: str) -> dict[str, float]:
-    interval = mean_interval(values)
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    draft.blocks.append(page.figure_row(*panels))
 
 
 def _at(curve: pd.DataFrame, seconds: float) -> float:

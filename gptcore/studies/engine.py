@@ -138,6 +138,20 @@ class Summary:
     metrics: dict[str, float] = field(default_factory=dict)  # of the study's own MLflow run
 
 
+@dataclass
+class Draft:
+    """A summary in the making, for studies that say several things: each part adds its own."""
+
+    findings: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> Summary:
+        """The first finding is the conclusion."""
+        return Summary(self.findings[0], self.findings[1:], self.blocks, self.tables, self.metrics)
+
+
 @dataclass(frozen=True)
 class Study:
     """A measurement: what its options are, how one cell is measured, what all cells together say.

@@ -88,7 +88,7 @@ def compare(rows: pd.DataFrame, baseline: str, speeds: list[str]) -> pd.DataFram
     for arm, entry in found.items():
         for speed in speeds:  # each cell timed the trained weights beside its own
             times = ratio_interval(rows.loc[rows["arm"] == arm, f"{speed}_speedup"])
-            entry |= {f"{speed}_ratio": times.mean, f"{speed}_ratio_low": times.low, f"{speed}_ratio_high": times.high}
+            entry |= times.columns(f"{speed}_ratio")
     return pd.DataFrame(list(found.values()))
 
 

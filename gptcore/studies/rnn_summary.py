@@ -69,7 +69,7 @@ def against(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     rows = []
     for arm, group in frame.groupby("arm", sort=False):
         own = mean_interval(group["val_bpb"])
-        rows.append({"arm": arm, "n": own.n, "val_bpb": own.mean, "val_bpb_low": own.low, "val_bpb_high": own.high})
+        rows.append({"arm": arm, "n": own.n, **own.columns("val_bpb")})
     found = pd.DataFrame(rows)
     if baseline not in set(frame["arm"]):
         return found

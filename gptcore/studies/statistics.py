@@ -34,6 +34,10 @@ class Interval:
             return f"{self.mean:{style}}{unit} (n=1, no interval)"
         return f"{self.mean:{style}}{unit} (n={self.n}, 95 % interval {self.low:{style}} to {self.high:{style}}{unit})"
 
+    def columns(self, name: str) -> dict[str, float]:
+        """`name`, `name_low`, `name_high`: how a table holds an interval (gptcore.report.study shows the three as one)."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
     @property
     def excludes_zero(self) -> bool:
         return self.n > 1 and (self.low > 0 or self.high < 0)

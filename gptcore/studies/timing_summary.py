@@ -9,7 +9,7 @@ from gptcore.report import page
 from gptcore.report.figures import PARTS
 from gptcore.report.study import figure, interval_figure, table
 from gptcore.report.wording import duration
-from gptcore.studies.engine import Results, Summary
+from gptcore.studies.engine import Draft, Results, Summary
 from gptcore.studies.statistics import comparison_note, mean_interval, paired
 from gptcore.studies.timing_advice import advise_pipeline, advise_step, largest_other
 
@@ -17,59 +17,53 @@ from gptcore.studies.timing_advice import advise_pipeline, advise_step, largest_
 def summarize(results: Results) -> Summary:
     """The pipeline's part and the step's part, each where it has numbers."""
     rows = results.table()
-    findings: list[str] = []
-    blocks: list[str] = []
-    tables: dict[str, pd.DataFrame] = {}
-    metrics: dict[str, float] = {}
+    draft = Draft()
     pipeline = rows[rows["kind"] == "pipeline"].dropna(axis=1, how="all")
     if len(pipeline):
-        _pipeline(results, pipeline, findings, blocks, tables, metrics)
+        _pipeline(results, pipeline, draft)
     steps = rows[rows["kind"] == "step"].dropna(axis=1, how="all")
     if len(steps):
-        _steps(results, steps, findings, blocks, tables, metrics)
-    return Summary(findings[0], findings[1:], blocks, tables, metrics)
+        _steps(results, steps, draft)
+    return draft.summary()
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------------
 
 
-def _pipeline(
-    results: Results, rows: pd.DataFrame, findings: list[str], blocks: list[str], tables: dict[str, pd.DataFrame],
-    metrics: dict[str, float],
-) -> None:  # fmt: skip
+def _pipeline(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
     facts = results.table("facts")
     not_training = mean_interval(100 * facts["not_training"])
     wall = mean_interval(facts["wall_seconds"])
     gap = float((facts["mapped_seconds"] / facts["wall_seconds"] - 1).abs().max())
-    metrics |= {"timing/not_training": not_training.mean / 100, "timing/wall_seconds": wall.mean}
+    draft.metrics |= {"timing/not_training": not_training.mean / 100, "timing/wall_seconds": wall.mean}
     mean = rows.groupby("section", sort=False)[["seconds", "share", "calls", "cpu_seconds"]].mean().reset_index()
     inclusive = inclusive_shares(mean)
     largest = largest_other(inclusive)
-    findings.append(
+    draft.findings.append(
         f"{not_training.text('.1f', '%')} of the time from raw text to report trains nothing; the whole takes {duration(wall.mean)}, "
         f"and {largest} is the largest part beside training with {100 * inclusive[largest]:.0f} %."
     )
-    findings.append(
+    draft.findings.append(
         f"The map's sections add up to the wall time of another clock within {100 * gap:.2f} % (n={wall.n})."
     )
     busy = mean_interval(100 * facts["cpu_seconds"] / (facts["wall_seconds"] * facts["threads"]))
-    findings.append(
+    draft.findings.append(
         f"This process kept its {int(facts['threads'].max())} threads busy for {busy.text('.0f', '%')} of that time; the rest is idle, or the work of child processes."
     )
-    findings += advise_pipeline(inclusive, not_training.mean / 100)
-    tables["map"] = rows
-    blocks.append(figure(
+    draft.findings += advise_pipeline(inclusive, not_training.mean / 100)
+    draft.tables["map"] = rows
+    draft.blocks.append(figure(
         sunburst(mean), "The whole pipeline", "Angle is time: click a part to look inside it, click the middle to go back. Mean over seeds.",
         alt="Sunburst of the pipeline's time by section", height=560,
     ))  # fmt: skip
-    blocks.append(figure(
+    draft.blocks.append(figure(
         icicle(mean), "The same as a flame view", "Width is time; each row is one level further inside.", alt="Icicle of the pipeline's time", height=340,
     ))  # fmt: skip
-    blocks.append(page.collapsible("every section of the map", _map_table(rows)))
+    draft.blocks.append(page.collapsible("every section of the map", _map_table(rows)))
     memory = results.table("memory")
     memory = memory[memory["kind"] == "pipeline"] if "kind" in memory else memory
     if len(memory):
-        blocks.append(_memory_of_pipeline(memory))
+        draft.blocks.append(_memory_of_pipeline(memory))
 
 
 def inclusive_shares(mean: pd.DataFrame) -> dict[str, float]:
@@ -146,7 +140,7 @@ def _map_table(rows: pd.DataFrame) -> str:
         [
             {
                 "section": str(section).partition(" / ")[2] or "pipeline itself",
-                **_interval(own["seconds"], "seconds"),
+                **mean_interval(own["seconds"]).columns("seconds"),
                 "share": 100 * float(own["share"].mean()),
                 "calls": int(own["calls"].median()),
                 "cpu_seconds": float(own["cpu_seconds"].mean()),
@@ -182,10 +176,7 @@ def _memory_of_pipeline(memory: pd.DataFrame) -> str:
 # --- inside a step --------------------------------------------------------------------------------------------------------
 
 
-def _steps(
-    results: Results, rows: pd.DataFrame, findings: list[str], blocks: list[str], tables: dict[str, pd.DataFrame],
-    metrics: dict[str, float],
-) -> None:  # fmt: skip
+def _steps(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
     rows = against_best_peaks(rows)
     arms = [arm for arm in results.arms if (rows["arm"] == arm).any()]
     # The grid's points are arms of their own here.
@@ -195,53 +186,53 @@ def _steps(
     shares = base_sections.groupby("section", sort=False)["share"].sum() / base_sections["seed"].nunique()
     top = str(shares.idxmax())
     step = mean_interval(base_rows["step_ms"])
-    metrics |= {"timing/step_ms": step.mean, "timing/of_peak": float(base_rows["of_peak"].mean())}
-    findings.append(
+    draft.metrics |= {"timing/step_ms": step.mean, "timing/of_peak": float(base_rows["of_peak"].mean())}
+    draft.findings.append(
         f"A training step ({baseline}) takes {step.text('.1f', 'ms')}, most of it in {top} ({100 * shares[top]:.0f} %), and reaches "
         f"{100 * base_rows['of_peak'].mean():.0f} % of the arithmetic that one large product reaches on this device."
     )
-    findings.append(
+    draft.findings.append(
         f"The clock itself makes a step {100 * base_rows['clock_cost'].mean():+.1f} % longer, the profiler {100 * base_rows['profiler_cost'].mean():+.0f} %; "
         f"on the same step the two clocks differ by {100 * base_rows['profiler_gap'].mean():.1f} %."
     )
-    findings += advise_step(
+    draft.findings += advise_step(
         dict(base_rows.mean(numeric_only=True))
         | {"kernels": _mean_or_none(base_rows, "kernels"), "busy_share": _mean_or_none(base_rows, "busy_share")},
         {str(k): float(v) for k, v in shares.items()},
     )
     speed = paired(rows, "tok_per_sec", baseline, ratio=True)
-    tables |= {"steps": rows, "sections": sections, "speed": speed}
+    draft.tables |= {"steps": rows, "sections": sections, "speed": speed}
     for _, row in speed[speed["certain"]].iterrows():
         word = "faster" if row["difference"] > 1 else "slower"
         factor = row["difference"] if row["difference"] > 1 else 1 / row["difference"]
-        findings.append(
+        draft.findings.append(
             f"{row['arm']} is {factor:.2f} times {word} than {baseline} in tokens per second (n={row['n']}, 95 % interval of the ratio {row['low']:.2f} to {row['high']:.2f})."
         )
-    blocks.append(figure(
+    draft.blocks.append(figure(
         stacked(sections, arms), "Inside a training step", "Milliseconds a step by section, mean over seeds; click a name to hide it.",
         alt="Stacked bars of a step's sections for each arm", height=140 + 40 * len(arms),
     ))  # fmt: skip
-    blocks.append(table(
+    draft.blocks.append(table(
         "Arms", _arm_frame(rows, arms), "undisturbed steps: mean over seeds (95 % interval) of the median of the repeats",
         styles={"step_ms": ",.1f", "tok_per_sec": ",.0f", "of_peak": ".0f", "mfu": ".1f", "of_bandwidth": ".0f", "intensity": ".1f", "peak_mib": ",.0f", "us_per_operator": ",.0f", "busy": ".0f"},
         notes=["of peak: arithmetic (6N + attention a token) against one large product in the same precision, in %; of bandwidth: bytes of unfused "
                "operators against one large copy, in % (above 100 where caches serve them); intensity: FLOP a byte."],
     ))  # fmt: skip
     if len(speed):
-        blocks.append(figure(
+        draft.blocks.append(figure(
             interval_figure(speed, label="arm", value="difference", low="low", high="high", x_title=f"tokens per second ÷ {baseline}'s", reference=1.0),
             "Speed against the base", "Seeds paired, 95 % intervals; right of the line is faster.", alt="Ratio of tokens per second by arm", height=120 + 36 * len(speed),
         ))  # fmt: skip
-        blocks.append(page.paragraph(comparison_note(speed, baseline), "tablenote"))
-    blocks.append(figure(
+        draft.blocks.append(page.paragraph(comparison_note(speed, baseline), "tablenote"))
+    draft.blocks.append(figure(
         roofline(rows, arms), "Under the roofline", "Each point is an arm; the roof is what one large copy and one large product reach here. Both axes logarithmic.",
         alt="Roofline plot", height=420,
     ))  # fmt: skip
     memory = results.table("memory")
     memory = memory[(memory["kind"] == "step") & (memory["arm"] == baseline)]
     if len(memory):
-        blocks.append(_memory_of_step(memory[memory["seed"] == memory["seed"].iloc[0]]))
-    blocks.append(page.paragraph(
+        draft.blocks.append(_memory_of_step(memory[memory["seed"] == memory["seed"].iloc[0]]))
+    draft.blocks.append(page.paragraph(
         "Every step cell keeps a trace of one step, operator by operator (trace.json.gz in its folder and in MLflow): open it at ui.perfetto.dev or chrome://tracing."
     ))  # fmt: skip
 
@@ -268,8 +259,8 @@ def _arm_frame(rows: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
         [
             {
                 "arm": arm,
-                **_interval(own["step_ms"], "step_ms"),
-                **_interval(own["tok_per_sec"], "tok_per_sec"),
+                **mean_interval(own["step_ms"]).columns("step_ms"),
+                **mean_interval(own["tok_per_sec"]).columns("tok_per_sec"),
                 "of_peak": percent(own, "of_peak"),
                 "mfu": percent(own, "mfu"),
                 "of_bandwidth": percent(own, "of_bandwidth"),
@@ -348,11 +339,6 @@ def _memory_of_step(memory: pd.DataFrame) -> str:
         alt="Allocated memory over one step",
         height=300,
     )
-
-
-def _interval(values: pd.Series, name: str) -> dict[str, float]:
-    interval = mean_interval(values)
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def _mean_or_none(rows: pd.DataFrame, key: str) -> float | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_servers import ROOT, TINY, Stack, free_port, mlflow_runs, retried, wait_for
+from test_servers import ROOT, TINY, Stack, mlflow_runs, retried, running_stack, wait_for
 from trainer_process import IS_LONG
 
 from flows.prefect_api import answers, request
@@ -37,13 +37,8 @@ STEPS = 6000  # half a minute of training
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("up"), free_port(), free_port())
-    stack.start()
-    yield stack
-    stack.process.terminate()
-    stack.process.wait(120)
-    for pid in stack.processes():  # only after a test that failed for it
-        os.kill(pid, signal.SIGKILL)
+    with running_stack(tmp_path_factory.mktemp("up")) as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module")
