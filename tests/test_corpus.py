@@ -309,6 +309,15 @@ def publish(root: Path, files: dict[str, bytes]) -> str:
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
+def test_an_empty_setting_of_pip_counts_as_not_set(monkeypatch):
+    """As for pip itself; a shell that exports PIP_INDEX_URL= made the address of the index empty."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "")
+    monkeypatch.setenv("PIP_CERT", "/etc/some.pem")
+    assert "index-url" not in package_index.pip_settings()
+    assert package_index.pip_settings()["cert"] == "/etc/some.pem"
+
+
 def test_package_is_fetched_verified_and_reused_without_network(
     tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,7 @@ def read_members(archive: Path, package: PackageSource) -> list[tuple[str, bytes
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's own configuration (files and environment), option name → value: index-url, cert, proxy, …"""
+    """pip's own configuration (files and environment), option name → value: index-url, cert, proxy, … Empty ones count as not set."""
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=False
     ).stdout
@@ -147,7 +147,8 @@ def pip_settings() -> dict[str, str]:
     environment = {
         key[4:].lower().replace("_", "-"): value for key, value in os.environ.items() if key.startswith("PIP_")
     }
-    return environment | by_section.get("global", {}) | by_section.get("download", {}) | by_section.get(":env:", {})
+    sections = [environment, *(by_section.get(name, {}) for name in ("global", "download", ":env:"))]
+    return {option: value for settings in sections for option, value in settings.items() if value}
 
 
 def _download_with_retries(package: PackageSource, target: Path) -> None:
