@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptcore.models.fp8 import matmul_fp8
+from gptcore.models.fp8 import E4M3, E5M2, scaled_matmul, to_fp8
 
 # Logits of one piece, at most; 2^27 are 512 MiB in float32. Larger pieces on a GPU: each adds to the whole weight gradient once.
 # A batch with fewer takes the plain way, which is faster there.
@@ -58,23 +58,58 @@ def piecewise_cross_entropy(
     return each.sum() / (targets >= 0).sum() if reduction == "mean" else each.sum()
 
 
+class _Head:
+    """The three products of a head, in its weight's type. weight: (V, C)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Any]:
+        """(rows, V), and what `gradients` needs of x, (rows, C)."""
+        return x @ self.weight.T, x
+
+    def gradients(self, grad: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        """Gradients of x, (rows, C), and of the weight, (V, C). grad: (rows, V), that of the logits."""
+        grad = grad.to(self.weight.dtype)
+        return grad @ self.weight, grad.T @ kept
+
+
+class _Fp8Head:
+    """The same in eight bits, for a multiple of 16 rows. A logit's gradient lies within ±1, so its scale is known beforehand."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.scale = to_fp8(weight, E4M3)
+        self.transposed = self.weight.t().contiguous()  # (C, V)
+        self.grad_scale = torch.full((), 1 / torch.finfo(E5M2).max, device=weight.device)
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Any]:
+        x8, scale = to_fp8(x, E4M3)
+        return scaled_matmul(x8, self.weight, scale, self.scale), (x8, scale)
+
+    def gradients(self, grad: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
+        x8, scale = kept
+        g8 = (grad * torch.finfo(E5M2).max).to(E5M2)  # (rows, V)
+        grad_x = scaled_matmul(g8, self.transposed, self.grad_scale, self.scale, fast=False)
+        grad_w = scaled_matmul(g8.t().contiguous(), x8.t().contiguous(), self.grad_scale, scale, fast=False)
+        return grad_x, grad_w
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     """The summed loss. Gradients are made in the forward pass, while a piece's logits are at hand, so none is made twice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, use_fp8: bool) -> Tensor:
-        w = weight.to(x.dtype)
+        head = _Fp8Head(weight) if use_fp8 and len(x) % 16 == 0 else _Head(weight.to(x.dtype))
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         loss = torch.zeros((), device=x.device)
         rows = max(16, PIECE_LOGITS[x.device.type] // len(weight) // 16 * 16)
         for start in range(0, len(x), rows):
             part, part_targets = x[start : start + rows], targets[start : start + rows]
-            logits = (matmul_fp8(part, w) if use_fp8 else part @ w.T).float()  # (rows, V)
-            part_loss, grad = loss_and_gradient(logits, part_targets, cap)
+            logits, part = head.logits(part)  # (rows, V)
+            part_loss, grad = loss_and_gradient(logits.float(), part_targets, cap)
             loss = loss + part_loss
-            grad = grad.to(x.dtype)  # (rows, V)
-            grad_x[start : start + rows] = grad @ w
-            grad_w += grad.T @ part
+            grad_x[start : start + rows], part_grad_w = head.gradients(grad, part)
+            grad_w += part_grad_w
         ctx.save_for_backward(grad_x, grad_w)
         return loss
 
