@@ -59,39 +59,36 @@ def piecewise_cross_entropy(
 
 
 class _Head:
-    """The three products of a head, in its weight's type. weight: (V, C)."""
+    """Loss and both gradients of some rows, in the weight's type. weight: (V, C)."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, cap: float) -> None:
+        self.weight, self.cap = weight, cap
 
-    def logits(self, x: Tensor) -> tuple[Tensor, Any]:
-        """(rows, V), and what `gradients` needs of x, (rows, C)."""
-        return x @ self.weight.T, x
-
-    def gradients(self, grad: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
-        """Gradients of x, (rows, C), and of the weight, (V, C). grad: (rows, V), that of the logits."""
-        grad = grad.to(self.weight.dtype)
-        return grad @ self.weight, grad.T @ kept
+    def loss_and_gradients(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed nats, the gradients of x, (rows, C), and of the weight, (V, C)."""
+        logits = (x @ self.weight.T).float()  # (rows, V)
+        loss, grad = loss_and_gradient(logits, targets, self.cap)
+        grad = grad.to(x.dtype)  # (rows, V)
+        return loss, grad @ self.weight, grad.T @ x
 
 
 class _Fp8Head:
-    """The same in eight bits, for a multiple of 16 rows. A logit's gradient lies within ±1, so its scale is known beforehand."""
+    """The same with products in eight bits, for a multiple of 16 rows. A logit's gradient lies within ±1: its scale needs no search."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, cap: float) -> None:
+        self.cap = cap
         self.weight, self.scale = to_fp8(weight, E4M3)
         self.transposed = self.weight.t().contiguous()  # (C, V)
         self.grad_scale = torch.full((), 1 / torch.finfo(E5M2).max, device=weight.device)
 
-    def logits(self, x: Tensor) -> tuple[Tensor, Any]:
-        x8, scale = to_fp8(x, E4M3)
-        return scaled_matmul(x8, self.weight, scale, self.scale), (x8, scale)
+    def loss_and_gradients(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from gptcore.models.kernels import loss_and_gradient_fp8
 
-    def gradients(self, grad: Tensor, kept: Any) -> tuple[Tensor, Tensor]:
-        x8, scale = kept
-        g8 = (grad * torch.finfo(E5M2).max).to(E5M2)  # (rows, V)
-        grad_x = scaled_matmul(g8, self.transposed, self.grad_scale, self.scale, fast=False)
-        grad_w = scaled_matmul(g8.t().contiguous(), x8.t().contiguous(), self.grad_scale, scale, fast=False)
-        return grad_x, grad_w
+        x8, scale = to_fp8(x, E4M3)
+        logits = scaled_matmul(x8, self.weight, scale, self.scale)  # (rows, V)
+        loss, grad, grad_t = loss_and_gradient_fp8(logits, targets, self.cap)
+        grad_x = scaled_matmul(grad, self.transposed, self.grad_scale, self.scale, fast=False)
+        return loss, grad_x, scaled_matmul(grad_t, x8.t().contiguous(), self.grad_scale, scale, fast=False)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -99,17 +96,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, use_fp8: bool) -> Tensor:
-        head = _Fp8Head(weight) if use_fp8 and len(x) % 16 == 0 else _Head(weight.to(x.dtype))
+        head = _Fp8Head(weight, cap) if use_fp8 and len(x) % 16 == 0 else _Head(weight.to(x.dtype), cap)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         loss = torch.zeros((), device=x.device)
         rows = max(16, PIECE_LOGITS[x.device.type] // len(weight) // 16 * 16)
         for start in range(0, len(x), rows):
-            part, part_targets = x[start : start + rows], targets[start : start + rows]
-            logits, part = head.logits(part)  # (rows, V)
-            part_loss, grad = loss_and_gradient(logits.float(), part_targets, cap)
-            loss = loss + part_loss
-            grad_x[start : start + rows], part_grad_w = head.gradients(grad, part)
-            grad_w += part_grad_w
+            piece = slice(start, start + rows)
+            part_loss, grad_x[piece], part_grad_w = head.loss_and_gradients(x[piece], targets[piece])
+            loss, grad_w = loss + part_loss, grad_w.add_(part_grad_w)
         ctx.save_for_backward(grad_x, grad_w)
         return loss
 
