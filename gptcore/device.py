@@ -36,6 +36,9 @@ PEAKS = {
     "RTX 3090": (71.0, 0.936),
 }
 
+# Workspaces of cuBLAS with which its products are deterministic; the second also serves cuDNN's recurrent layers.
+WORKSPACE_VARIABLE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -71,8 +74,9 @@ class Device:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        # cuDNN's dropout was not measured, so with dropout flash goes first.
-        backends.insert(1 if dropout else 0, SDPBackend.CUDNN_ATTENTION)
+        if not torch.are_deterministic_algorithms_enabled():  # its gradients are sums in any order
+            # cuDNN's dropout was not measured, so with dropout flash goes first.
+            backends.insert(1 if dropout else 0, SDPBackend.CUDNN_ATTENTION)
         return sdpa_kernel(backends, set_priority=True)
 
     def synchronize(self) -> None:
@@ -128,6 +132,39 @@ def _precisions(device: torch.device) -> list[str]:
     capability = torch.cuda.get_device_capability(device)
     has = {"fp32": True, "fp16": True, "tf32": capability >= (8, 0), "bf16": torch.cuda.is_bf16_supported()}
     return [name for name, is_there in (has | {"fp8": capability >= (8, 9)}).items() if is_there]
+
+
+def set_determinism(is_on: bool, device: Device, is_recurrent: bool = False) -> None:
+    """Whether operations give the same bits every time, on a GPU too; torch refuses what cannot (see `naming_refusals`).
+
+    torch.compile then measures nothing that numerics depend on. cuBLAS reads its variable once, so call this before the first
+    product. is_recurrent: of cuDNN's layers. Raises UserError where the environment asks for another workspace.
+    """
+    if is_on == torch.are_deterministic_algorithms_enabled():
+        return
+    if is_on and device.is_cuda:
+        chosen = os.environ.setdefault(WORKSPACE_VARIABLE, WORKSPACES[1 if is_recurrent else 0])
+        if chosen not in WORKSPACES:
+            raise UserError(
+                f"train.deterministic=true: {WORKSPACE_VARIABLE}={chosen} lets products add up in any order; unset it, or make "
+                f"it {' or '.join(WORKSPACES)}"
+            )
+    torch.use_deterministic_algorithms(is_on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads it
+
+
+@contextmanager
+def naming_refusals() -> Iterator[None]:
+    """Turns what torch says of an operation without a deterministic form into a UserError that names the field."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise UserError(
+            f"train.deterministic=true: {str(error).partition(' does not')[0]} has no deterministic form on this device; use "
+            "train.deterministic=false, or another model.family"
+        ) from error
 
 
 def seed_everything(seed: int) -> None:

@@ -3,8 +3,13 @@
 .venv/bin/pytest tests/test_benchmarks.py
 """
 
+import json
 import runpy
+import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -39,6 +44,20 @@ def test_training_seconds_leave_evaluations_out(tmp_path, monkeypatch):
         journal.metrics({"perf/tok_per_sec": 50.0}, tokens_seen=100 * step, step=step)
         journal.metrics({"val/loss": loss}, tokens_seen=100 * step, step=step)
     assert evaluations(tmp_path) == [(0, 4.0, 0.0), (1, 3.0, 2.0), (2, 2.0, 4.0)]
+
+
+@pytest.mark.integration
+def test_recovery_from_a_kill(monkeypatch, capsys):
+    """A benchmark that breaks when a trainer's journal or command line changes is noticed on the GPU, weeks later."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    settings = ["train.max_steps=90", "train.eval_interval=90", "train.compile=off"]
+    sizes = ["--experiment", "tiny.yaml", "--kills", "1", "--pairs", "2", "--steps", "5"]
+    monkeypatch.setattr(sys, "argv", ["recovery.py", *settings, *sizes])
+    assert runpy.run_path(str(BENCHMARKS / "recovery.py"))["main"]() == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(figure["ours"] > 0, figure["met"]) for figure in found["figures"]] == [(True, True), *[(True, None)] * 3]
+    assert found["kills"][0]["step"] > 0
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 FIELDS = {"name", "unit", "ours", "peer", "ratio", "goal", "met", "n", "spread"}

@@ -14,7 +14,7 @@ import yaml
 
 from gptcore.checkpoint import load_checkpoint
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, load_config, with_changes
-from gptcore.device import Device, choose_device
+from gptcore.device import Device, choose_device, naming_refusals, set_determinism
 from gptcore.entry import NonFinite, StopFlag, recording
 from gptcore.journal import read_journal
 from gptcore.shards import ShardSet, prepare
@@ -263,6 +263,25 @@ def test_what_the_machine_or_the_shards_cannot_do_is_refused(config, shards, cha
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=words):
         build_trainer(with_changes(config, **changes), shards)
+
+
+def test_deterministic_mode_is_the_configs_and_refused_with_the_field(config, shards, monkeypatch):
+    """Left on, it would slow the next cell of a study; a traceback of torch's would not say which field to change."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    gpu = Device(torch.device("cuda"), "fp32", "a GPU")
+    with pytest.raises(UserError, match=r"train\.deterministic=true: CUBLAS_WORKSPACE_CONFIG=:0:0 .* :4096:8 or :16:8"):
+        set_determinism(True, gpu)
+    for is_on in (True, False):
+        build_trainer(with_changes(config, train={"deterministic": is_on}), shards)
+        assert torch.are_deterministic_algorithms_enabled() == is_on
+    message = "cumsum_cuda_kernel does not have a deterministic implementation, but you set …"
+    with (
+        pytest.raises(UserError, match=r"train\.deterministic=true: cumsum_cuda_kernel .* model\.family"),
+        naming_refusals(),
+    ):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="else"), naming_refusals():
+        raise RuntimeError("anything else")
 
 
 def test_bf16_on_a_processor_without_it_is_refused(monkeypatch):

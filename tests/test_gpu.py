@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from gptcore.config import check_config, with_changes
+from gptcore.config import UserError, check_config, with_changes
+from gptcore.device import naming_refusals
 from gptcore.entry import NonFinite, StopFlag, recording
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import build_trainer, preflight, resume, train_loop, train_step
@@ -105,6 +106,30 @@ def test_a_graph_with_dropout_learns_and_resumes(config, shards, reference, prec
     again = build_trainer(changed, shards)
     resume(again, tmp_path)
     assert again.step == 40
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compile": "off"},
+        {"compile": "on"},
+        {"compile": "on", "cuda_graph": "on"},
+        {"precision": "fp32"},
+        {"precision": "fp8"},
+    ],
+    ids=str,
+)
+def test_deterministic_mode_repeats_a_run_to_the_bit(config, shards, changes):
+    """Also from another step on: a graph's first three steps are launched kernel by kernel."""
+    base = {"precision": "bf16", "deterministic": True}
+    changed = with_changes(config, model={"dropout": 0.1}, train=base | changes)
+    assert losses(changed, shards) == losses(changed, shards)
+
+
+def test_what_has_no_deterministic_form_is_refused(config, shards):
+    changed = with_changes(config, model={"family": "mingru"}, train={"deterministic": True})
+    with pytest.raises(UserError, match=r"train\.deterministic=true: cumsum"), naming_refusals():
+        losses(changed, shards, 1)
 
 
 def test_a_bad_step_in_a_graph_changes_nothing_and_is_named(config, shards):

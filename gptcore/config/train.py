@@ -38,6 +38,11 @@ class TrainConfig(Section):
         description="Launch the whole step of one GPU as one CUDA graph: for small models, where launching kernels takes "
         "longer than they run.",
     )
+    deterministic: bool = Field(
+        False,
+        description="On a GPU, the same bits from every run of this config on the same device and versions, killed and resumed "
+        "or not: slower. On a CPU in fp32 that is so anyway.",
+    )
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for everything."
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import ExperimentConfig, dump_yaml, flatten, load_config
-from gptcore.device import reserve_device
+from gptcore.device import naming_refusals, reserve_device
 from gptcore.entry import StopFlag, process_parser, recording, run_process
 from gptcore.journal import NoJournal
 from gptcore.ranks import Ranks, joined_ranks
@@ -71,6 +71,7 @@ def run(
         trainer = build_trainer(config, shards, ranks)
         device = trainer.device
         journal = stack.enter_context(recording(out, name, parent)) if ranks.is_first else NoJournal()
+        stack.enter_context(naming_refusals())
         stack.enter_context(reserve_device(device))
         stack.enter_context(device.attention(config.model.dropout))
         if ranks.is_first:

@@ -14,7 +14,7 @@ import torch
 
 from gptcore.batches import Sampler
 from gptcore.config import ExperimentConfig, UserError
-from gptcore.device import Device, choose_device, seed_everything
+from gptcore.device import Device, choose_device, seed_everything, set_determinism
 from gptcore.models import LanguageModel, build_model
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.gpt import GPT
@@ -95,6 +95,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
             f"train.global_batch_size={train.global_batch_size} cannot be divided among {ranks.count} processes; use a multiple"
         )
     device = choose_device(train.device, train.precision)
+    set_determinism(train.deterministic, device, is_recurrent=config.model.family in ("lstm", "gru"))
     check_memory(config, shards.vocab_size, device)
     use_graph = _graph_applies(config, device, ranks)
     if use_graph:
