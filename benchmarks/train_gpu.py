@@ -30,7 +30,7 @@ TIMES_SOONER, BEST_LOSS, PUBLISHED_LOSS = 10.0, 1.42, 1.4697
 SOONER = ("model.dropout=0", "train.max_steps=240", "train.eval_interval=20")
 # config/train_shakespeare_char.py of nanoGPT, in our words
 PUBLISHED_SETTINGS = (
-    "model.preset=gpt2", "model.bias=false", "model.dropout=0.2", "train.optimizer=adamw", "train.lr=0.001", "train.min_lr=0.0001",
+    "data.order=random", "model.preset=gpt2", "model.bias=false", "model.dropout=0.2", "train.optimizer=adamw", "train.lr=0.001", "train.min_lr=0.0001",
     "train.schedule=cosine", "train.warmup_steps=100", "train.beta2=0.99", "train.weight_decay=0.1", "train.ema_decay=0",
     "train.max_steps=5000", "train.eval_interval=250", "train.patience=6", "train.save_interval=5000",
 )  # fmt: skip

@@ -19,7 +19,7 @@ ROWS = 32  # tokens of one program of rotate_heads
 
 
 @triton.jit
-def _loss_kernel(logits, targets, nats, log_z, cap, V: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+def _loss_kernel(logits, targets, nats, log_z, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """One row's log Z and nats, in one pass over its logits."""
     row = tl.program_id(0).to(tl.int64)
     highest = -float("inf")
@@ -28,8 +28,8 @@ def _loss_kernel(logits, targets, nats, log_z, cap, V: tl.constexpr, CAPPED: tl.
         columns = start + tl.arange(0, BLOCK)
         is_inside = columns < V
         x = tl.load(logits + row * V + columns, mask=is_inside, other=0.0).to(tl.float32)
-        if CAPPED:
-            x = cap * (2 * tl.sigmoid(2 * x / cap) - 1)  # cap · tanh(x / cap)
+        if CAP > 0:
+            x = CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1)  # CAP · tanh(x / CAP)
         x = tl.where(is_inside, x, -float("inf"))
         new_highest = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(x - new_highest), 0)
@@ -37,8 +37,8 @@ def _loss_kernel(logits, targets, nats, log_z, cap, V: tl.constexpr, CAPPED: tl.
     z = highest + tl.log(total)
     target = tl.load(targets + row)
     hit = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-    if CAPPED:
-        hit = cap * (2 * tl.sigmoid(2 * hit / cap) - 1)
+    if CAP > 0:
+        hit = CAP * (2 * tl.sigmoid(hit * (2 / CAP)) - 1)
     tl.store(log_z + row, z)
     tl.store(nats + row, tl.where(target >= 0, z - hit, 0.0))
 
@@ -51,10 +51,9 @@ def _gradient_kernel(
     grad,
     grad_t,
     R,
-    V,
-    cap,
-    scale,
-    CAPPED: tl.constexpr,
+    V: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -68,13 +67,13 @@ def _gradient_kernel(
     z = tl.load(log_z + rows, mask=is_row, other=0.0)
     target = tl.load(targets + rows, mask=is_row, other=-1)
     slope = 1.0
-    if CAPPED:
-        bent = 2 * tl.sigmoid(2 * x / cap) - 1
-        x = cap * bent
+    if CAP > 0:
+        bent = 2 * tl.sigmoid(x * (2 / CAP)) - 1
+        x = CAP * bent
         slope = 1 - bent * bent
     g = tl.exp(x - z[:, None]) - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
-    g = tl.where((target >= 0)[:, None], g * slope * scale, 0.0)
-    g8 = g.to(tl.float8e5)
+    g = tl.where((target >= 0)[:, None], g * slope * SCALE, 0.0)
+    g8 = g.to(tl.float8e5).to(tl.uint8, bitcast=True)
     tl.store(grad + at, g8, mask=is_inside)
     at_t = columns.to(tl.int64)[None, :] * R + rows[:, None]
     tl.store(grad_t + at_t, g8, mask=is_inside)
@@ -90,14 +89,27 @@ def loss_and_gradient_fp8(logits: Tensor, targets: Tensor, cap: float) -> tuple[
     log_z = torch.empty_like(nats)
     grad = torch.empty(rows, V, device=logits.device, dtype=E5M2)
     grad_t = torch.empty(V, rows, device=logits.device, dtype=E5M2)
-    is_capped = cap > 0
-    _loss_kernel[(rows,)](logits, targets, nats, log_z, cap, V=V, CAPPED=is_capped, BLOCK=4096, num_warps=8)
+    _loss_kernel[(rows,)](logits, targets, nats, log_z, V=V, CAP=cap, BLOCK=4096, num_warps=8)
     block_r, block_v = 128, 64
     grid = (triton.cdiv(V, block_v), triton.cdiv(rows, block_r))
+    bits, bits_t = (
+        grad.view(torch.uint8),
+        grad_t.view(torch.uint8),
+    )  # Triton moves bytes more surely than eight-bit floats
     _gradient_kernel[grid](
-        logits, targets, log_z, grad, grad_t, rows, V, cap, torch.finfo(E5M2).max, CAPPED=is_capped, BLOCK_R=block_r, BLOCK_V=block_v,
+        logits,
+        targets,
+        log_z,
+        bits,
+        bits_t,
+        rows,
+        V=V,
+        CAP=cap,
+        SCALE=torch.finfo(E5M2).max,
+        BLOCK_R=block_r,
+        BLOCK_V=block_v,
         num_warps=8,
-    )  # fmt: skip
+    )
     return nats.sum(), grad, grad_t
 
 
