@@ -53,7 +53,7 @@ def main() -> int:
     steps = args.tokens // (BATCH * CONTEXT)
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
         folder = (args.out or Path(name)).resolve()
-        directory = make_shards(EXPERIMENT, text, folder)
+        directory = make_shards(EXPERIMENT, text, folder, "data.invalid_text=skip")
         shards = ShardSet.open(directory)
         train_tokens, val = shards.tokens("train"), shards.tokens("val")
         sys.stderr.write(f"{len(train_tokens):,} training tokens, {len(val):,} for validation\n")
@@ -78,6 +78,7 @@ def main() -> int:
         def ours(factor: float, seed: int) -> float:
             changes = [f"{field}={rate * factor}" for field, rate in OUR_RATES.items()]
             changes += [
+                "data.invalid_text=skip",
                 f"train.global_batch_size={BATCH}", f"train.max_tokens={steps * BATCH * CONTEXT}", f"train.precision={args.precision}",
                 f"train.eval_tokens={MAX_VAL_TOKENS}", f"train.eval_interval={steps}", f"train.seed={seed}",
             ]  # fmt: skip
