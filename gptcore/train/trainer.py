@@ -18,7 +18,6 @@ from gptcore.device import Device, choose_device, seed_everything, set_determini
 from gptcore.models import LanguageModel, build_model
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.gpt import GPT
-from gptcore.models.layers import HAS_TRITON
 from gptcore.optim import Optimizers, WeightAverage, build_optimizers
 from gptcore.ranks import ALONE, Ranks
 from gptcore.shards import ShardSet
@@ -152,8 +151,6 @@ def check_memory(config: ExperimentConfig, vocab_size: int, device: Device) -> N
 
 def turn_on_fp8(model: LanguageModel) -> None:
     """Large products in eight bits; raises UserError for a model without linear layers of fitting sizes."""
-    if not HAS_TRITON:
-        raise UserError("train.precision=fp8: needs Triton, which is not installed here; install it, or use bf16")
     if not isinstance(model, GPT) or not use_fp8(model):
         raise UserError("train.precision=fp8: needs model.family=gpt with model.n_embd a multiple of 16; use bf16")
     model.head_in_fp8 = not model.vocab_size % 16
