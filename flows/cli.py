@@ -112,6 +112,7 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     _start_prefect_server()
     _quiet_expected_errors()
     result["run"] = resume or new_run_name(config.name)
+    print(f"should it be interrupted: gptloom run --resume {result['run']}", file=sys.stderr)
     flow = pipeline.with_options(flow_run_name=result["run"])
     outcome = flow(experiment=experiment, overrides=Overrides(more=overrides), resume=resume)
     result.update({key: outcome[key] for key in CONTRACT})
