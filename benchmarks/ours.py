@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cards import environment
+
 from gptcore.config import load_config
 from gptcore.journal import read_journal
 from gptcore.shards import prepare
@@ -27,25 +29,28 @@ class OurRun:
     evaluations: list[tuple[int, float, float]]
 
 
-def make_shards(experiment: str, text: Path, home: Path) -> Path:
+def make_shards(experiment: str, text: Path | str, home: Path) -> Path:
     """The shards, before any clock runs: the peer's data too are made beforehand."""
     return prepare(load_config(ROOT / "experiments" / experiment, [f"data.source={text}"]), home).shards
 
 
-def train(experiment: str, text: Path, shards: Path, out: Path, *overrides: str, alone: bool = True) -> OurRun:
+def train(
+    experiment: str, text: Path | str, shards: Path, out: Path, *overrides: str, shared_card: str | None = None
+) -> OurRun:
     """One run of an experiment; raises RuntimeError with its last lines when it fails.
 
-    alone: with False it does not wait for the device, so that runs whose time is not asked for can share it.
+    shared_card: the GPU it runs on without waiting for its turn, so that runs whose time is not asked for can share it.
     """
     command = [sys.executable, "-m", "gptcore.train", str(ROOT / "experiments" / experiment), f"data.source={text}"]
     command += [*overrides, "--shards", str(shards), "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if not alone:  # the lock of a device lies where temporary files do
+    variables = environment(shared_card)
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    if shared_card is not None:  # the lock of a device lies where temporary files do
         own = out.with_name(f"{out.name}-tmp")
         own.mkdir()
-        environment["TMPDIR"] = str(own)
+        variables["TMPDIR"] = str(own)
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=out.parent)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"our side failed:\n{done.stderr[-3000:]}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import pickle  # the peer's own format: it reads its vocabulary from meta.pkl
 import re
 import shutil
@@ -17,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from cards import environment
 
 from gptcore.batches import val_batches
 
+CHARACTERS = "config/train_shakespeare_char.py"
 # README of nanoGPT, "I only have a macbook"
 CPU_SETTING = [
+    CHARACTERS,
     "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4",
     "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
 ]  # fmt: skip
@@ -38,27 +40,42 @@ class PeerRun:
 
 
 class Peer:
-    """A copy of the checkout with one text in it, split as its own prepare.py does: the first 90 % of the characters train."""
+    """A copy of the checkout with one data set in it: `folder/peer/data/<dataset>`."""
 
-    def __init__(self, checkout: Path, text: Path, folder: Path) -> None:
+    def __init__(self, checkout: Path, folder: Path, dataset: str, train: np.ndarray, val: np.ndarray) -> None:
         self.directory = folder / "peer"
         shutil.copytree(checkout, self.directory, ignore=shutil.ignore_patterns(".git", "*.ipynb", "assets"))
+        self.val = val.astype(np.uint16)
+        self.data = self.directory / "data" / dataset
+        self.data.mkdir(parents=True, exist_ok=True)
+        train.astype(np.uint16).tofile(self.data / "train.bin")
+        self.val.tofile(self.data / "val.bin")
+
+    @classmethod
+    def of_characters(cls, checkout: Path, text: Path, folder: Path) -> Peer:
+        """One text, split as its own prepare.py does: the first 90 % of the characters train."""
         data = text.read_text(encoding="utf-8")
         chars = sorted(set(data))
         ids = {char: number for number, char in enumerate(chars)}
         encoded = np.array([ids[char] for char in data], dtype=np.uint16)
         cut = int(0.9 * len(data))
-        self.val = encoded[cut:]
-        target = self.directory / "data" / "shakespeare_char"
-        target.mkdir(parents=True, exist_ok=True)
-        encoded[:cut].tofile(target / "train.bin")
-        self.val.tofile(target / "val.bin")
-        with open(target / "meta.pkl", "wb") as file:
+        peer = cls(checkout, folder, "shakespeare_char", encoded[:cut], encoded[cut:])
+        with open(peer.data / "meta.pkl", "wb") as file:
             pickle.dump({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": ids}, file)
+        return peer
 
-    def train(self, out: str, *settings: str) -> PeerRun:
-        """`python train.py config/train_shakespeare_char.py …`; raises RuntimeError with its last lines when it fails."""
-        command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", f"--out_dir={out}", *settings]
+    def script_with_seed(self, seed: int) -> str:
+        """Its train.py with another seed than the 1337 that is written there; nothing else differs."""
+        source = (self.directory / "train.py").read_text(encoding="utf-8")
+        assert source.count("torch.manual_seed(1337 + ") == 1
+        name = f"train_{seed}.py"
+        changed = source.replace("torch.manual_seed(1337 + ", f"torch.manual_seed({seed} + ")
+        (self.directory / name).write_text(changed, encoding="utf-8")
+        return name
+
+    def train(self, out: str, *settings: str, script: str = "train.py", card: str | None = None) -> PeerRun:
+        """`python train.py SETTINGS`, on one card of several; raises RuntimeError with its last lines when it fails."""
+        command = [sys.executable, "-u", script, *settings, f"--out_dir={out}"]
         start = time.perf_counter()
         losses, step_ms, lines = [], [], []
         process = subprocess.Popen(
@@ -67,7 +84,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+            env=environment(card),
         )
         assert process.stdout is not None
         for line in process.stdout:

@@ -50,7 +50,7 @@ def main() -> int:
     peer_seconds, peer_losses, runs = [], [], {part: [] for part in parts}
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
         folder = Path(name)
-        peer, shards = Peer(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
+        peer, shards = Peer.of_characters(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
         for number in range(args.runs):
             iterations = f"--max_iters={args.peer_iterations}"
             theirs = peer.train(

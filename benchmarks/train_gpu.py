@@ -11,6 +11,7 @@ evaluated on all validation tokens, each once, in windows of its own context. Th
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -18,9 +19,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cards import visible_cards
 from figures import figure, print_figures
 from ours import OurRun, make_shards, train
-from peer import Peer
+from peer import CHARACTERS, Peer
 
 EXPERIMENT = "tinyshakespeare-gpu.yaml"
 TIMES_SOONER, BEST_LOSS, PUBLISHED_LOSS = 10.0, 1.42, 1.4697
@@ -52,8 +54,8 @@ def main() -> int:
     text = args.text.resolve()
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
         folder = Path(name)
-        peer, shards = Peer(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
-        theirs = peer.train("out", f"--max_iters={args.peer_iterations}")
+        peer, shards = Peer.of_characters(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
+        theirs = peer.train("out", CHARACTERS, f"--max_iters={args.peer_iterations}")
         target = peer.evaluate(peer.load(theirs.checkpoint, "cuda"), "cuda")  # it keeps its best checkpoint
         best = min(theirs.losses, key=lambda entry: entry[1])
         peer_training, peer_total = best[0] * statistics.median(theirs.step_ms) / 1e3, best[2]
@@ -62,18 +64,18 @@ def main() -> int:
             f"{best[1]:.4f}, by our rule {target:.4f}\n"
         )
 
-        def run(label: str, seed: int, settings: Sequence[str], alone: bool) -> OurRun:
-            return train(
-                EXPERIMENT, text, shards, folder / f"{label}{seed}", f"train.seed={seed}", *settings, alone=alone
-            )
+        def run(label: str, seed: int, settings: Sequence[str], card: str | None = None) -> OurRun:
+            out = folder / f"{label}{seed}"
+            return train(EXPERIMENT, text, shards, out, f"train.seed={seed}", *settings, shared_card=card)
 
         seeds = range(1337, 1337 + args.runs)
-        sooner = [run("sooner", seed, (*SOONER, *args.set), True) for seed in seeds]
-        # Of the others only the losses count, so they share the card.
+        sooner = [run("sooner", seed, (*SOONER, *args.set)) for seed in seeds]
+        # Of the others only the losses count, so they share the cards.
+        cards = itertools.cycle(visible_cards())
         with ThreadPoolExecutor(args.parallel) as pool:
-            longer = [pool.submit(run, "best", seed, args.set, False) for seed in seeds]
+            longer = [pool.submit(run, "best", seed, args.set, next(cards)) for seed in seeds]
             published = range(1337, 1337 + args.reproduce)
-            reproduced = [pool.submit(run, "gpt2-", seed, PUBLISHED_SETTINGS, False) for seed in published]
+            reproduced = [pool.submit(run, "gpt2-", seed, PUBLISHED_SETTINGS, next(cards)) for seed in published]
             best_losses = [future.result().result["val_loss"] for future in longer]
             gpt2_losses = [future.result().result["val_loss"] for future in reproduced]
     seconds = [seconds_until(run, target) for run in sooner]

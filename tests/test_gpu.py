@@ -178,3 +178,40 @@ def test_out_of_memory_is_survived(config, shards):
     train_step(trainer)
     assert trainer.micro_batch_size == 4
     assert preflight(trainer).free_mib > 0
+
+
+@pytest.mark.parametrize(("heads", "width"), [(3, 32), (6, 128)])
+def test_the_kernel_of_the_heads_is_norm_and_rotation(heads, width):
+    from gptcore.models.kernels import rotate_heads
+    from gptcore.models.layers import apply_rotary, rms_norm, rotary_table
+
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 37, 3 * heads * width, device="cuda", dtype=torch.bfloat16)
+    table = [part.cuda() for part in rotary_table(37, width)]
+    ours, plain = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    q, k, v = plain.view(2, 37, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    expected = (apply_rotary(rms_norm(q), *table), apply_rotary(rms_norm(k), *table), v)
+    found = rotate_heads(ours, *table, heads)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0.01, atol=0.01)
+    weights = [torch.randn_like(one) for one in found]
+    torch.autograd.backward(found, weights)
+    torch.autograd.backward(expected, [weight.double() for weight in weights])
+    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_the_kernel_of_the_head_is_loss_and_gradient(cap):
+    from gptcore.models.kernels import E5M2, loss_and_gradient_fp8
+    from gptcore.models.losses import loss_and_gradient
+
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(96, 5008, device="cuda")
+    targets = torch.randint(5008, (96,), device="cuda")
+    targets[3] = -1
+    loss, grad, grad_t = loss_and_gradient_fp8(logits, targets, cap)
+    expected, expected_grad = loss_and_gradient(logits, targets, cap)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    # two digits of a mantissa: an eighth of the number, and next to nothing is nothing
+    assert (grad.float() / torch.finfo(E5M2).max - expected_grad).abs().div(expected_grad.abs() + 1e-6).max() < 0.13
+    assert torch.equal(grad.float().T, grad_t.float())

@@ -21,13 +21,6 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(dtype), scale
 
 
-def matmul_fp8(a: Tensor, b: Tensor, a_dtype: torch.dtype = E4M3) -> Tensor:
-    """`a @ b.T` for a: (M, K), b: (N, K), in bfloat16."""
-    a8, a_scale = to_fp8(a, a_dtype)
-    b8, b_scale = to_fp8(b, E4M3)
-    return scaled_matmul(a8, b8, a_scale, b_scale)
-
-
 def scaled_matmul(a8: Tensor, b8: Tensor, a_scale: Tensor, b_scale: Tensor, fast: bool = True) -> Tensor:
     """`(a8 * a_scale) @ (b8 * b_scale).T`: both row-major (M, K) and (N, K), as the hardware wants them.
 

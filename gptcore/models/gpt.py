@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from gptcore.config import ModelConfig
 from gptcore.models.base import LanguageModel, without_src
 from gptcore.models.cache import KVCache
-from gptcore.models.layers import ACTIVATIONS, Norm, apply_rotary, compute_dtype, dropout, rms_norm, rotary_table
+from gptcore.models.layers import (
+    ACTIVATIONS,
+    Norm,
+    apply_rotary,
+    compute_dtype,
+    dropout,
+    has_kernels,
+    rms_norm,
+    rotary_table,
+)
 from gptcore.models.losses import PIECE_LOGITS, cross_entropy, head_cross_entropy, piecewise_cross_entropy, soft_cap
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -37,13 +46,18 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, 3C)
         if not x.is_cuda and qkv.itemsize == 2:
             qkv = qkv.float()  # on a CPU attention in 16 bits takes three times as long, forwards and backwards
-        q, k, v = (
-            qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
-        )  # (B, nh, T, hs) each
-        if self.qk_norm:  # keeps the attention logits small, so a large learning rate cannot saturate them
-            q, k = rms_norm(q), rms_norm(k)  # (B, nh, T, hs)
-        if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)  # (B, nh, T, hs)
+        if rotary is not None and self.qk_norm and cache is None and has_kernels(qkv, C // self.n_head):
+            from gptcore.models.kernels import rotate_heads
+
+            q, k, v = rotate_heads(qkv, *rotary, self.n_head)  # what follows here, in one kernel
+        else:
+            q, k, v = (
+                qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
+            )  # (B, nh, T, hs) each
+            if self.qk_norm:  # keeps the attention logits small, so a large learning rate cannot saturate them
+                q, k = rms_norm(q), rms_norm(k)  # (B, nh, T, hs)
+            if rotary is not None:
+                q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)  # (B, nh, T, hs)
         mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)

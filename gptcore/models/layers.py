@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Norm(nn.Module):
@@ -51,6 +54,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (B, nh, T, hs)
+
+
+def has_kernels(qkv: Tensor, head_size: int) -> bool:
+    """Whether `kernels.rotate_heads` takes it: in 16 bits on a GPU with Triton, heads a power of two wide."""
+    return HAS_TRITON and qkv.is_cuda and qkv.itemsize == 2 and head_size & (head_size - 1) == 0
 
 
 def relu_squared(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptcore.models.fp8 import matmul_fp8
+from gptcore.models.fp8 import E4M3, E5M2, scaled_matmul, to_fp8
 
 # Logits of one piece, at most; 2^27 are 512 MiB in float32. Larger pieces on a GPU: each adds to the whole weight gradient once.
 # A batch with fewer takes the plain way, which is faster there.
@@ -58,23 +58,52 @@ def piecewise_cross_entropy(
     return each.sum() / (targets >= 0).sum() if reduction == "mean" else each.sum()
 
 
+class _Head:
+    """Loss and both gradients of some rows, in the weight's type. weight: (V, C)."""
+
+    def __init__(self, weight: Tensor, cap: float) -> None:
+        self.weight, self.cap = weight, cap
+
+    def loss_and_gradients(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed nats, the gradients of x, (rows, C), and of the weight, (V, C)."""
+        logits = (x @ self.weight.T).float()  # (rows, V)
+        loss, grad = loss_and_gradient(logits, targets, self.cap)
+        grad = grad.to(x.dtype)  # (rows, V)
+        return loss, grad @ self.weight, grad.T @ x
+
+
+class _Fp8Head:
+    """The same with products in eight bits, for a multiple of 16 rows. A logit's gradient lies within ±1: its scale needs no search."""
+
+    def __init__(self, weight: Tensor, cap: float) -> None:
+        self.cap = cap
+        self.weight, self.scale = to_fp8(weight, E4M3)
+        self.transposed = self.weight.t().contiguous()  # (C, V)
+        self.grad_scale = torch.full((), 1 / torch.finfo(E5M2).max, device=weight.device)
+
+    def loss_and_gradients(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from gptcore.models.kernels import loss_and_gradient_fp8
+
+        x8, scale = to_fp8(x, E4M3)
+        logits = scaled_matmul(x8, self.weight, scale, self.scale)  # (rows, V)
+        loss, grad, grad_t = loss_and_gradient_fp8(logits, targets, self.cap)
+        grad_x = scaled_matmul(grad, self.transposed, self.grad_scale, self.scale, fast=False)
+        return loss, grad_x, scaled_matmul(grad_t, x8.t().contiguous(), self.grad_scale, scale, fast=False)
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     """The summed loss. Gradients are made in the forward pass, while a piece's logits are at hand, so none is made twice."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, use_fp8: bool) -> Tensor:
-        w = weight.to(x.dtype)
+        head = _Fp8Head(weight, cap) if use_fp8 and len(x) % 16 == 0 else _Head(weight.to(x.dtype), cap)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         loss = torch.zeros((), device=x.device)
         rows = max(16, PIECE_LOGITS[x.device.type] // len(weight) // 16 * 16)
         for start in range(0, len(x), rows):
-            part, part_targets = x[start : start + rows], targets[start : start + rows]
-            logits = (matmul_fp8(part, w) if use_fp8 else part @ w.T).float()  # (rows, V)
-            part_loss, grad = loss_and_gradient(logits, part_targets, cap)
-            loss = loss + part_loss
-            grad = grad.to(x.dtype)  # (rows, V)
-            grad_x[start : start + rows] = grad @ w
-            grad_w += grad.T @ part
+            piece = slice(start, start + rows)
+            part_loss, grad_x[piece], part_grad_w = head.loss_and_gradients(x[piece], targets[piece])
+            loss, grad_w = loss + part_loss, grad_w.add_(part_grad_w)
         ctx.save_for_backward(grad_x, grad_w)
         return loss
 
