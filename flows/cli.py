@@ -37,9 +37,6 @@ from gptcore.entry import (
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USER,
-    DeviceMemoryError,
-    NonFinite,
-    Stopped,
     describe_error,
     exit_code,
 )
@@ -372,7 +369,7 @@ def _quiet_expected_errors() -> None:
 
     def is_news(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError))
+        return error is None or exit_code(error) == EXIT_BUG
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(is_news)
