@@ -29,9 +29,9 @@ class OurRun:
     evaluations: list[tuple[int, float, float]]
 
 
-def make_shards(experiment: str, text: Path | str, home: Path) -> Path:
+def make_shards(experiment: str, text: Path | str, home: Path, *overrides: str) -> Path:
     """The shards, before any clock runs: the peer's data too are made beforehand."""
-    return prepare(load_config(ROOT / "experiments" / experiment, [f"data.source={text}"]), home).shards
+    return prepare(load_config(ROOT / "experiments" / experiment, [f"data.source={text}", *overrides]), home).shards
 
 
 def train(

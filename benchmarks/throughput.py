@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/throughput.py --peer-dir DIR [--batches 32 64] [--precisions bf16 fp8]      # 3 to 6 minutes
 
-12 layers of 768, context 1024, vocabulary 50,304. One step is forward, backward, clipping and optimizer. MFU: (6N + 12·L·C·T) FLOPs a
+Ours is experiments/gpt2-124m.yaml: 12 layers of 768, context 1024, vocabulary 50,304, 6 heads (`--set model.n_head=12` for as many as GPT-2
+has). One step is forward, backward, clipping and optimizer. MFU: (6N + 12·L·C·T) FLOPs a
 token against the card's bf16 peak, also where fp8 ran. The last line on stdout is one JSON object.
 """
 
@@ -15,15 +16,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from figures import figure, print_figures
 
-from gptcore.config import check_config, load_config
+from gptcore.config import load_config
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import Trainer, build_trainer, train_step
 
+EXPERIMENT = "gpt2-124m.yaml"
 V, T = 50_304, 1024
 GOAL = 1.5
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,16 +40,10 @@ class RandomTokens:
 
 
 def make_trainer(shards: ShardSet, batch: int, precision: str, changes: list[str]) -> Trainer:
-    tree: dict[str, Any] = {
-        "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": T, "padded_vocab_size": V},
-        "train": {"device": "cuda", "global_batch_size": batch, "precision": precision, "max_steps": 10_000},
-        "studies": {"accumulation": False},
-    }
-    for change in changes:
-        key, _, value = change.partition("=")
-        section, field = key.split(".")
-        tree[section][field] = value
-    trainer = build_trainer(check_config(tree), shards)
+    """The committed experiment's model and optimizer on random tokens; `shards` are only there because a trainer has some."""
+    settings = ["data.source=none", f"train.global_batch_size={batch}", f"train.precision={precision}"]
+    settings += ["train.max_steps=10000", "studies.accumulation=false", *changes]
+    trainer = build_trainer(load_config(ROOT / "experiments" / EXPERIMENT, settings), shards)
     trainer.sampler = RandomTokens()
     return trainer
 

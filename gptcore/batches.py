@@ -47,8 +47,10 @@ def build_sampler(shards: ShardSet, config: ExperimentConfig) -> Prefetcher:
     """
     block_size, seed = config.model.block_size, config.train.seed
     sampler: Sampler
-    if config.data.order == "random_chunk":
-        sampler = ChunkSampler(shards.tokens("train"), block_size, seed, config.train.global_batch_size)
+    if config.data.order != "epochs":
+        tokens = shards.tokens("train")
+        rows = len(tokens) if config.data.order == "random" else config.train.global_batch_size
+        sampler = ChunkSampler(tokens, block_size, seed, rows)
     else:
         sources = shards.sources()
         if len(sources) == 1:
@@ -170,7 +172,8 @@ class ChunkSampler:
     """Study arm, not for results: how courses read OpenWebText. A batch comes from one random chunk of the mapped file.
 
     A chunk holds `rows` windows; a batch of `rows` samples starts anywhere in it, so its windows overlap and some tokens are
-    never learnt. Random as it is, sample i is still a pure function of (seed, i).
+    never learnt. With more rows than the file has windows, they are drawn from all of it, as nanoGPT does. Random as it is,
+    sample i is still a pure function of (seed, i).
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int, rows: int) -> None:

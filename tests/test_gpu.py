@@ -215,3 +215,15 @@ def test_the_kernel_of_the_head_is_loss_and_gradient(cap):
     # two digits of a mantissa: an eighth of the number, and next to nothing is nothing
     assert (grad.float() / torch.finfo(E5M2).max - expected_grad).abs().div(expected_grad.abs() + 1e-6).max() < 0.13
     assert torch.equal(grad.float().T, grad_t.float())
+
+
+def test_the_kernel_of_the_cast_writes_both_forms():
+    from gptcore.models.fp8 import scale_of
+    from gptcore.models.kernels import E5M2, cast_and_transpose
+
+    torch.manual_seed(0)
+    x = torch.randn(208, 336, device="cuda", dtype=torch.bfloat16)
+    scale = scale_of(x, E5M2)
+    out, out_t = cast_and_transpose(x, scale)
+    assert (out.float() * scale - x.float()).abs().div(x.float().abs() + 1e-4).max() < 0.13
+    assert torch.equal(out.float().T, out_t.float())

@@ -131,10 +131,11 @@ class DataConfig(Section):
     processes: int = Field(
         0, ge=0, le=1024, description="Processes that read and clean; 0: one for each core. Changes no result."
     )
-    order: Literal["epochs", "random_chunk"] = Field(
+    order: Literal["epochs", "random", "random_chunk"] = Field(
         "epochs",
-        description="Order of training samples. epochs: every token once per epoch, in a seeded order; random_chunk: "
-        "a study arm, batches from random places of the file, as courses do it.",
+        description="Order of training samples. epochs: every token once per epoch, in a seeded order; random: windows "
+        "from anywhere, as nanoGPT draws them; random_chunk: a batch from one random place of the file, as courses do it. "
+        "The last two are study arms.",
     )
     dask_address: str | None = Field(
         None,

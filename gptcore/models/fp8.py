@@ -2,7 +2,7 @@
 
 Weights and activations are rounded to e4m3, gradients to e5m2 (more range, fewer digits), each tensor with one scale that is
 recomputed every time, so there is nothing to calibrate. Products are accumulated in float32 and come back in bfloat16.
-Sizes must be multiples of 16.
+Sizes must be multiples of 16. Training needs Triton.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from torch import Tensor, nn
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
+def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 scalar by which x is divided, so that its largest value is the end of `dtype`'s range."""
+    return x.abs().amax().float().clamp_min(1e-12) / torch.finfo(dtype).max
+
+
 def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x rounded to `dtype`, its largest value at the end of the range, and the float32 factor that takes it back."""
-    scale = x.abs().amax().float().clamp_min(1e-12) / torch.finfo(dtype).max
+    """x rounded to `dtype`, and the float32 factor that takes it back."""
+    scale = scale_of(x, dtype)
     return (x.float() / scale).to(dtype), scale
 
 
@@ -41,10 +46,13 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        from gptcore.models.kernels import cast_and_transpose
+
         x8, x_scale, w8, w_scale = ctx.saved_tensors
-        g8, g_scale = to_fp8(grads[0], E5M2)  # (M, N)
+        g_scale = scale_of(grads[0], E5M2)
+        g8, g8_t = cast_and_transpose(grads[0].contiguous(), g_scale)  # (M, N), (N, M)
         grad_x = scaled_matmul(g8, w8.t().contiguous(), g_scale, w_scale, fast=False)  # (M, K)
-        grad_w = scaled_matmul(g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale, fast=False)  # (N, K)
+        grad_w = scaled_matmul(g8_t, x8.t().contiguous(), g_scale, x_scale, fast=False)  # (N, K)
         return grad_x, grad_w.float()
 
 

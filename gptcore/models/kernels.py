@@ -1,7 +1,8 @@
 """Triton kernels for what a compiler makes slow: the same arithmetic as the plain code beside them, with less memory traffic.
 
 Used while training on a CUDA GPU where Triton is: `rotate_heads` by the attention of a model with query-key norm and rotary
-positions, `loss_and_gradient_fp8` by a head in eight bits. tests/test_gpu.py holds both against the plain code.
+positions, `loss_and_gradient_fp8` by a head in eight bits, `cast_and_transpose` by every linear layer in eight bits: the
+hardware wants both factors of such a product in rows, so gradients are needed as they are and transposed. tests/test_gpu.py holds both against the plain code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ROWS = 32  # tokens of one program of rotate_heads
 
 
 @triton.jit
-def _loss_kernel(logits, targets, nats, log_z, cap, V: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+def _loss_kernel(logits, targets, nats, log_z, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """One row's log Z and nats, in one pass over its logits."""
     row = tl.program_id(0).to(tl.int64)
     highest = -float("inf")
@@ -28,8 +29,8 @@ def _loss_kernel(logits, targets, nats, log_z, cap, V: tl.constexpr, CAPPED: tl.
         columns = start + tl.arange(0, BLOCK)
         is_inside = columns < V
         x = tl.load(logits + row * V + columns, mask=is_inside, other=0.0).to(tl.float32)
-        if CAPPED:
-            x = cap * (2 * tl.sigmoid(2 * x / cap) - 1)  # cap · tanh(x / cap)
+        if CAP > 0:
+            x = CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1)  # CAP · tanh(x / CAP)
         x = tl.where(is_inside, x, -float("inf"))
         new_highest = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(x - new_highest), 0)
@@ -37,8 +38,8 @@ def _loss_kernel(logits, targets, nats, log_z, cap, V: tl.constexpr, CAPPED: tl.
     z = highest + tl.log(total)
     target = tl.load(targets + row)
     hit = tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32)
-    if CAPPED:
-        hit = cap * (2 * tl.sigmoid(2 * hit / cap) - 1)
+    if CAP > 0:
+        hit = CAP * (2 * tl.sigmoid(hit * (2 / CAP)) - 1)
     tl.store(log_z + row, z)
     tl.store(nats + row, tl.where(target >= 0, z - hit, 0.0))
 
@@ -51,54 +52,101 @@ def _gradient_kernel(
     grad,
     grad_t,
     R,
-    V,
-    cap,
-    scale,
-    CAPPED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    V: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALE: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One tile of the logits' gradient in eight bits, written as it is and transposed."""
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    is_row, is_column = rows < R, columns < V
-    is_inside = is_row[:, None] & is_column[None, :]
-    at = rows.to(tl.int64)[:, None] * V + columns[None, :]
-    x = tl.load(logits + at, mask=is_inside, other=0.0).to(tl.float32)
-    z = tl.load(log_z + rows, mask=is_row, other=0.0)
-    target = tl.load(targets + rows, mask=is_row, other=-1)
-    slope = 1.0
-    if CAPPED:
-        bent = 2 * tl.sigmoid(2 * x / cap) - 1
-        x = cap * bent
-        slope = 1 - bent * bent
-    g = tl.exp(x - z[:, None]) - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
-    g = tl.where((target >= 0)[:, None], g * slope * scale, 0.0)
-    g8 = g.to(tl.float8e5)
-    tl.store(grad + at, g8, mask=is_inside)
-    at_t = columns.to(tl.int64)[None, :] * R + rows[:, None]
-    tl.store(grad_t + at_t, g8, mask=is_inside)
+    """One tile of the logits' gradient in eight bits, 4 * QUADS rows of BLOCK columns, written as it is and transposed.
+
+    Four rows at a time are packed into one word, which is what lies side by side in the transposed form.
+    """
+    quads = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    packed = tl.zeros((QUADS, BLOCK), tl.int32)
+    for part in tl.static_range(4):
+        rows = 4 * quads + part
+        is_row = rows < R
+        is_inside = is_row[:, None] & (columns < V)[None, :]
+        at = rows.to(tl.int64)[:, None] * V + columns[None, :]
+        x = tl.load(logits + at, mask=is_inside, other=0.0).to(tl.float32)
+        z = tl.load(log_z + rows, mask=is_row, other=0.0)
+        target = tl.load(targets + rows, mask=is_row, other=-1)
+        slope = 1.0
+        if CAP > 0:
+            bent = 2 * tl.sigmoid(x * (2 / CAP)) - 1
+            x = CAP * bent
+            slope = 1 - bent * bent
+        g = tl.exp(x - z[:, None]) - tl.where(columns[None, :] == target[:, None], 1.0, 0.0)
+        g = tl.where((target >= 0)[:, None], g * slope * SCALE, 0.0)
+        bits = g.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        tl.store(grad + at, bits, mask=is_inside)
+        packed = packed | (bits.to(tl.int32) << (8 * part))
+    at_t = columns.to(tl.int64)[None, :] * (R // 4) + quads[:, None]
+    tl.store(grad_t + at_t, packed, mask=(4 * quads < R)[:, None] & (columns < V)[None, :])
 
 
 def loss_and_gradient_fp8(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Summed nats of (rows, V) logits before the cap; their gradient times the largest e5m2 number, (rows, V) and (V, rows).
 
-    logits: contiguous, bfloat16 or float32. A target of -1 gives 0 for all.
+    logits: contiguous, bfloat16 or float32; rows: a multiple of 4. A target of -1 gives 0 for all.
     """
     rows, V = logits.shape
     nats = torch.empty(rows, device=logits.device, dtype=torch.float32)
     log_z = torch.empty_like(nats)
     grad = torch.empty(rows, V, device=logits.device, dtype=E5M2)
     grad_t = torch.empty(V, rows, device=logits.device, dtype=E5M2)
-    is_capped = cap > 0
-    _loss_kernel[(rows,)](logits, targets, nats, log_z, cap, V=V, CAPPED=is_capped, BLOCK=4096, num_warps=8)
-    block_r, block_v = 128, 64
-    grid = (triton.cdiv(V, block_v), triton.cdiv(rows, block_r))
+    _loss_kernel[(rows,)](logits, targets, nats, log_z, V=V, CAP=cap, BLOCK=4096, num_warps=8)
+    quads, block = 32, 64
+    grid = (triton.cdiv(V, block), triton.cdiv(rows, 4 * quads))
+    bits, words_t = grad.view(torch.uint8), grad_t.view(torch.int32)
     _gradient_kernel[grid](
-        logits, targets, log_z, grad, grad_t, rows, V, cap, torch.finfo(E5M2).max, CAPPED=is_capped, BLOCK_R=block_r, BLOCK_V=block_v,
+        logits,
+        targets,
+        log_z,
+        bits,
+        words_t,
+        rows,
+        V=V,
+        CAP=cap,
+        SCALE=torch.finfo(E5M2).max,
+        QUADS=quads,
+        BLOCK=block,
         num_warps=8,
-    )  # fmt: skip
+    )
     return nats.sum(), grad, grad_t
+
+
+@triton.jit
+def _cast_kernel(x, scale, out, out_t, M, N: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile divided by `scale`, in eight bits, as it is and transposed; packed as in `_gradient_kernel`."""
+    quads = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    factor = 1 / tl.load(scale)
+    packed = tl.zeros((QUADS, BLOCK), tl.int32)
+    for part in tl.static_range(4):
+        rows = 4 * quads + part
+        is_inside = (rows < M)[:, None] & (columns < N)[None, :]
+        at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        value = tl.load(x + at, mask=is_inside, other=0.0).to(tl.float32) * factor
+        bits = value.to(tl.float8e5).to(tl.uint8, bitcast=True)
+        tl.store(out + at, bits, mask=is_inside)
+        packed = packed | (bits.to(tl.int32) << (8 * part))
+    at_t = columns.to(tl.int64)[None, :] * (M // 4) + quads[:, None]
+    tl.store(out_t + at_t, packed, mask=(4 * quads < M)[:, None] & (columns < N)[None, :])
+
+
+def cast_and_transpose(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`x / scale` in e5m2, (M, N) and (N, M). x: contiguous, M a multiple of 4, nothing beyond the range; scale: one float32."""
+    M, N = x.shape
+    out = torch.empty(M, N, device=x.device, dtype=E5M2)
+    out_t = torch.empty(N, M, device=x.device, dtype=E5M2)
+    quads, block = 32, 64
+    grid = (triton.cdiv(N, block), triton.cdiv(M, 4 * quads))
+    bits, words_t = out.view(torch.uint8), out_t.view(torch.int32)
+    _cast_kernel[grid](x, scale, bits, words_t, M, N=N, QUADS=quads, BLOCK=block, num_warps=8)
+    return out, out_t
 
 
 @triton.jit

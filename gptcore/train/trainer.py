@@ -152,12 +152,13 @@ def check_memory(config: ExperimentConfig, vocab_size: int, device: Device) -> N
 
 def turn_on_fp8(model: LanguageModel) -> None:
     """Large products in eight bits; raises UserError for a model without linear layers of fitting sizes."""
+    if not HAS_TRITON:
+        raise UserError("train.precision=fp8: needs Triton, which is not installed here; install it, or use bf16")
     if not isinstance(model, GPT) or not use_fp8(model):
         raise UserError("train.precision=fp8: needs model.family=gpt with model.n_embd a multiple of 16; use bf16")
-    model.head_in_fp8 = HAS_TRITON and not model.vocab_size % 16
+    model.head_in_fp8 = not model.vocab_size % 16
     if not model.head_in_fp8:
-        lacking = "set model.padded_vocab_size to a multiple of 16" if HAS_TRITON else "install triton"
-        log.info("the head stays in bf16: %s to have it in fp8 too", lacking)
+        log.info("the head stays in bf16: set model.padded_vocab_size to a multiple of 16 to have it in fp8 too")
 
 
 def build_forward(model: LanguageModel, device: Device, ranks: Ranks, choice: str) -> Any:
