@@ -37,9 +37,6 @@ from gptcore.entry import (
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USER,
-    DeviceMemoryError,
-    NonFinite,
-    Stopped,
     describe_error,
     exit_code,
 )
@@ -112,6 +109,7 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     _start_prefect_server()
     _quiet_expected_errors()
     result["run"] = resume or new_run_name(config.name)
+    print(f"should it be interrupted: gptloom run --resume {result['run']}", file=sys.stderr)
     flow = pipeline.with_options(flow_run_name=result["run"])
     outcome = flow(experiment=experiment, overrides=Overrides(more=overrides), resume=resume)
     result.update({key: outcome[key] for key in CONTRACT})
@@ -371,7 +369,7 @@ def _quiet_expected_errors() -> None:
 
     def is_news(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError))
+        return error is None or exit_code(error) == EXIT_BUG
 
     for handler in logging.getLogger().handlers:
         handler.addFilter(is_news)

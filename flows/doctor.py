@@ -237,8 +237,10 @@ def check_stores(home: Path) -> Iterator[Check]:
         if answer == "ok":
             yield Check(f"{name} store", OK, f"{path} is whole, {path.stat().st_size / 2**20:.1f} MiB")
         else:
-            remedy = f"`gptloom down`, move {path} away; journals below runs/ hold all numbers"
-            yield Check(f"{name} store", FAIL, f"{path}: {answer.splitlines()[0]}", remedy)
+            remedy = f"`gptloom down`, move {path} away"
+            if name == "mlflow":
+                remedy += "; `gptloom sync` fills a new one from the journals, which hold all numbers"
+            yield Check(f"{name} store", FAIL, f"{path}: {' '.join(answer.split())[:200]}", remedy)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------------

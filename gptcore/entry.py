@@ -92,24 +92,46 @@ def follow_parent() -> None:
     """Die with the process that started us (named in GPTLOOM_PARENT_PID), also when it is killed without warning.
 
     On Linux prctl(PR_SET_PDEATHSIG); the parent may be gone before the call, hence the second look. Elsewhere a thread that looks
-    every second. Between that process and us may stand torchrun, which then is the one to follow.
+    every second. A rank follows torchrun in this way, named or not; and as torchrun itself follows nobody, it looks every second
+    at who is behind it.
     """
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
+    named = os.environ.get(PARENT_VARIABLE)
+    is_rank = "TORCHELASTIC_RUN_ID" in os.environ
+    if named is None and not is_rank:
         return
+    parent = os.getppid() if is_rank else int(named or 0)
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     else:
-        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
-    is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != 1
-    if os.getppid() != int(parent) and not is_under_torchrun:
+        _watch(lambda: os.getppid() == parent)
+    if os.getppid() != parent:
+        os._exit(EXIT_STOPPED)
+    if is_rank and named is not None:
+        _watch(lambda: is_running(int(named)))
+
+
+def _watch(is_well: Callable[[], bool]) -> None:
+    """End this process within a second or so of it being false."""
+
+    def look() -> None:
+        while is_well():
+            time.sleep(1)
         os._exit(EXIT_STOPPED)
 
+    threading.Thread(target=look, daemon=True).start()
 
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(EXIT_STOPPED)
+
+def is_running(pid: int) -> bool:
+    """Is it there, and more than an entry that waits to be collected?"""
+    try:
+        if sys.platform.startswith("linux"):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        os.kill(pid, 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's by now
+        return False
+    return True
 
 
 def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:

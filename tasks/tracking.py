@@ -201,6 +201,9 @@ def connect(uri: str) -> MlflowClient:
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # table by table, while a new database is made
+    logging.getLogger("mlflow.store.db.utils").setLevel(
+        logging.CRITICAL
+    )  # pages of SQL before the error that we explain
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)

@@ -10,7 +10,7 @@ from prefect import task
 from prefect.client.schemas.objects import State
 
 from gptcore.config import ExperimentConfig, dump_yaml
-from gptcore.store import content_id, write_json
+from gptcore.store import content_id, is_committed, write_json
 from tasks.process import ProcessDied, run_device_process, run_logger
 from tasks.tracking import common_tags
 
@@ -63,13 +63,14 @@ def run_step(
 
 
 def _done_before(directory: Path, request: str) -> dict[str, Any] | None:
-    """The result of this very step in an earlier attempt of the run."""
+    """The result of this very step in an earlier attempt of the run, whose checkpoint is still there."""
     try:
         done = json.loads((directory / DONE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     result: dict[str, Any] = done["result"]
-    return result if done["request"] == request else None
+    is_there = "checkpoint" not in result or is_committed(Path(result["checkpoint"]))
+    return result if done["request"] == request and is_there else None
 
 
 def is_worth_a_retry(_task: object, _run: object, state: State[Any]) -> bool:

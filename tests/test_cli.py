@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -206,10 +207,11 @@ def test_expected_errors_are_kept_out_of_the_terminal() -> None:
     stream = io.StringIO()
     with root_handler(logging.StreamHandler(stream)):
         cli._quiet_expected_errors()
-        for error in (UserError("yours"), ZeroDivisionError("ours")):
+        for error in (UserError("yours"), OSError(errno.ENOSPC, "the disk"), ZeroDivisionError("ours")):
             try:
                 raise error
             except Exception:
                 logging.getLogger("prefect.task_runs").exception("Task run failed")
     assert "yours" not in stream.getvalue()
+    assert "the disk" not in stream.getvalue()
     assert "ZeroDivisionError: ours" in stream.getvalue()

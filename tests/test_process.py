@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from gptcore.config import UserError
+from gptcore.config import UserError, check_config
 from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, read_journal
+from gptcore.store import commit_dir
 from tasks import process
 from tasks.process import ProcessDied, run_device_process
+from tasks.training import run_step
 
 pytestmark = pytest.mark.integration
 
@@ -212,6 +215,26 @@ def test_child_dies_with_its_killed_parent(out: Path) -> None:
         parent.kill()
         parent.wait()
     wait_for(lambda: not is_alive(pid), 5)
+
+
+def test_a_step_is_done_while_its_checkpoint_is_there(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever deletes a damaged checkpoint, as the doctor says, must not be told for ever that it is missing."""
+    calls, checkpoint = [], out / "checkpoints" / "step_000004"
+
+    def train(*_args: Any, **_options: Any) -> dict[str, Any]:
+        calls.append(1)
+        with commit_dir(checkpoint, {"kind": "checkpoint"}):
+            pass
+        return {"checkpoint": str(checkpoint)}
+
+    monkeypatch.setattr("tasks.training.run_device_process", train)
+    config = check_config({"data": {"source": "text.txt"}})
+    for _ in range(2):
+        assert run_step("gptcore.train", config, out, "toy", out)["checkpoint"] == str(checkpoint)
+    assert len(calls) == 1
+    shutil.rmtree(checkpoint)
+    run_step("gptcore.train", config, out, "toy", out)
+    assert len(calls) == 2
 
 
 def test_progress_line(out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ server and worker is in test_servers.py.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows.reconcile import GONE, MARK, Reconciler
+from flows.reconcile import GONE, MARK, OWN_FLOWS, Reconciler
 from gptcore.config import UserError
 from gptcore.journal import FILE_NAME, Journal, is_held, last_record
 from tasks.forwarding import Forwarder
@@ -228,6 +229,16 @@ def test_other_projects_flow_runs_are_left_alone(home: Path, server: Server) -> 
     server.add("theirs", StateType.RUNNING, since=EARLIER - timedelta(hours=1))
     server.add("by-hand", StateType.RUNNING, since=EARLIER - timedelta(hours=1), deployment_id=None)
     assert cycle(server, home) == []
+
+
+def test_every_flow_of_ours_is_known() -> None:
+    """One that was started by hand and died would stay RUNNING for ever."""
+    names = re.findall(
+        r'@flow\(\s*name="([^"]+)"',
+        "".join(path.read_text() for path in (Path(__file__).parent.parent / "flows").glob("*.py")),
+    )
+    assert len(names) > 5
+    assert set(names) - {"train", "evaluate"} <= set(OWN_FLOWS)
 
 
 def test_a_subflow_ends_with_the_flow_whose_process_it_shares(home: Path, server: Server) -> None:

@@ -475,6 +475,33 @@ def mlflow_runs(stack: Stack, experiment: str) -> list[Any]:
     return list(client.search_runs([found.experiment_id]))
 
 
+UNHEARD = """
+import sys
+import flows
+from rich.console import Console
+console = Console(file=sys.stderr)
+console.print("heard")
+sys.stdin.readline()
+for _ in range(3):
+    console.print("unheard")
+print("unheard", flush=True)
+open(sys.argv[1], "w").close()
+"""
+
+
+def test_a_flow_run_outlives_the_reader_of_its_output(tmp_path):
+    """A worker that is killed took its flow runs with it: rich, with which Prefect logs, raises SystemExit at a broken pipe."""
+    command = [sys.executable, "-c", UNHEARD, str(tmp_path / "done")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PREFECT__FLOW_RUN_ID": "1"}, **pipes) as process:
+        assert process.stdout.readline() == b"heard\n"
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.wait(30) == 0
+    assert (tmp_path / "done").exists()
+
+
 # --- PostgreSQL ------------------------------------------------------------------------------------------------------
 
 

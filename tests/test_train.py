@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model
+from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model, read_state
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
 from gptcore.device import choose_device
 from gptcore.entry import NonFinite, StopFlag, Stopped, recording
@@ -115,7 +115,10 @@ def test_a_resumed_run_ends_with_the_same_bits(config, shards, tmp_path):
     with pytest.raises(Stopped, match="step 4 of 6"), recording(tmp_path / "parts", "toy") as journal:
         train_loop(trainer, journal, tmp_path / "parts", AfterFour())
     torch.manual_seed(99)
+    first_part_s = read_state(tmp_path / "parts" / "checkpoints" / "step_000004")["seconds"]
+    began = time.perf_counter()
     parts = run(config, shards, tmp_path / "parts")
+    assert first_part_s < parts["seconds"] < first_part_s + time.perf_counter() - began  # of both attempts
     one, two = (load_checkpoint(Path(r["checkpoint"])).model for r in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert parts["val_loss"] == whole["val_loss"]

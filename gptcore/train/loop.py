@@ -75,7 +75,7 @@ def train_loop(
     except Stopped:
         raise Stopped(f"stopped after the last step, {trainer.step}; checkpoint {chosen}") from None
     trainer.device.synchronize()
-    seconds = time.perf_counter() - trainer.started
+    seconds = trainer.elapsed_seconds()  # of all attempts
     if trainer.ranks.is_first:
         phases = {f"time/{phase}_seconds": s for phase, s in trainer.clock.seconds.items()}
         journal.metrics(phases, tokens_seen=trainer.tokens_seen, step=trainer.step)

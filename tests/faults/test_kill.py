@@ -6,7 +6,9 @@ make test-faults                                   # the long form: 50 kills, 20
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -21,6 +23,7 @@ from trainer_process import IS_LONG, Training, wait_until
 
 from gptcore.checkpoint import list_checkpoints
 from gptcore.config import ExperimentConfig, load_config, with_changes
+from gptcore.entry import is_running
 from gptcore.journal import read_journal
 from gptcore.shards import ShardSet, prepare
 
@@ -141,6 +144,54 @@ def test_second_signal_exits_at_once() -> None:
     assert process.poll() is None, "the first one lets the step end"
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 75
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from gptcore.entry import follow_parent
+follow_parent()
+Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+STARTER = """
+import os, subprocess, sys
+from pathlib import Path
+named = {"GPTLOOM_PARENT_PID": str(os.getpid())} if sys.argv[1] == "starter" else {}
+process = subprocess.Popen(
+    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *sys.argv[2:]], env={**os.environ, **named}
+)
+Path(sys.argv[3], "torchrun").write_text(str(process.pid))
+process.wait()
+"""
+
+
+@pytest.mark.parametrize("dies", ["starter", "torchrun"])
+def test_ranks_die_with_torchrun_and_with_who_started_it(tmp_path: Path, dies: str) -> None:
+    """torchrun follows nobody and its processes do not follow it: each would go on holding its GPU."""
+    script, pids = tmp_path / "rank.py", tmp_path / "pids"
+    script.write_text(RANK)
+    pids.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STARTER, dies, str(script), str(pids)]
+    starter = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    ranks: list[int] = []
+    try:
+        assert wait_until(lambda: all((pids / rank).exists() for rank in "01"), starter)
+        time.sleep(0.1)
+        ranks = [int((pids / rank).read_text()) for rank in "01"]
+        torchrun = int((pids / "torchrun").read_text())
+        os.kill(starter.pid if dies == "starter" else torchrun, signal.SIGKILL)
+        starter.wait(30)
+        deadline = time.monotonic() + 10
+        while any(map(is_running, [torchrun, *ranks])):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        starter.kill()
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
