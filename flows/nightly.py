@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
@@ -21,14 +21,15 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.forms import Experiment
-from flows.pipeline import Overrides, named_by_experiment, new_run_name, open_run
+from flows.forms import Experiment, titled
+from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment, new_run_name, open_run
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import content_id, home_dir
 from tasks.data import ingest
 from tasks.process import run_logger
-from tasks.tracking import check_store, find_run
+from tasks.reporting import data_url, links
+from tasks.tracking import NOTE_TAG, check_store, find_run
 
 if TYPE_CHECKING:
     from gptcore.nights.gate import Decision
@@ -36,14 +37,16 @@ if TYPE_CHECKING:
     from tasks.registry import Version
 
 DEFAULTS = NightlySettings()
+Settings = Annotated[NightlySettings, titled("Gate, retention, messages")]
+Force = Annotated[bool, titled("Train even if nothing is new")]
 
 
 @flow(name="nightly", flow_run_name=named_by_experiment("nightly"), persist_result=False, result_serializer="json")
 def nightly(
     experiment: Experiment = "experiments/shakespeare.yaml",
-    overrides: Overrides | None = None,
-    force: bool = False,
-    settings: NightlySettings = DEFAULTS,
+    overrides: Changes = NO_OVERRIDES,
+    force: Force = False,
+    settings: Settings = DEFAULTS,
 ) -> dict[str, Any] | State:
     """Train on what is new since the last night, and promote tonight's model if it is better.
 
@@ -53,7 +56,7 @@ def nightly(
         force: Train also when nothing is new, and whatever the sources' size.
         settings: When a model is promoted, what is kept, who is told.
     """
-    config = load_config(experiment, (overrides or Overrides()).as_list())
+    config = load_config(experiment, overrides.as_list())
     check_store()
     name = flow_run.get_name() if FlowRunContext.get() else None
     night = Night(config, home_dir() / "nightly" / config.name, settings, force)
@@ -187,7 +190,7 @@ class Night:
                 {
                     "gptloom.outcome": outcome[0],
                     "gptloom.arm": winner,
-                    "mlflow.note.content": f"**{outcome[0]}**: {outcome[1]}",
+                    NOTE_TAG: f"**{outcome[0]}**: {outcome[1]}",
                 }
             )
         if outcome[0] != "refused":
@@ -354,16 +357,10 @@ class Night:
         create_markdown_artifact(
             key="nightly",
             markdown=f"**{night['outcome'].capitalize()}** (night {night['night']}): {night['reason']}\n\n"
-            f"champion: version {night['champion'] or 'none'}; tonight's bits per byte: {bpb}; report: `{night['report']}`\n\n"
+            f"champion: version {night['champion'] or 'none'}; tonight's bits per byte: {bpb}; "
+            f"{links(Path(night['report']), find_run(self.config.name, self.name) if self.tonight_key else None)}\n\n"
             + "\n".join(f"- {text}" for text in sentences),
             description="What the night did, and why",
         )
         if matrix is not None:
             create_image_artifact(image_url=data_url(files[-1]), key="drift-ledger", description=" ".join(sentences))
-
-
-def data_url(png: Path) -> str:
-    """A picture inside its own address, so that Prefect's page shows it without a file server."""
-    import base64
-
-    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()

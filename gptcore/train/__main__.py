@@ -97,7 +97,7 @@ def run(
         )
         log.info("%s", preflight(trainer).line(device.name))
         if ranks.is_first and (certificate := write_certificate(trainer, out)):
-            journal.metrics({"accumulation/certificate_error": certificate["error"]}, tokens_seen=0)
+            journal.metrics({"train/accumulation_error": certificate["error"]}, tokens_seen=0)
             journal.artifact(CERTIFICATE)
         setting_up.close()
         result = train_loop(trainer, journal, out, stop, memory)
