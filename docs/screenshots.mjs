@@ -40,11 +40,7 @@ const ended = async (deployment) => {
   throw new Error('the run did not end within ten minutes');
 };
 
-const list = await open(`${prefect}/deployments`, 1440, 1330, 8000);
-await list.getByRole('button', { name: '10', exact: true }).last().click(); // items per page
-await list.getByText('25', { exact: true }).last().click();
-await list.waitForTimeout(3000);
-await keep(list, 'prefect-deployments');
+await keep(await open(`${prefect}/deployments?limit=25`, 1440, 1210, 8000), 'prefect-deployments');
 
 const smoke = await call(`${prefect}/api/deployments/name/pipeline/smoke`);
 const form = await open(`${prefect}/deployments/deployment/${smoke.id}/run`, 1440, 1500, 8000);
