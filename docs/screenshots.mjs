@@ -40,7 +40,7 @@ const ended = async (deployment) => {
   throw new Error('the run did not end within ten minutes');
 };
 
-await keep(await open(`${prefect}/deployments?limit=25`, 1440, 1210, 8000), 'prefect-deployments');
+await keep(await open(`${prefect}/deployments?limit=25`, 1440, 1250, 8000), 'prefect-deployments');
 
 const smoke = await call(`${prefect}/api/deployments/name/pipeline/smoke`);
 const form = await open(`${prefect}/deployments/deployment/${smoke.id}/run`, 1440, 1500, 8000);
@@ -56,10 +56,8 @@ await form.waitForTimeout(4000);
 const run = await ended(smoke.id);
 await keep(await open(`${prefect}/runs/flow-run/${run.id}`, 1440, 1000, 8000), 'prefect-flow-run');
 const artifacts = await call(`${prefect}/api/artifacts/filter`, { artifacts: { flow_run_id: { any_: [run.id] } } });
-for (const key of ['report', 'curves']) {
-  const artifact = artifacts.find((found) => found.key === key);
-  await keep(await open(`${prefect}/artifacts/artifact/${artifact.id}`, 1200, 800, 6000), `prefect-${key}`);
-}
+const report = artifacts.find((artifact) => artifact.key === 'report');
+await keep(await open(`${prefect}/artifacts/artifact/${report.id}`, 1200, 640, 6000), 'prefect-report');
 
 const train = await call(`${prefect}/api/deployments/name/train/train`);
 const deeper = { max_steps: STEPS, n_layer: 4, ...(source ? { data_source: source } : {}) };
@@ -81,7 +79,10 @@ const look = async (name, path, height, act = async () => {}) => {
 };
 const picked = text(JSON.stringify(runs.map((each) => each.info.run_id)));
 await look('mlflow-compare', `compare-runs?runs=${picked}&experiments=${text(JSON.stringify([id]))}`, 1150);
-await look('mlflow-charts', `experiments/${id}/runs?searchFilter=${text(filter)}&compareRunsMode=CHART`, 1000);
+await look('mlflow-charts', `experiments/${id}/runs?searchFilter=${text(filter)}&compareRunsMode=CHART`, 1000, async (page) => {
+  for (const y of [265, 234]) await page.mouse.click(351, y); // the trainings of both runs
+  await page.getByPlaceholder('Search metric charts').fill('^(bpb$|train/(bpb|loss|lr|grad_norm)|perf/tok)');
+  await page.waitForTimeout(6000);
+});
 await look('mlflow-system', `experiments/${id}/runs/${runs[0].info.run_id}/system-metrics`, 900);
-await look('mlflow-runs', `experiments/${id}/runs`, 800);
 await browser.close();

@@ -153,7 +153,8 @@ def test_ledger_and_scores_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path) -> None:
+def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect_server: None) -> None:
+    from flows.nightly import nightly
     from tasks.nightly import notify
 
     received: list[dict[str, Any]] = []
@@ -174,9 +175,15 @@ def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path) -> None
     with disable_run_logger():
         assert notify.fn(night, settings, "words") == 1
         assert notify.fn(night | {"outcome": "kept"}, settings, "words") == 0
+    with pytest.raises(
+        UserError, match="no-such"
+    ):  # a schedule whose experiment was moved away must not fail in silence
+        nightly("no-such.yaml", settings=settings)
     server.shutdown()
     server.server_close()
-    assert len(received) == 1
+    assert len(received) == 2
+    assert received[1]["title"] == "gptloom no-such: failed"
+    assert "cannot be read" in received[1]["message"]
     assert received[0]["title"] == "gptloom words: promoted"
     assert "champion: 3" in received[0]["message"]
 
