@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
-from pydantic import Field
 
-from flows.forms import Experiment
+from flows.forms import Experiment, titled
 from flows.pipeline import Overrides, pipeline
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.store import home_dir
@@ -22,13 +21,9 @@ from tasks.data import build_vocabulary, ingest, write_shards
 from tasks.process import run_device_process, run_logger
 from tasks.tracking import check_store, common_tags
 
-Minutes = Annotated[
-    float, Field(title="Minutes", ge=1, le=100_000, description="From the start of this run to its report.")
-]
-Corpus = Annotated[str, Field(title="Corpus", description="Text, as in data.source; empty: the experiment's own.")]
-DeviceChoice = Annotated[
-    Literal["auto", "cpu", "cuda"], Field(title="Device", description="auto takes a GPU if the worker has one.")
-]
+Minutes = Annotated[float, titled("Budget (minutes)", ge=1, le=100_000)]
+Corpus = Annotated[str, titled("Corpus")]
+DeviceChoice = Annotated[Literal["auto", "cpu", "cuda"], titled("Device")]
 
 
 @flow(name="budget", flow_run_name="budget of {minutes} minutes", persist_result=False, result_serializer="json")
@@ -41,9 +36,9 @@ def budget(
     """Train the best model that so many minutes allow: size, batch and steps come from a short calibration on this worker.
 
     Args:
-        minutes: From the start of this run to its report.
-        corpus: Text, as in data.source; empty: the experiment's own.
-        device: Where to train.
+        minutes: From the start of this run to its report; it ends within 15 % of them.
+        corpus: Text, as in data.source: a file, a folder, an address. Empty: the experiment's own.
+        device: Where to train; auto takes a GPU if the worker has one.
         experiment: Everything that is not size, batch or length.
     """
     start = time.monotonic()

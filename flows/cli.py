@@ -231,7 +231,7 @@ def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
     for night in result.get("nights", [result]):
         shown = (night["night"], night["outcome"], night["champion"] or "-", night["reason"])
         print("night {:>2}  {:<9} champion {:<3} {}".format(*shown), file=sys.stderr)
-    return EXIT_OK
+    return EXIT_USER if result.get("error") else EXIT_OK
 
 
 def move_champion(args: argparse.Namespace, result: dict[str, Any]) -> int:

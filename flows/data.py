@@ -9,20 +9,21 @@ import time
 from typing import Any
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.context import FlowRunContext
 from prefect.states import Cancelled
 
 from flows.forms import Experiment
-from flows.pipeline import NO_OVERRIDES, Overrides, named_by_experiment
+from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment
 from gptcore.config import load_config
 from gptcore.shards import ShardSet
 from gptcore.store import home_dir, read_manifest
 from tasks.data import build_vocabulary, ingest, write_shards
+from tasks.reporting import markdown_table
 
 
 @flow(name="data", flow_run_name=named_by_experiment("data"), persist_result=False)
-def data(
-    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
-) -> dict[str, Any]:
+def data(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Changes = NO_OVERRIDES) -> dict[str, Any]:
     """From raw text to shards; what is there already is found, not made again.
 
     Args:
@@ -39,6 +40,13 @@ def data(
     except KeyboardInterrupt:
         return Cancelled(message="stopped by the user")  # type: ignore[return-value]
     manifest, tokens = read_manifest(corpus), ShardSet.open(shards).n_tokens
+    if FlowRunContext.get() is not None:
+        said = (
+            f"{manifest['documents']:,} documents: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out"
+        )
+        rows = [["corpus", f"`{corpus}`"], ["vocabulary", f"`{vocab}`"], ["shards", f"`{shards}`"]]
+        text = f"{said}; {manifest['skipped']:,} files were left out.\n\n{markdown_table(rows, ['made', 'where'])}\n"
+        create_markdown_artifact(text, key="data", description=said)
     return {
         "corpus": str(corpus),
         "vocab": str(vocab),

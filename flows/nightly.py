@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
@@ -21,14 +21,15 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.forms import Experiment
-from flows.pipeline import Overrides, named_by_experiment, new_run_name, open_run
+from flows.forms import Experiment, titled
+from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment, new_run_name, open_run
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.nights.settings import NightlySettings
-from gptcore.store import content_id, home_dir
+from gptcore.store import content_id, home_dir, read_manifest
 from tasks.data import ingest
 from tasks.process import run_logger
-from tasks.tracking import check_store, find_run
+from tasks.reporting import data_url, links
+from tasks.tracking import NOTE_TAG, check_store, find_run
 
 if TYPE_CHECKING:
     from gptcore.nights.gate import Decision
@@ -36,14 +37,16 @@ if TYPE_CHECKING:
     from tasks.registry import Version
 
 DEFAULTS = NightlySettings()
+Settings = Annotated[NightlySettings, titled("Gate, retention, messages")]
+Force = Annotated[bool, titled("Train even if nothing is new")]
 
 
 @flow(name="nightly", flow_run_name=named_by_experiment("nightly"), persist_result=False, result_serializer="json")
 def nightly(
     experiment: Experiment = "experiments/shakespeare.yaml",
-    overrides: Overrides | None = None,
-    force: bool = False,
-    settings: NightlySettings = DEFAULTS,
+    overrides: Changes = NO_OVERRIDES,
+    force: Force = False,
+    settings: Settings = DEFAULTS,
 ) -> dict[str, Any] | State:
     """Train on what is new since the last night, and promote tonight's model if it is better.
 
@@ -53,12 +56,23 @@ def nightly(
         force: Train also when nothing is new, and whatever the sources' size.
         settings: When a model is promoted, what is kept, who is told.
     """
-    config = load_config(experiment, (overrides or Overrides()).as_list())
-    check_store()
+    try:
+        config = load_config(experiment, overrides.as_list())
+        check_store()
+    except UserError as error:
+        tell_failure(Path(experiment).stem, error, settings)
+        raise
     name = flow_run.get_name() if FlowRunContext.get() else None
     night = Night(config, home_dir() / "nightly" / config.name, settings, force)
     result = night.run(name or new_run_name(f"{config.name}-nightly"))
     return Completed(name=result["outcome"].capitalize(), message=result["reason"], data=result)
+
+
+def tell_failure(name: str, error: UserError, settings: NightlySettings) -> None:
+    """The message of a night that could not even begin, and so has no record."""
+    from tasks import nightly as steps
+
+    steps.notify({"outcome": "failed", "reason": str(error), "champion": "as before", "run": "none"}, settings, name)
 
 
 class Night:
@@ -76,6 +90,8 @@ class Night:
         self.val_bpb: float | None = None
         self.tonight_key: str | None = None
         self.made: list[str] = []
+        self.shards: dict[str, Path] = {}  # what each arm learns from
+        self.error: str | None = None  # what is wrong with the input, where a guard found it
 
     def run(self, name: str) -> dict[str, Any]:
         """The record of the night: night, run, outcome, reason, champion, val_bpb, …; raises what made it fail, recorded too."""
@@ -97,7 +113,7 @@ class Night:
             "champion": self._champion_now(),
             "val_bpb": self.val_bpb,
             "made": self.made,
-        }
+        } | ({"error": self.error} if self.error else {})
         self.ledger.nights.append(night)
         self._finish(night)
         if failure is not None:
@@ -115,10 +131,11 @@ class Night:
             registry.check_usable(self.champion)
         size, before = steps.look_at_sources(self.config.data, self.home), self.ledger.source_bytes
         if not self.force and size < self.settings.shrink_percent / 100 * before:
-            return "refused", (
+            self.error = (
                 f"the sources hold {size:,} bytes, {100 * size / before:.0f} % of the {before:,} of last time; put the missing "
                 "files back, or start the night with force if that is how it should be"
             )
+            return "refused", self.error
         corpus = ingest(self.config.data, self.home, return_state=True).result()
         steps.seed_ledger(self.ledger, self.champion, corpus, self.home)
         tonight = steps.find_new_text(corpus, self.ledger, self.home)
@@ -160,7 +177,9 @@ class Night:
         configs = steps.plan_arms(self.config, self.champion, self.settings)
         arms = {key: (config, text.training) for key, config in configs.items()}
         if self.settings.new_vocabulary and self.champion is not None:
-            arms["new-vocabulary"] = self._new_vocabulary(corpus, chosen, text, configs["scratch"])
+            arms |= self._new_vocabulary(corpus, chosen, text, configs["scratch"])
+        steps.add_earlier_vocabularies(text, self.config, corpus, self.ledger, self.home)
+        self.shards = {key: shards for key, (_, shards) in arms.items()}
         with open_run(self.config, self.home / "runs" / self.name) as run:
             run.journal.tags({"gptloom.step": "nightly"})
             run.describe_data(text.corpus)
@@ -187,7 +206,7 @@ class Night:
                 {
                     "gptloom.outcome": outcome[0],
                     "gptloom.arm": winner,
-                    "mlflow.note.content": f"**{outcome[0]}**: {outcome[1]}",
+                    NOTE_TAG: f"**{outcome[0]}**: {outcome[1]}",
                 }
             )
         if outcome[0] != "refused":
@@ -196,16 +215,25 @@ class Night:
 
     def _new_vocabulary(
         self, corpus: Path, chosen: Path, text: Any, config: ExperimentConfig
-    ) -> tuple[ExperimentConfig, Path]:
-        """The arm whose vocabulary is learnt afresh: its shards, and its hold-outs added to those of `text`."""
+    ) -> dict[str, tuple[ExperimentConfig, Path]]:
+        """The arm whose vocabulary is learnt afresh, by its key, its hold-outs added to those of `text`. None where the text has
+        taught nothing new: that would be `scratch` once more.
+        """
         from tasks import nightly as steps
 
         vocab = steps.vocabulary_of(None, self.config.vocab, chosen, self.home)
-        other = steps.prepare_text(self.config, corpus, vocab, self.ledger, text.tonight, self.home)
+        if read_manifest(vocab)["fingerprint"] == read_manifest(text.vocab)["fingerprint"]:
+            run_logger().info("no arm with a new vocabulary: all text so far gives the champion's again")
+            return {}
+        try:
+            other = steps.prepare_text(self.config, corpus, vocab, self.ledger, text.tonight, self.home)
+        except UserError as error:
+            run_logger().info("no arm with a new vocabulary: %s", error)
+            return {}
         for name, shards in other.holdouts.items():
-            text.holdouts[name].update(shards)
+            text.holdouts[name] |= shards
         self.made.append(other.training.name)
-        return config, other.training
+        return {"new-vocabulary": (config, other.training)}
 
     def _refuse_text(self, tonight: Generation | None, reason: str) -> tuple[str, str]:
         """No model learns from tonight's text, neither now nor later; it is no yardstick either."""
@@ -269,8 +297,8 @@ class Night:
         facts = {
             "run": key,
             "corpus": text.corpus.name,
-            "vocab": Path(trained["vocab"]).name if trained.get("vocab") else text.vocab.name,
-            "shards": text.training.name,
+            "vocab": read_manifest(self.shards[winner])["vocab"],
+            "shards": self.shards[winner].name,
             "val_bpb": trained["val_bpb"],
             "parameters": trained["parameters"],
             "night": self.number,
@@ -303,7 +331,7 @@ class Night:
             folder.mkdir(parents=True, exist_ok=True)
         report = self.folder / "reports" / f"{self.name}.html"
         night["report"] = str(report)
-        shown = {key: value for key, value in night.items() if key not in ("made", "report")}
+        shown = {key: value for key, value in night.items() if key not in ("made", "report", "error")}
         shown["val_bpb"] = None if self.val_bpb is None else f"{self.val_bpb:.4f}"
         write_night(report, shown, self.ledger.nights, self.arms, self.decision, matrix, sentences)
         try:
@@ -354,16 +382,10 @@ class Night:
         create_markdown_artifact(
             key="nightly",
             markdown=f"**{night['outcome'].capitalize()}** (night {night['night']}): {night['reason']}\n\n"
-            f"champion: version {night['champion'] or 'none'}; tonight's bits per byte: {bpb}; report: `{night['report']}`\n\n"
+            f"champion: version {night['champion'] or 'none'}; tonight's bits per byte: {bpb}; "
+            f"{links(Path(night['report']), find_run(self.config.name, self.name) if self.tonight_key else None)}\n\n"
             + "\n".join(f"- {text}" for text in sentences),
             description="What the night did, and why",
         )
         if matrix is not None:
             create_image_artifact(image_url=data_url(files[-1]), key="drift-ledger", description=" ".join(sentences))
-
-
-def data_url(png: Path) -> str:
-    """A picture inside its own address, so that Prefect's page shows it without a file server."""
-    import base64
-
-    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()

@@ -21,7 +21,7 @@ from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
-from flows.forms import Experiment
+from flows.forms import Experiment, titled
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config, refuse_secret
 from gptcore.entry import RESUMES_TAG
 from gptcore.journal import FILE_NAME, Journal
@@ -35,8 +35,10 @@ from tasks.registry import register_model
 from tasks.reporting import build_report
 from tasks.runs import run_named
 from tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
-from tasks.tracking import check_store, common_tags
+from tasks.tracking import NOTE_TAG, check_store, common_tags
 from tasks.training import train_floor, train_model
+
+Resume = Annotated[str, titled("Resume a run")]
 
 FINISHED_S, INTERRUPTED_S = (
     30.0,
@@ -75,7 +77,7 @@ class Overrides(BaseModel):
         json_schema_extra=NO_LOGIN,
     )
     max_steps: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, title="Max Steps (optimizer steps)", description="train.max_steps: optimizer steps."
+        None, title="Length (optimizer steps)", description="train.max_steps: where the training ends."
     )
     n_layer: Annotated[int, Field(ge=1)] | Unset = Field(
         None, title="Depth (layers)", description="model.n_layer: depth."
@@ -140,6 +142,7 @@ class Overrides(BaseModel):
         ] + self.more
 
 
+Changes = Annotated[Overrides, titled("Changes to the experiment")]
 NO_OVERRIDES = Overrides()
 
 
@@ -171,7 +174,7 @@ def named_by_experiment(kind: str = "") -> Callable[[], str]:
 
 @flow(name="pipeline", flow_run_name=named_by_experiment(), persist_result=False, result_serializer="json")
 def pipeline(
-    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES, resume: str = ""
+    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Changes = NO_OVERRIDES, resume: Resume = ""
 ) -> dict[str, Any]:
     """From raw text to a trained, evaluated model and a report.
 
@@ -216,7 +219,7 @@ def pipeline(
             data = {"corpus": corpus, "vocab": vocab, "shards": shards}
             run.forwarder.flush()
             run.step(register_model, config, evaluation, floor.get("val_bpb"), data, run.name, run.mlflow_run_id)
-            report = run.step(build_report, run.directory)
+            report = run.report()
             run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples/samples.json")
     except KeyboardInterrupt:
         return Cancelled(message="stopped by the user")  # type: ignore[return-value]
@@ -325,6 +328,14 @@ class PipelineRun:
             values | {"parameters": trained["parameters"]}, tokens_seen=trained["tokens_seen"], step=trained["steps"]
         )
         self.journal.tags({"gptloom.device": trained["device"], "gptloom.precision": trained["precision"]})
+
+    def report(self) -> Path:
+        """The report as a page; its first sentence is the run's description in MLflow."""
+        from gptcore.report import headline
+
+        page = self.step(build_report, self.directory, self.mlflow_run_id)
+        self.journal.tags({NOTE_TAG: headline(self.directory)})
+        return page
 
     def keep(self, *files: str | Path) -> None:
         """Files of the run (relative to its directory, or absolute) as artifacts; those that no step wrote are left out."""

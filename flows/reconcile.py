@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
 from prefect import flow, get_client
@@ -35,6 +35,7 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFi
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed, Scheduled
 
+from flows.forms import titled
 from gptcore.config import UserError, load_config
 from gptcore.entry import Stopped
 from gptcore.journal import FILE_NAME, is_held, last_record, read_journal
@@ -75,8 +76,16 @@ class Finding:
     outcome: str = "proposed"
 
 
-@flow(name="reconcile", persist_result=False, result_serializer="json")
-def reconcile(apply: bool = False, resume: bool = False) -> dict[str, Any]:
+def _flow_run_name() -> str:
+    return f"reconcile-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+Apply = Annotated[bool, titled("Put it right")]
+Resume = Annotated[bool, titled("Resume dead runs")]
+
+
+@flow(name="reconcile", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
+def reconcile(apply: Apply = False, resume: Resume = False) -> dict[str, Any]:
     """Find what died without a word, and put it right in both systems.
 
     Args:

@@ -11,17 +11,11 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from pydantic import Field
 
-Model = Annotated[
-    str,
-    Field(
-        title="Model",
-        min_length=1,
-        description="A registered model such as shakespeare; also NAME@ALIAS, NAME/VERSION or the name of a run.",
-    ),
-]
-Reason = Annotated[str, Field(title="Why", description="Kept with the version, for whoever asks later.")]
+from flows.forms import titled
+
+Model = Annotated[str, titled("Model", min_length=1)]
+Reason = Annotated[str, titled("Why")]
 
 
 @flow(name="promote", flow_run_name="promote {model}", persist_result=False)
@@ -29,8 +23,8 @@ def promote(model: Model, reason: Reason = "on request") -> dict[str, Any]:
     """Make a model version the champion, the one in use. NAME alone means its challenger.
 
     Args:
-        model: What to promote.
-        reason: Why.
+        model: A registered model such as shakespeare; also NAME@ALIAS, NAME/VERSION or the name of a run.
+        reason: Kept with the version, for whoever asks later.
     """
     from tasks import registry
 
@@ -44,8 +38,8 @@ def rollback(model: Model, reason: Reason = "on request") -> dict[str, Any]:
     """Give `champion` back to the version that had it before.
 
     Args:
-        model: The registered model's name.
-        reason: Why.
+        model: The registered model's name, such as shakespeare.
+        reason: Kept with the version, for whoever asks later.
     """
     from tasks import registry
 

@@ -9,33 +9,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
-from pydantic import Field
 
-from flows.forms import Experiment
-from flows.pipeline import NO_OVERRIDES, Overrides, named_by_experiment, new_run_name, open_run
+from flows.forms import Experiment, titled
+from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment, new_run_name, open_run
 from gptcore.config import load_config
 from gptcore.store import home_dir
-from tasks.data import build_vocabulary, ingest, write_shards
+from tasks.data import build_vocabulary, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
-from tasks.reporting import build_report
-from tasks.tracking import check_store
+from tasks.tracking import NOTE_TAG, check_store, run_page
 from tasks.training import train_model
 
-AnyModel = Annotated[
-    str,
-    Field(
-        title="Model",
-        min_length=1,
-        description="A registered model (its champion), NAME@ALIAS, NAME/VERSION, or the name of the run that registered it.",
-    ),
-]
+AnyModel = Annotated[str, titled("Model", min_length=1)]
+Source = Annotated[str, titled("Source of text")]
 
 
 @flow(name="train", flow_run_name=named_by_experiment("train"), persist_result=False, result_serializer="json")
-def train(
-    experiment: Experiment = "experiments/shakespeare.yaml", overrides: Overrides = NO_OVERRIDES
-) -> dict[str, Any]:
+def train(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Changes = NO_OVERRIDES) -> dict[str, Any]:
     """Train an experiment's model on its data, without comparison and studies.
 
     Args:
@@ -51,7 +43,7 @@ def train(
         shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, config.data.dask_address)
         trained = run.process(train_model, config, shards)
         run.compare(trained, trained)
-        run.step(build_report, run.directory)
+        run.report()
         run.keep("config.yaml", "report.html")
     return {"run": run.name, "mlflow_run_id": run.mlflow_run_id} | {
         key: trained[key] for key in ("val_loss", "val_bpb", "checkpoint", "parameters", "tokens_seen")
@@ -64,11 +56,11 @@ def _evaluation_name() -> str:
 
 
 @flow(name="evaluate", flow_run_name=_evaluation_name, persist_result=False, result_serializer="json")
-def evaluate(model: AnyModel, data_source: str = "") -> dict[str, Any]:
+def evaluate(model: AnyModel, data_source: Source = "") -> dict[str, Any]:
     """Measure a registered model on the validation split of its own data, or of another source.
 
     Args:
-        model: Which.
+        model: A registered model (its champion), NAME@ALIAS, NAME/VERSION, or the name of the run that registered it.
         data_source: Text to measure it on, as in data.source. Empty: the text of its own training.
     """
     from tasks import registry
@@ -90,6 +82,23 @@ def evaluate(model: AnyModel, data_source: str = "") -> dict[str, Any]:
         run.compare(
             {"parameters": result["parameters"], "tokens_seen": 0, "steps": 0, "device": "", "precision": ""}, result
         )
+        said = describe(version.label, short_source(config.data.source_name), result)
+        run.journal.tags({NOTE_TAG: said})
+    if FlowRunContext.get() is not None:
+        page = run_page(run.mlflow_run_id)
+        text = said + (f"\n\n[The run in MLflow]({page})" if page else "")
+        create_markdown_artifact(text, key="evaluation", description=said)
     return {"run": run.name, "model": version.label, "mlflow_run_id": run.mlflow_run_id} | {
         key: result[key] for key in ("val_loss", "val_bpb", "tokens", "bytes")
     }
+
+
+def describe(model: str, source: str, result: dict[str, Any]) -> str:
+    """An evaluation in a sentence."""
+    interval = (
+        f"95 % interval {result['val_bpb_low']:.3f}–{result['val_bpb_high']:.3f}; " if "val_bpb_low" in result else ""
+    )
+    return (
+        f"{model} spends {result['val_bpb']:.3f} bits on a byte of held-out text of {source} "
+        f"({interval}{result['bytes']:,} bytes)."
+    )

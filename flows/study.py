@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field
 
+from flows.forms import StudyName, titled
 from flows.pipeline import new_run_name, open_run
 from gptcore.config import ExperimentConfig, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.store import home_dir
 from tasks.data import build_vocabulary, ingest, write_shards
 from tasks.studies import count_parts, report_study, run_part
-from tasks.tracking import check_store
+from tasks.tracking import NOTE_TAG, check_store
 
 
 class StudyForm(BaseModel):
@@ -28,10 +29,15 @@ class StudyForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    seeds: list[int] = Field(default_factory=list, description="study.seeds: one cell of each arm a seed.")
-    minutes: float = Field(0, ge=0, description="study.minutes: no cell is begun later; 0 keeps the file's.")
+    seeds: list[int] = Field(
+        default_factory=list, title="Seeds", description="study.seeds: one cell of each arm a seed."
+    )
+    minutes: float = Field(
+        0, ge=0, title="Minutes at most", description="study.minutes: no cell is begun later; 0 keeps the file's."
+    )
     more: list[str] = Field(
         default_factory=list,
+        title="Other fields",
         description="Any other field as section.field=value: of the base experiment (train.max_steps=100), of the study's "
         "options (options.repeats=5), of the study file (study.baseline=fp32).",
     )
@@ -43,6 +49,8 @@ class StudyForm(BaseModel):
 
 
 NO_CHANGES = StudyForm()
+Changes = Annotated[StudyForm, titled("Changes to the study")]
+Smoke = Annotated[bool, titled("Smallest form")]
 
 
 def _flow_run_name() -> str:
@@ -50,12 +58,12 @@ def _flow_run_name() -> str:
 
 
 @flow(name="study", flow_run_name=_flow_run_name, persist_result=False, result_serializer="json")
-def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHANGES) -> dict[str, Any]:
+def study(name: StudyName = "timing", smoke: Smoke = False, changes: Changes = NO_CHANGES) -> dict[str, Any]:
     """Measure every cell of a study and write its report; cells that are kept from before are not measured again.
 
     Args:
         name: timing, quantization, accumulation, rnn, or the path of a study file (YAML).
-        smoke: The smallest form, to see that everything works.
+        smoke: Only to see that everything works; no figure to believe.
         changes: What differs from the study file.
     """
     start = time.monotonic()
@@ -75,7 +83,8 @@ def study(name: str = "timing", smoke: bool = False, changes: StudyForm = NO_CHA
             parts = count_parts(plan)
             measure(file, shards, run.name, directory, parts)
             command = " ".join(["gptloom study", name, *(["--smoke"] if smoke else []), *changes.as_list()])
-            result = run.step(report_study, directory, command, time.monotonic() - start)
+            result = run.step(report_study, directory, command, time.monotonic() - start, run.mlflow_run_id)
+            run.journal.tags({NOTE_TAG: result["conclusion"]})
             if result["metrics"]:
                 run.journal.metrics(result["metrics"], tokens_seen=0)
             counts = {f"study/{key}": float(result[key]) for key in ("cells", "failed", "not_run")}

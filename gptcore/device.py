@@ -57,6 +57,11 @@ class Device:
         """Dense bf16 peak in FLOP/s; None for a device whose data sheet is not in PEAKS."""
         return next((tflops * 1e12 for part, (tflops, _) in PEAKS.items() if part in self.name), None)
 
+    @property
+    def uuid(self) -> str | None:
+        """The GPU's own name for itself, which no order of cards changes."""
+        return str(torch.cuda.get_device_properties(self.torch).uuid) if self.is_cuda else None
+
     def tags(self) -> dict[str, str]:
         """What a run's journal says of where it was computed."""
         return {"gptloom.device": self.name, "gptloom.precision": self.precision}

@@ -188,6 +188,12 @@ def process_parser(description: str | None, positional: str, help_text: str) -> 
     return parser
 
 
+def short_title(run: str) -> str:
+    """`train 05f3` for `smoke-…-05f3/train`: in a table of runs the step comes first, and those of two runs can be told apart."""
+    root, *rest = run.split("/")
+    return f"{rest[-1]} {root.rsplit('-', 1)[-1]}" if rest else run
+
+
 @contextmanager
 def recording(directory: Path, run: str | None = None, parent: str | None = None) -> Iterator[Journal]:
     """A journal in `directory` that is closed whatever happens: FINISHED, KILLED when stopped, else FAILED with the reason.
@@ -197,7 +203,7 @@ def recording(directory: Path, run: str | None = None, parent: str | None = None
     run = run or directory.resolve().name
     with claim(directory):
         journal = Journal(directory)
-        journal.open(run, parent, title=run.rsplit("/", 1)[-1])
+        journal.open(run, parent, title=short_title(run))
         if journal.restarts:
             journal.tags({RESUMES_TAG: str(journal.restarts)})
         try:

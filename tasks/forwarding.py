@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TAGS_FILE = "tags.json"  # beside a journal: the tags of its run and of those below that have none of their own
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000  # what one MLflow request, and one parameter, may hold
 QUEUE_BYTES = 1 << 20  # of a journal in memory; the rest waits on the disk, where it is safe
+HEADLINES = {"val/bpb": "bpb"}  # once more, under a name that stands first in MLflow's tables, charts and comparisons
 POLL_S = 1.0
 # For what is left at the end of a step; what takes longer is left to the end of the run, or `gptloom sync`.
 FLUSH_S = 5.0
@@ -292,10 +293,14 @@ class _JournalCopy:
         from mlflow.entities import Metric
 
         points = [
-            Metric(key, value, record["time_ms"], record["tokens_seen"])
+            Metric(name, value, record["time_ms"], record["tokens_seen"])
             for record in batch
             for key, value in record["values"].items()
+            for name in (key, *([HEADLINES[key]] if key in HEADLINES else []))
         ]
+        points.sort(
+            key=lambda point: point.key not in HEADLINES.values()
+        )  # the compare page opens with the metric that came first
         for chunk in _chunks(points, MAX_METRICS):
             self._client.log_batch(self.run_id, metrics=chunk)
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
 from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig, dump_yaml, load_config, with_changes
 from gptcore.nights.ledger import Generation, Ledger
 from gptcore.nights.settings import NightlySettings
-from gptcore.store import is_committed, read_manifest, write_json
+from gptcore.store import is_committed, read_json, read_manifest, write_json
 from tasks import registry
 from tasks.process import run_device_process, run_logger
 from tasks.tracking import common_tags, first_line
+
+if TYPE_CHECKING:
+    from gptcore.shards import ShardSet
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,14 @@ def vocabulary_of(champion: registry.Version | None, config: VocabConfig, corpus
     directory = home / "data" / "vocabs" / champion.facts.get("vocab", "-")
     if is_committed(directory):
         return directory
-    return build_vocab(VocabConfig(source=str(registry.checkpoint_of(champion) / "tokenizer.json")), corpus, home)
+    return take_vocabulary(registry.checkpoint_of(champion), corpus, home)
+
+
+def take_vocabulary(checkpoint: Path, corpus: Path, home: Path) -> Path:
+    """The vocabulary that a model brings along."""
+    from gptcore.vocab import build_vocab
+
+    return build_vocab(VocabConfig(source=str(checkpoint / "tokenizer.json")), corpus, home)
 
 
 @task(task_run_name="write shards", persist_result=False)
@@ -112,20 +122,54 @@ def prepare_text(
     Raises UserError when tonight's text is too little to hold one window of it out.
     """
     from gptcore.corpus.selection import byte_entropy, select_segments
+    from gptcore.shards import write_shards
+
+    chosen = select_segments(corpus, training_segments(corpus, ledger, tonight), home)
+    holdouts = _write_holdouts(config, corpus, vocab, ledger, tonight, home)
+    unknown, entropy = 0.0, None
+    if tonight:
+        new = holdouts[tonight.name]
+        unknown = 100 * sum(new.manifest["n_unknown"].values()) / max(sum(new.n_tokens.values()), 1)
+        entropy = byte_entropy(select_segments(corpus, tonight.segments, home))
+    training = write_shards(chosen, vocab, home, config.model.block_size)
+    named = {name: {shards.fingerprint: str(shards.directory)} for name, shards in holdouts.items()}
+    return Text(training, chosen, vocab, tonight, named, entropy, unknown)
+
+
+def _write_holdouts(
+    config: ExperimentConfig, corpus: Path, vocab: Path, ledger: Ledger, tonight: Generation | None, home: Path
+) -> dict[str, ShardSet]:
+    """Each night's hold-out in a vocabulary, by the night's name."""
+    from gptcore.corpus.selection import select_segments
     from gptcore.shards import ShardSet, write_shards
 
     T = config.model.block_size
-    chosen = select_segments(corpus, training_segments(corpus, ledger, tonight), home)
-    holdouts: dict[str, dict[str, str]] = {}
-    unknown = 0.0
-    for generation in [*ledger.accepted, *([tonight] if tonight else [])]:
-        shards = ShardSet.open(write_shards(select_segments(corpus, generation.segments, home), vocab, home, T))
-        holdouts[generation.name] = {shards.fingerprint: str(shards.directory)}
-        if tonight and generation.name == tonight.name:
-            counts, tokens = shards.manifest["n_unknown"], shards.n_tokens
-            unknown = 100 * sum(counts.values()) / max(sum(tokens.values()), 1)
-    entropy = byte_entropy(select_segments(corpus, tonight.segments, home)) if tonight else None
-    return Text(write_shards(chosen, vocab, home, T), chosen, vocab, tonight, holdouts, entropy, unknown)
+    return {
+        generation.name: ShardSet.open(write_shards(select_segments(corpus, generation.segments, home), vocab, home, T))
+        for generation in [*ledger.accepted, *([tonight] if tonight else [])]
+    }
+
+
+def add_earlier_vocabularies(text: Text, config: ExperimentConfig, corpus: Path, ledger: Ledger, home: Path) -> None:
+    """Hold-outs also in the vocabulary of each earlier champion that has another one: the ledger measures these models too.
+
+    Where a hold-out is too little text in it, that model's row keeps a gap.
+    """
+    for model in ledger.models:
+        checkpoint = Path(model.checkpoint)
+        if not is_committed(checkpoint):
+            continue
+        fingerprint = read_json(checkpoint / "state.json")["vocab_fingerprint"]
+        if all(fingerprint in shards for shards in text.holdouts.values()):
+            continue
+        vocab = take_vocabulary(checkpoint, text.corpus, home)
+        try:
+            written = _write_holdouts(config, corpus, vocab, ledger, text.tonight, home)
+        except UserError as error:
+            run_logger().info("champion %s is not measured tonight: %s", model.version, error)
+            continue
+        for name, shards in written.items():
+            text.holdouts[name][shards.fingerprint] = str(shards.directory)
 
 
 def plan_arms(

@@ -22,10 +22,10 @@ from typing import Any
 
 from prefect import task
 
-from gptcore.config import ExperimentConfig, UserError
+from gptcore.config import ExperimentConfig, UserError, hide_password
 from gptcore.store import MANIFEST, home_dir, is_committed, read_manifest
 from tasks.process import run_logger
-from tasks.tracking import first_line, is_store_trouble, open_client, save_servable
+from tasks.tracking import first_line, is_store_trouble, open_client, save_servable, tracking_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS_TAG = "gptloom.champions"
@@ -249,8 +249,8 @@ def check_usable(version: Version) -> None:
         ) from None
     if stage == "deleted":
         raise UserError(
-            f"model {version.label}: its run {version.run_id} was deleted; bring it back with `mlflow runs restore "
-            f"--run-id {version.run_id}`, or {_way_out(version)}"
+            f"model {version.label}: its run {version.run_id} was deleted; bring it back with `MLFLOW_TRACKING_URI={hide_password(tracking_uri())} "
+            f"mlflow runs restore --run-id {version.run_id}`, or {_way_out(version)}"
         )
     checkpoint_of(version)
 

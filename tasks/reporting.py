@@ -1,33 +1,53 @@
-"""The report as a task: one HTML file, linked from the Prefect flow run, and the comparison as a table there."""
+"""The report as a task: one HTML file, linked from the Prefect flow run, and there the comparison as a table and the curves.
+
+A browser follows no link from a server's page to a file, so links go to MLflow, which has the report too, where its server runs.
+"""
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.context import TaskRunContext
 
 from tasks.process import run_logger
+from tasks.tracking import run_page
 
 
 @task(task_run_name="write the report", persist_result=False)
-def build_report(directory: Path) -> Path:
+def build_report(directory: Path, mlflow_run_id: str | None = None) -> Path:
     """Write report.html of the run in `directory` (absolute); returns its path."""
     from gptcore.report import comparison_table, format_comparison, headline, write_report
+    from gptcore.report.picture import draw_curves
 
     report = write_report(directory)
     run_logger().info("report %s", report)
     if TaskRunContext.get() is not None:
         table = markdown_table(format_comparison(comparison_table(directory)).values.tolist(), COLUMNS)
-        create_link_artifact(report.as_uri(), link_text="report.html", key="report", description=headline(directory))
+        said = headline(directory)
         create_markdown_artifact(
-            f"{headline(directory)}\n\n{table}\n", key="comparison", description="the run's models"
+            f"{said}\n\n{table}\n\n{links(report, mlflow_run_id)}\n", key="report", description=said
         )
+        if picture := draw_curves(directory, directory / "curves.png"):
+            create_image_artifact(data_url(picture), key="curves", description="bits per byte over tokens seen")
     return report
 
 
 COLUMNS = ["model", "parameters", "val loss", "bits per byte", "perplexity", "tok/s", "seconds"]
+
+
+def links(report: Path, mlflow_run_id: str | None) -> str:
+    """Where to read on: the run and its report in MLflow, where that is a server; the file itself always."""
+    page = run_page(mlflow_run_id)
+    there = f"[The run in MLflow]({page}) · [report]({page}/artifacts/{report.name}) · " if page else ""
+    return f"{there}file `{report}`"
+
+
+def data_url(png: Path) -> str:
+    """A picture inside its own address, so that Prefect's page shows it without a file server."""
+    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 
 def markdown_table(rows: list[list[str]], columns: list[str]) -> str:

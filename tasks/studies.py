@@ -13,7 +13,6 @@ from typing import Any
 
 from prefect import task
 from prefect.artifacts import (
-    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -24,6 +23,7 @@ from prefect.context import TaskRunContext
 from gptcore.config import ExperimentConfig
 from gptcore.config.study import StudyPlan, load_study
 from tasks.process import run_device_process, run_logger
+from tasks.reporting import links
 from tasks.tracking import common_tags
 from tasks.training import RETRIES, run_step
 
@@ -90,7 +90,7 @@ def run_part(study: Path, shards: Path, run: str, directory: Path, part: int, pa
 
 
 @task(task_run_name="write the report", persist_result=False)
-def report_study(directory: Path, command: str, seconds: float) -> dict[str, Any]:
+def report_study(directory: Path, command: str, seconds: float, mlflow_run_id: str | None = None) -> dict[str, Any]:
     """Tables, report and conclusion of the study in `directory`; also as artifacts of the Prefect flow run."""
     from gptcore.studies.finish import finish
 
@@ -98,9 +98,12 @@ def report_study(directory: Path, command: str, seconds: float) -> dict[str, Any
     run_logger().info("%s", result["conclusion"])
     if TaskRunContext.get() is not None:
         report = Path(result["report"])
-        create_link_artifact(report.as_uri(), link_text="report.html", key="report", description=result["conclusion"])
         findings = "".join(f"- {finding}\n" for finding in result["findings"])
-        create_markdown_artifact(f"{result['conclusion']}\n\n{findings}", key="conclusion", description=result["study"])
+        create_markdown_artifact(
+            f"{result['conclusion']}\n\n{findings}\n{links(report, mlflow_run_id)}\n",
+            key="report",
+            description=result["conclusion"],
+        )
         rows = read_table(directory / "tables" / "results.parquet")
         if rows:
             create_table_artifact(rows, key="results", description=f"{result['study']}: the first {len(rows)} rows")

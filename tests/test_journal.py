@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from gptcore.entry import Stopped, recording
+from gptcore.entry import Stopped, recording, short_title
 from gptcore.journal import Journal, last_metrics, read_journal
 
 
@@ -57,3 +57,10 @@ def test_recording_always_closes(tmp_path, error, status):
             raise error
     records, _ = read_journal(tmp_path / "step" / "metrics.jsonl")
     assert (records[0]["run"], records[0]["parent"], records[-1]["status"]) == ("run/step", "run", status)
+
+
+def test_steps_of_two_runs_have_names_of_their_own():
+    """Two rows `train` in a comparison, and nothing that says which is which."""
+    assert short_title("smoke-20261126-222109-05f3") == "smoke-20261126-222109-05f3"
+    assert short_title("smoke-20261126-222109-05f3/train") == "train 05f3"
+    assert short_title("smoke-20261126-222109-05f3/evaluate/samples") == "samples 05f3"

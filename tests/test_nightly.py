@@ -27,6 +27,7 @@ from gptcore.nights.ledger import Generation, Ledger, Matrix, draw_matrix, expla
 from gptcore.nights.night import _long_runs
 from gptcore.nights.scores import Scores, load_scores, pool, save_scores
 from gptcore.nights.settings import NightlySettings
+from gptcore.store import read_json
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = NightlySettings(resamples=500)
@@ -152,7 +153,8 @@ def test_ledger_and_scores_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path) -> None:
+def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect_server: None) -> None:
+    from flows.nightly import nightly
     from tasks.nightly import notify
 
     received: list[dict[str, Any]] = []
@@ -173,9 +175,15 @@ def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path) -> None
     with disable_run_logger():
         assert notify.fn(night, settings, "words") == 1
         assert notify.fn(night | {"outcome": "kept"}, settings, "words") == 0
+    with pytest.raises(
+        UserError, match="no-such"
+    ):  # a schedule whose experiment was moved away must not fail in silence
+        nightly("no-such.yaml", settings=settings)
     server.shutdown()
     server.server_close()
-    assert len(received) == 1
+    assert len(received) == 2
+    assert received[1]["title"] == "gptloom no-such: failed"
+    assert "cannot be read" in received[1]["message"]
     assert received[0]["title"] == "gptloom words: promoted"
     assert "champion: 3" in received[0]["message"]
 
@@ -244,6 +252,50 @@ def test_sources_that_are_gone_or_shrunk_leave_the_champion(
     assert [record["outcome"] for record in ledger.nights] == ["refused", "failed", "failed"]
     assert registry.champion("words").version == "1"
     assert len(list((home / "nightly" / "words" / "reports").glob("*.html"))) == 3
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_a_new_vocabulary_that_wins_is_the_champions_from_then_on(
+    home: Path, tmp_path: Path, mlflow_store: str, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered with the old vocabulary, the next nights would read their text in ids that the model does not know; and an earlier
+    champion, which reads in another one, still needs its row in the ledger."""
+    from flows.nightly import Night
+    from tasks import registry
+
+    texts = prose(tmp_path / "inbox", 10)
+    later = [texts.joinpath(f"{i:02}.txt").rename(tmp_path / f"{i:02}.txt") for i in range(6, 10)]
+    experiment = tmp_path / "words.yaml"
+    experiment.write_text(f"data: {{source: {texts}}}\n")
+    config = load_config(experiment, TOY)
+
+    def night(**changes: Any) -> Night:
+        settings = SETTINGS.model_copy(update={"memorised_percent": 100.0, "guard_percent": 100.0} | changes)
+        done = Night(config, home / "nightly" / "words", settings)
+        done.run(f"words-night-{len(done.ledger.nights) + 1}")
+        return done
+
+    assert "new-vocabulary" not in night(new_vocabulary=True).arms  # the first vocabulary is new anyway
+    for path in later[:2]:
+        texts.joinpath(path.name).write_text(path.read_text().replace("x", "ж"), encoding="utf-8")
+    with monkeypatch.context() as patch:  # a verdict as it may fall, and here would not
+        patch.setattr(Night, "_choose", lambda *_: "new-vocabulary")
+        patch.setattr(Night, "_decide", lambda *_: ("promoted", "planted"))
+        second = night(new_vocabulary=True)
+    assert set(second.arms) == {"warm", "scratch", "new-vocabulary"}
+    now, before = registry.champion("words"), registry.find("words/1")
+    assert now is not None
+    assert (now.version, now.facts["run"]) == ("2", "words-night-2/new-vocabulary")
+    kept = read_json(registry.checkpoint_of(now) / "tokenizer.json")
+    assert "ж" in json.dumps(kept, ensure_ascii=False)
+    assert read_json(home / "data" / "vocabs" / now.facts["vocab"] / "tokenizer.json") == kept
+    assert before.facts["vocab"] != now.facts["vocab"]
+    for path in later[2:]:
+        path.rename(texts / path.name)
+    third = night(new_vocabulary=True)
+    assert set(third.arms) == {"warm", "scratch"}  # the text has no letter that the champion lacks
+    assert (home / "nightly" / "words" / "scores" / "words-night-1-scratch" / "night-3.npz").exists()
 
 
 @pytest.mark.integration

@@ -124,7 +124,7 @@ def test_prefect_shows_every_step(first: tuple[Path, dict[str, Any], str]) -> No
     assert {"ingest small.txt", "build char vocabulary", "train gpt, 80 steps", "write the report"} <= set(tasks)
     with sqlite3.connect(home / "prefect" / "prefect.db") as database:
         keys = {key for (key,) in database.execute("select key from artifact")}
-    assert {"train-progress", "report", "comparison", "corpus-statistics"} <= keys
+    assert {"train-progress", "report", "curves", "corpus-statistics"} <= keys
 
 
 @pytest.mark.integration
@@ -246,3 +246,25 @@ def test_form_shows_typed_inputs() -> None:
     assert "default" not in steps
     assert schema["properties"]["overrides"]["default"] == {"more": []}
     assert schema["properties"]["experiment"]["description"]
+    assert schema["properties"]["experiment"]["title"] == "Experiment"
+
+
+def test_every_form_has_titles() -> None:
+    """Prefect titles a parameter by its name in the code; people should not have to read code."""
+    from prefect.utilities.callables import parameter_schema
+
+    from flows import budget, data, nightly, pipeline, reconcile, registry, steps, study
+
+    flows = (
+        budget.budget,
+        data.data,
+        nightly.nightly,
+        pipeline.pipeline,
+        reconcile.reconcile,
+        registry.promote,
+        registry.rollback,
+    )
+    for flow in (*flows, steps.train, steps.evaluate, study.study):
+        for name, field in parameter_schema(flow).properties.items():
+            assert field["title"] != name, f"{flow.name}: {name}"
+            assert field["description"], f"{flow.name}: {name}"

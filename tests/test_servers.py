@@ -257,7 +257,7 @@ def test_run_form_describes_its_fields(stack, tmp_path):
     assert wait_for(lambda: "optimizer steps" in text(), 60)
     form = text()
     for words in (
-        "Max Steps (optimizer steps)",
+        "Length (optimizer steps)",
         "Depth (layers)",
         "Path of an experiment file",
         "a folder of .txt files",

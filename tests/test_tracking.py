@@ -36,6 +36,7 @@ def write_run(home: Path) -> Path:
         child.metrics(
             {"train/loss": 3.0 - step / 100, "train/lr": 0.1, "x": 1, "y": 2}, tokens_seen=10 * step, step=step
         )
+    child.metrics({"val/bpb": 2.5}, tokens_seen=2990, step=299)
     (directory / "train" / "samples").mkdir()
     (directory / "train" / "samples" / "0.txt").write_text("to be")
     child.artifact("samples", folder="texts")
@@ -85,6 +86,10 @@ def test_every_kind_of_line_arrives(home: Path, mlflow_store: str) -> None:
     assert [file.path for file in client.list_artifacts(child.info.run_id, "texts")] == ["texts/0.txt"]
     points = client.get_metric_history(child.info.run_id, "train/loss")
     assert [point.step for point in points] == [10 * step for step in range(300)]  # the x-axis is tokens seen
+    assert (
+        child.data.metrics["bpb"] == child.data.metrics["val/bpb"] == 2.5
+    )  # the compare page opens with its first metric
+    assert "tokens seen" in client.get_experiment(parent.info.experiment_id).tags["mlflow.note.content"]
     assert (home / "mlartifacts" / "toy" / parent.info.run_id / "artifacts" / "config.yaml").is_file()
 
 

@@ -169,8 +169,12 @@ def draw_matrix(matrix: Matrix, path: Path, marked: int | None = None) -> Path:
     axes.set_yticks(range(len(matrix.models)), matrix.models, fontsize=8)
     if marked is not None:
         axes.get_yticklabels()[marked].set_fontweight("bold")
-    axes.set(title="bits per byte, each model on each night's held-out text")
+    axes.set(
+        title="Bits per byte: each model on each night's held-out text (darker is worse)",
+        xlabel="text held out by",
+        ylabel="model",
+    )
     axes.title.set_fontsize(9)
-    figure.colorbar(image, ax=axes, shrink=0.9)
+    figure.colorbar(image, ax=axes, shrink=0.9, label="bits per byte")
     figure.savefig(path, dpi=130)
     return path

@@ -131,12 +131,12 @@ class Night:
         return 100 * unreadable / total
 
     def evaluate(self, key: str, checkpoint: Path) -> LanguageModel:
-        """Measure a model on the hold-outs where it has not been; returns it."""
+        """Measure a model on the hold-outs where it has not been, and that are there in its vocabulary; returns it."""
         model, loaded = load_model(checkpoint, self.device.torch)
         fingerprint = loaded.state["vocab_fingerprint"]
         for holdout in self.plan["holdouts"]:
             path = score_path(self.scores, key, holdout["name"])
-            if path.exists():
+            if path.exists() or fingerprint not in holdout["shards"]:
                 continue
             shards = ShardSet.open(holdout["shards"][fingerprint])
             evaluation = evaluate_loss(model, shards, self.device, self.batch_size)

@@ -16,6 +16,7 @@ from gptcore.nights.ledger import Matrix, matrix_figure
 from gptcore.report import page, write_page
 
 GOOD = ("promoted", "kept", "skipped")
+NAMES = {"val_bpb": "bits per byte"}  # as people call the ledger's fields
 
 
 def write_night(
@@ -34,7 +35,11 @@ def write_night(
             "Tonight",
             page.callout(night["outcome"], night["reason"], "good" if night["outcome"] in GOOD else "bad"),
             page.facts(
-                {key: value for key, value in night.items() if key not in ("outcome", "reason") and value is not None}
+                {
+                    NAMES.get(key, key): value
+                    for key, value in night.items()
+                    if key not in ("outcome", "reason") and value is not None
+                }
             ),
         )
     ]
@@ -92,4 +97,6 @@ def _nights_table(nights: list[dict[str, Any]]) -> str:
     rows = [{key: "–" if night.get(key) is None else str(night[key]) for key in keys} for night in nights]
     for row, night in zip(rows, nights, strict=True):
         row["val_bpb"] = "–" if night["val_bpb"] is None else f"{night['val_bpb']:.4f}"
-    return page.html_table(pd.DataFrame(rows), "Outcomes", text_columns=("outcome", "reason", "champion"))
+    return page.html_table(
+        pd.DataFrame(rows).rename(columns=NAMES), "Outcomes", text_columns=("outcome", "reason", "champion")
+    )

@@ -43,6 +43,7 @@ caption { text-align: left; color: var(--soft); font-size: .87rem; padding-botto
 caption span { display: block; position: sticky; left: 0; max-width: min(46rem, calc(100vw - 2rem)); }
 tbody th, thead th:first-child { position: sticky; left: 0; background: var(--paper); }
 th, td { padding: .5rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
+td.text:last-child { white-space: normal; min-width: 22rem; }
 th:first-child { padding-left: 0; } td:last-child, th:last-child { padding-right: 0; }
 thead th { color: var(--soft); font-weight: 500; font-size: .85rem; border-bottom-color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 600; }

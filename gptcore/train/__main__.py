@@ -97,11 +97,13 @@ def run(
             trainer.local_batch_size // trainer.micro_batch_size,
         )
         log.info("%s", preflight(trainer).line(device.name))
-        if ranks.is_first and (certificate := write_certificate(trainer, out)):
-            journal.metrics({"accumulation/certificate_error": certificate["error"]}, tokens_seen=0)
+        certificate = write_certificate(trainer, out) if ranks.is_first else None
+        if certificate:
             journal.artifact(CERTIFICATE)
         setting_up.close()
         result = train_loop(trainer, journal, out, stop, memory)
+        if certificate:  # late, because MLflow's compare page shows the metric that came first
+            journal.metrics({"train/accumulation_error": certificate["error"]}, tokens_seen=0)
         journal.artifact("config.yaml")
         # The files stay where they are; MLflow is told where that is, and by the manifest what every one of them must hash to.
         manifest = Path(result["checkpoint"]) / MANIFEST

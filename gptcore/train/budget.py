@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 TOKENS_PER_PARAMETER = 2.5
 CALIBRATION_SHARE = 0.08
 TIMED_STEPS = 3
+WARMING_TOKENS, TIMED_TOKENS = 1024, 8192  # of an evaluation
 SIZES = (  # n_layer, n_head, n_embd, block_size
     (1, 2, 32, 32),
     (2, 2, 64, 64),
@@ -97,9 +98,10 @@ def measure_size(config: ExperimentConfig, shards: ShardSet, size: tuple[int, in
         train_step(trainer)
     trainer.device.synchronize()
     seconds = (time.perf_counter() - start) / TIMED_STEPS
-    start = time.perf_counter()
-    seen = evaluate_loss(trainer.model, shards, trainer.device, config.evaluate.batch_size, 4096).tokens
-    eval_rate = seen / (time.perf_counter() - start)
+    for tokens in (WARMING_TOKENS, TIMED_TOKENS):  # the first evaluation of a process is the slowest
+        start = time.perf_counter()
+        seen = evaluate_loss(trainer.model, shards, trainer.device, config.evaluate.batch_size, tokens).tokens
+        eval_rate = seen / (time.perf_counter() - start)
     return {
         "changes": changes,
         "parameters": trainer.model.count_parameters(),

@@ -16,6 +16,7 @@ from gptcore.evaluate import Evaluation
 from gptcore.journal import Journal
 from gptcore.timing import format_seconds
 from gptcore.train.trainer import Trainer
+from gptcore.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Reporter:
     def __init__(self, trainer: Trainer, journal: Journal) -> None:
         self.trainer, self.journal = trainer, journal
         self.timer = StepTimer(is_cuda=trainer.device.is_cuda)
+        self.usage = Usage(trainer.device.uuid) if trainer.ranks.is_first else None
         self.losses: list[Tensor] = []
         self.step_ms: list[float] = []
         n_tokens, n_bytes = trainer.shards.n_tokens["train"], trainer.shards.n_bytes["train"]
@@ -84,7 +86,8 @@ class Reporter:
         if trainer.device.peak_flops is not None and flops:
             values["perf/mfu"] = 100 * flops * tok_per_sec / (trainer.device.peak_flops * trainer.ranks.count)
         self.losses, self.step_ms = [], []
-        if trainer.ranks.is_first:
+        if self.usage is not None:
+            values |= self.usage.take()
             self.journal.metrics(values, tokens_seen=trainer.tokens_seen, step=trainer.step)
             log.info("%s", self._line(values, last))
 
