@@ -64,7 +64,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, use_fp8: bool) -> Tensor:
         w = weight.to(x.dtype)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+        # Summed over pieces, so never in the 16 bits that a weight gathered by FSDP2 has.
+        grad_x, grad_w = (
+            torch.empty_like(x),
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)),
+        )
         loss = torch.zeros((), device=x.device)
         rows = max(16, PIECE_LOGITS[x.device.type] // len(weight) // 16 * 16)
         for start in range(0, len(x), rows):
@@ -75,7 +79,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             grad = grad.to(x.dtype)  # (rows, V)
             grad_x[start : start + rows] = grad @ w
             grad_w += grad.T @ part
-        ctx.save_for_backward(grad_x, grad_w)
+        ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
         return loss
 
     @staticmethod

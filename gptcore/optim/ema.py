@@ -8,13 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gptcore.ranks import local_part
+
 
 class WeightAverage:
     """`average = decay * average + (1 - decay) * weights` after every step (Polyak & Juditsky 1992)."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {
+            name: local_part(p) for name, p in model.named_parameters()
+        }  # of a spread model: its part here
         self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
