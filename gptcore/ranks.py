@@ -52,6 +52,14 @@ class Ranks:
         dist.broadcast(tensor, 0)
         return tensor.item()
 
+    def smallest(self, value: float) -> float:
+        """The smallest of all processes' values, on all."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor.item()
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor, which has one shape on all of them, in order; on all."""
         if self.count == 1:

@@ -96,7 +96,7 @@ def run(
             trainer.local_batch_size // trainer.micro_batch_size,
         )
         log.info("%s", preflight(trainer).line(device.name))
-        if ranks.is_first and (certificate := write_certificate(trainer, out)):
+        if certificate := write_certificate(trainer, out):
             journal.metrics({"accumulation/certificate_error": certificate["error"]}, tokens_seen=0)
             journal.artifact(CERTIFICATE)
         setting_up.close()

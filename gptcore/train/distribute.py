@@ -77,6 +77,13 @@ def uncompiled(model: LanguageModel) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if are_parts_compiled(model) else nullcontext()
 
 
+def put_away(model: LanguageModel) -> None:
+    """Let go of what a forward pass without a backward pass has gathered: a spread model keeps its outermost weights, and would not
+    see that its parts have changed since."""
+    if hasattr(model, "reshard"):  # FSDP2
+        model.reshard()  # type: ignore[operator]
+
+
 def exchanging(forward: Any, ranks: Ranks, is_last: bool) -> AbstractContextManager[object]:
     """Around a micro-step: processes exchange gradients once a step, with the last micro-batch."""
     if ranks.count == 1:

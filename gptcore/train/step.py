@@ -102,7 +102,7 @@ def gradients_that_fit(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
             return backward_all(trainer, x, y)
         except torch.OutOfMemoryError as error:
             trainer.optimizers.zero_grad()
-            trainer.micro_batch_size = smaller_micro_batch(trainer.micro_batch_size, error)
+            trainer.micro_batch_size = smaller_micro_batch(trainer.micro_batch_size, error, trainer.ranks)
             log.warning(
                 "out of device memory: train.micro_batch_size is now %d, a step stays %s tokens",
                 trainer.micro_batch_size,
@@ -134,7 +134,13 @@ def backward_all(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def smaller_micro_batch(micro: int, error: Exception) -> int:
+def smaller_micro_batch(micro: int, error: Exception, ranks: Ranks = ALONE) -> int:
+    """The largest divisor that is at most half. Raises DeviceMemoryError where there is none, and with several processes: the others
+    are in the middle of an exchange with this one, which cannot begin again."""
+    if ranks.count > 1:
+        raise DeviceMemoryError(
+            f"process {ranks.rank}: out of device memory with {micro} sequences; set a smaller train.micro_batch_size"
+        ) from error
     if micro == 1:
         raise DeviceMemoryError(
             "out of device memory with one sequence; lower model.block_size, model.n_embd or model.n_layer"
