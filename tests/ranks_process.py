@@ -33,14 +33,14 @@ HALF, STEPS = 3, 6
 def train(config: ExperimentConfig, shards: ShardSet, out: Path, ranks: Ranks) -> dict[str, Any]:
     """From wherever `out` is to STEPS, with a checkpoint at HALF and at the end."""
     trainer = build_trainer(config, shards, ranks)
-    began = resume(trainer, out)
-    before = trainer.step
-    is_safe = all(torch.isfinite(p).all() for p in trainer.optimizers.collect())
+    memory, began = resume(trainer, out), trainer.step
     sequence = measure_sequence_mib(trainer, *[tensor[:1] for tensor in next_batch(trainer)])
     preflight(trainer)
     certificate = certify(trainer)
     writer = CheckpointWriter(out / "checkpoints", 9, 0, lambda written: None)
-    losses, norms, made = [], [], count_orthogonalized()
+    losses: list[float] = []
+    norms: list[float] = []
+    made = count_orthogonalized()
     while trainer.step < STEPS:
         loss, norm, _ = train_step(trainer)
         losses.append(ranks.sum_(loss.clone()).item())
@@ -49,15 +49,13 @@ def train(config: ExperimentConfig, shards: ShardSet, out: Path, ranks: Ranks) -
             save(trainer, writer, {"losses": [loss]}, None)
             writer.wait()
     ranks.wait()
-    made.append(0)
-    told = {
-        "began": before, "losses": losses, "norms": norms, "is_safe": is_safe, "sequence_mib": sequence,
+    return {
+        "began": began, "losses": losses, "norms": norms, "sequence_mib": sequence,
         "certificate": None if certificate is None else certificate["error"],
-        "orthogonalized": ranks.sum_(torch.tensor(sum(made))).item(), "memory": list(began),
-        "val": evaluate(trainer, NoJournal(), 2048, StopFlag()).loss,
+        "orthogonalized": ranks.sum_(torch.tensor(sum(made))).item(),
+        "untold": [tensor.item() for tensor in memory.get("losses", [])],
+        "val": evaluate(trainer, NoJournal(), 2048, StopFlag()).loss, "after": one_more(trainer, ranks),
     }  # fmt: skip
-    told["after"] = one_more(trainer, ranks)
-    return told
 
 
 def one_more(trainer: Trainer, ranks: Ranks) -> float:
