@@ -1,8 +1,9 @@
 """The processes of one training: how many, which of them this is, and the few words they exchange.
 
+    python -m gptcore.train CONFIG.yaml train.processes=4
     torchrun --nproc-per-node=4 -m gptcore.train CONFIG.yaml --shards DIR --out DIR
 
-`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and nothing is exchanged. NCCL carries what is
+Either (gptcore/launch.py, `torchrun`) sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and nothing is exchanged. NCCL carries what is
 on GPUs, gloo what is on CPUs, in the same group. With FSDP2 a parameter's rows are spread over the processes: such a tensor is a
 DTensor, and the functions below are all that the rest of the code needs to know of it.
 """
@@ -80,8 +81,8 @@ class Ranks:
         return received, dist.all_to_all_single(_bytes(received), _bytes(parts), async_op=True)
 
     def wait(self) -> None:
-        if self.count > 1:
-            dist.barrier()
+        """Until all are here: the processes, not their GPUs."""
+        self.sum_(torch.zeros(1))
 
 
 ALONE = Ranks()

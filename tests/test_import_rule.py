@@ -20,6 +20,7 @@ SIDE = (
     "timing",
     "parallel",
     "ranks",
+    "launch",
 )  # may be imported from anywhere
 # A token's journey, in order; a room imports only rooms before it.
 ROOMS = (
