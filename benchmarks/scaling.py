@@ -114,6 +114,8 @@ def describe(record: Record) -> str:
         text += f", {statistics.median(speeds(record)):,.0f} tok/s, MFU {mfu(record)} %, {record['peak_mib']:,} MiB"
     if "losses" in record:
         text += f" losses {record['losses'][0]:.4f} … {record['losses'][-1]:.4f}"
+    if "bus_gb_per_second" in record:
+        text += f" {record['bus_gb_per_second']:.0f} GB/s, {record['tiny_us']:.0f} us"
     return text + (f" refused: {record['refused']}" if "refused" in record else "")
 
 
@@ -162,6 +164,8 @@ def build_figures(records: list[Record]) -> list[Record]:
             found.append(
                 figure(f"largest distance to one GPU's losses: {label}", "nats", [max(gaps)], goal=LOSS_TOLERANCE)
             )
+        if kind == "links":
+            found.append(figure(f"all-reduce bus bandwidth: {label}", "GB/s", [record["bus_gb_per_second"]]))
         if kind == "large":
             made = figure(f"large model, part of the memory: {label}", "tok/s", speeds(record), digits=0)
             found.append(made | {"peak_mib": record["peak_mib"], "parameters": record["parameters"]})
@@ -189,7 +193,7 @@ def main() -> int:
     start = time.perf_counter()
     plan = json.loads(json.dumps(SMOKE if args.smoke else FULL))
     plan |= {key: getattr(args, key) for key in ("steps", "repeats") if getattr(args, key)}
-    plan |= {"parallel": args.parallel, "given_tokens": args.shards is not None, "speed": True}
+    plan |= {"parallel": args.parallel, "given_tokens": args.shards is not None}
     plan["large"]["memory_fraction"] = args.memory_fraction
     for change in args.set:
         key, _, value = change.partition("=")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -180,6 +181,32 @@ def measure_speed(bench: Bench) -> None:
                 break
 
 
+def measure_links(bench: Bench) -> None:
+    """Bus bandwidth of a large all-reduce (2 (p - 1) / p of its bytes pass every link) and the time of a tiny one."""
+    ranks, is_cuda = bench.ranks, torch.cuda.is_available()
+    found = {}
+    for name, numbers in {"large": 1 << (26 if is_cuda else 16), "tiny": 256}.items():
+        tensor, times = torch.zeros(numbers, device="cuda" if is_cuda else "cpu"), []
+        for number in range(12):
+            if is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            ranks.sum_(tensor)
+            if is_cuda:
+                torch.cuda.synchronize()
+            if number > 1:
+                times.append(time.perf_counter() - start)
+        found[name] = statistics.median(times), 4 * numbers
+    seconds, size = found["large"]
+    passed = 2 * (ranks.count - 1) / ranks.count * size
+    bench.tell(
+        "links",
+        all_reduce_bytes=size,
+        bus_gb_per_second=round(passed / seconds / 1e9, 1),
+        tiny_us=round(1e6 * found["tiny"][0], 1),
+    )
+
+
 def build_silent(bench: Bench, batch: int, silent: Silent) -> Trainer:
     """DDP's trainer, compiled block by block as it is, without DDP around it."""
     from gptcore.train import trainer as trainer_module
@@ -242,8 +269,9 @@ def main() -> int:
     dynamo.automatic_dynamic_shapes = False  # a second batch size is compiled as well as the first
     with joined_ranks() as ranks:
         bench = Bench(plan, ranks)
-        if plan["speed"]:
-            measure_speed(bench)
+        if ranks.count > 1:
+            measure_links(bench)
+        measure_speed(bench)
         if plan["large"] is not None:
             measure_large(bench)
         sweep()
