@@ -24,6 +24,7 @@ from torch import Tensor
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.models import LanguageModel, build_model
 from gptcore.models.quantized import with_layout
+from gptcore.ranks import fill
 from gptcore.store import DamagedError, commit_dir, is_committed, read_json, read_manifest, write_json
 from gptcore.vocab import Vocab
 from gptcore.weights import WAY_OUT, check_weights, load_tensors
@@ -161,10 +162,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def copy_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
-    """Fill `targets` from a file that holds exactly them."""
+    """Fill `targets` from a file that holds exactly them; of one that is spread over processes, this one's rows."""
     seen = set()
     for name, tensor in read_tensors(path):
-        targets[name].copy_(tensor)
+        fill(targets[name], tensor)
         seen.add(name)
     assert seen == set(targets), f"{path} lacks {sorted(set(targets) - seen)}"
 

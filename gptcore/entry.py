@@ -6,6 +6,7 @@ Output for people goes to stderr, for programs to stdout: the last line there is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import json
@@ -33,6 +34,7 @@ EXIT_NON_FINITE = 76  # loss or gradient was not a number
 EXIT_MEMORY = 77  # out of device memory at the smallest micro-batch
 
 PARENT_VARIABLE = "GPTLOOM_PARENT_PID"
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # where torch's agent looks for the reason of each process's failure
 RESUMES_TAG = "gptloom.resumes"
 
 
@@ -150,6 +152,9 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
         print(f"error: {message}", file=sys.stderr)
         if is_first:
             print(json.dumps({"error": message}), flush=True)
+        if ERROR_FILE_VARIABLE in os.environ:
+            with contextlib.suppress(OSError), open(os.environ[ERROR_FILE_VARIABLE], "w", encoding="utf-8") as file:
+                json.dump({"message": message, "timestamp": int(time.time())}, file)
         return code
     if is_first:
         print(json.dumps(result), flush=True)

@@ -65,6 +65,7 @@ def evaluate_loss(
 ) -> Evaluation:
     """Evaluate on the validation split: its first `max_tokens` tokens, or all of it when 0; several processes share the work.
 
+    Each process makes the same number of passes, also where there is nothing left for it: the weights may be spread over all.
     Windows of `block_size` tokens do not overlap, so the first token of a window is predicted from one token of context,
     as in training. Raises UserError when the split holds no two tokens.
     """
@@ -75,20 +76,16 @@ def evaluate_loss(
     starts = index[:, 0]
     record_nats, record_bytes = np.zeros(len(index)), np.zeros(len(index))
     position_nats, position_count = np.zeros(T), np.zeros(T)
-    nats, seen = 0.0, 0
+    nats, seen, passes, rounds = 0.0, 0, 0, 0
     for number, (x, y) in enumerate(val_batches(tokens, T, batch_size)):
-        is_target = y >= 0
+        is_target, rounds = y >= 0, number // ranks.count + 1
         if number % ranks.count != ranks.rank:  # another process's
             seen += int(is_target.sum())
             if max_tokens and seen >= max_tokens:
                 break
             continue
-        with device.autocast():
-            loss = model(torch.from_numpy(x).to(device.torch), torch.from_numpy(y).to(device.torch), reduction="none")[
-                1
-            ]  # (B, T)
-        assert loss is not None
-        losses = loss.float().cpu().numpy().astype(np.float64)
+        passes += 1
+        losses = _losses(model, device, x, y)
         flat, targets = losses[is_target], y[is_target]
         records = np.searchsorted(starts, np.arange(seen + 1, seen + 1 + targets.size), side="right") - 1
         is_text = targets != shards.eot_id
@@ -100,6 +97,8 @@ def evaluate_loss(
         seen += targets.size
         if max_tokens and seen >= max_tokens:
             break
+    if passes < rounds:
+        _losses(model, device, x, y)
     model.train(was_training)
     sums = torch.from_numpy(np.concatenate((record_nats, record_bytes, position_nats, position_count, [nats])))
     ranks.sum_(sums)  # float64, on the CPU
@@ -113,6 +112,14 @@ def evaluate_loss(
         # Every text token was a target, so the bytes are those of the text itself, unknown characters included.
         record_bytes = index[:, 2].astype(np.float64)
     return Evaluation(float(nats), seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1))
+
+
+def _losses(model: LanguageModel, device: Device, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Nats of every target, (B, T) float64."""
+    with device.autocast():
+        loss = model(torch.from_numpy(x).to(device.torch), torch.from_numpy(y).to(device.torch), reduction="none")[1]
+    assert loss is not None
+    return loss.float().cpu().numpy().astype(np.float64)
 
 
 FEWEST_CLUSTERS = 5  # an interval from fewer would say more about luck than about the model

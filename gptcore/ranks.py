@@ -1,9 +1,11 @@
 """The processes of one training: how many, which of them this is, and the few words they exchange.
 
+    python -m gptcore.train CONFIG.yaml train.processes=4
     torchrun --nproc-per-node=4 -m gptcore.train CONFIG.yaml --shards DIR --out DIR
 
-`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and nothing is exchanged. NCCL carries what is
-on GPUs, gloo what is on CPUs, in the same group.
+Either (gptcore/launch.py, `torchrun`) sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and nothing is exchanged. NCCL carries what is
+on GPUs, gloo what is on CPUs, in the same group. With FSDP2 a parameter's rows are spread over the processes: such a tensor is a
+DTensor, and the functions below are all that the rest of the code needs to know of it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +53,14 @@ class Ranks:
         dist.broadcast(tensor, 0)
         return tensor.item()
 
+    def smallest(self, value: float) -> float:
+        """The smallest of all processes' values, on all."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor.item()
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every process's tensor, which has one shape on all of them, in order; on all."""
         if self.count == 1:
@@ -58,12 +69,64 @@ class Ranks:
         dist.all_gather(tensors, tensor)
         return tensors
 
+    def start_gather(self, part: Tensor) -> tuple[Tensor, Any]:
+        """Every process's part (n, …) behind one another, (count · n, …), once the second thing returned was waited for."""
+        whole = part.new_empty(self.count * len(part), *part.shape[1:])
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.13 on
+        return whole, gather(_bytes(whole), _bytes(part), async_op=True)
+
+    def start_exchange(self, parts: Tensor) -> tuple[Tensor, Any]:
+        """parts: (count, …), one for each process; returns what each had for this one, (count, …), once waited for."""
+        received = torch.empty_like(parts)
+        return received, dist.all_to_all_single(_bytes(received), _bytes(parts), async_op=True)
+
     def wait(self) -> None:
-        if self.count > 1:
-            dist.barrier()
+        """Until all are here: the processes, not their GPUs."""
+        self.sum_(torch.zeros(1))
 
 
 ALONE = Ranks()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: what is only moved may be of a type that gloo cannot add."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether its rows are spread over the processes."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's rows, in the same memory; the tensor itself where it is not spread."""
+    return tensor.detach().to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """`part` as this process's rows of a tensor that is spread like `parameter`."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All rows, on every process, which all have to call it; the tensor itself where it is not spread."""
+    return tensor.detach().full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copy `whole` into `target`, or this process's rows of it where `target` is spread."""
+    part = local_part(target)
+    if is_spread(target):
+        size = -(-len(whole) // target.device_mesh.size())  # type: ignore[attr-defined]
+        start = size * target.device_mesh.get_local_rank()  # type: ignore[attr-defined]
+        whole = whole[start : start + size]
+    part.copy_(whole)
 
 
 @contextmanager

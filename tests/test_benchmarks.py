@@ -5,6 +5,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,3 +93,115 @@ def test_batches_compare_medians_of_rounds():
     made = build_figure(64, 256, [100.0, 110.0, 300.0], [10.0, 12.0, 10.0])
     assert (made["ratio"], made["met"], made["spread"]) == (10.0, True, [9.17, 30.0])
     assert set(made) == FIELDS
+
+
+def scaling_records():
+    """Two GPUs that are 90 % as fast, each, as one; losses a little apart."""
+    facts = {"flops_per_token": 1e9, "parameters": 10, "peak_flops": 1e15, "peak_mib": 5, "device": "toy"}
+
+    def speed(kind, processes, step_ms, tokens, parallel="ddp"):
+        one = {
+            "kind": kind,
+            "processes": processes,
+            "parallel": parallel,
+            "step_ms": step_ms,
+            "tokens_per_step": tokens,
+        }
+        return one | facts
+
+    return [
+        {"kind": "losses", "processes": 1, "parallel": "ddp", "losses": [5.0, 4.0]},
+        speed("strong", 1, [190.0], 2000),
+        speed("weak", 1, [100.0, 100.0], 1000),
+        {"kind": "links", "processes": 2, "bus_gb_per_second": 300.0, "tiny_us": 20.0},
+        {"kind": "losses", "processes": 2, "parallel": "fsdp", "losses": [5.0, 4.5]},
+        speed("weak", 2, [125.0, 1000 / 9], 2000, "fsdp"),
+        {"kind": "weak without exchange", "processes": 2, "step_ms": [100.0]},
+        speed("weak", 2, [1000 / 9, 1000 / 9], 2000),
+    ]
+
+
+def test_scaling_judges_efficiency_exchange_and_losses(monkeypatch):
+    """Two GPUs held against one as if they had done the same work, or a loss that is off and counts as met."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    figures = {f["name"]: f for f in runpy.run_path(str(BENCHMARKS / "scaling.py"))["build_figures"](scaling_records())}
+    assert figures["weak: 2 GPUs, ddp"]["ratio"] == pytest.approx(1.8)
+    assert figures["weak: 2 GPUs, ddp"]["mfu_percent"] == pytest.approx(0.9)
+    efficiency = figures["weak efficiency: 2 GPUs, ddp"]
+    assert (efficiency["ours"], efficiency["goal"], efficiency["met"]) == (90.0, 95.0, False)
+    assert figures["weak communication share: 2 GPUs, ddp"]["ours"] == 10.0
+    assert figures["weak communication share: 2 GPUs, fsdp"]["spread"] == [10.0, 20.0]
+    assert figures["largest distance to one GPU's losses: 2 GPUs, fsdp"]["met"] is False
+
+
+def test_the_scaling_model_on_cases_one_can_do_by_hand():
+    module = runpy.run_path(str(BENCHMARKS / "scaling_model.py"))
+    machine = module["Machine"](
+        link=100e9, network=10e9, link_latency=0.0, network_latency=0.0, mfu=1.0, peak_flops=1e14
+    )
+    assert machine.all_reduce(1e9, 2) == pytest.approx(0.01)
+    assert machine.all_reduce(1e9, 4) == 2 * machine.all_gather(1e9, 4) == pytest.approx(0.015)
+    assert machine.all_reduce(1e9, 16) == pytest.approx(2 * 15 / 16 * 1e9 / 80e9)  # eight adapters of 10 GB/s
+    assert machine.all_to_all(1e9, 16) == pytest.approx(8 / 16 * 1e9 / 10e9)
+    assert machine.all_reduce(1e9, 1) == 0.0
+    job = module["Job"](layers=2, width=10, vocab=100, context=20, ns_mfu=0.5)
+    assert (job.matrix_parameters, job.parameters) == (2 * 12 * 100, 2 * 12 * 100 + 2 * 1000)
+    assert job.flops_per_token == 6 * 3400 + 12 * 2 * 10 * 20
+    square, wide = 6 * 1000, 4 * 100 * 40 + 2 * 1000  # 4m²n + 2m³
+    one = 5 * 2 * (3 * square + square + 2 * wide) / 0.5e14
+    assert job.muon_seconds(machine, 1) == pytest.approx(one)
+    assert (
+        job.muon_seconds(machine, 2) == job.muon_seconds(machine, 64) == pytest.approx(one / 2)
+    )  # a matrix is not cut
+    predict, efficiency = module["predict"], module["weak_efficiency"]
+    assert predict(job, machine, 1, 100).waited == 0.0
+    assert efficiency(job, machine, 1, 100) == module["strong_efficiency"](job, machine, 1, 100) == 1.0
+    gpt2 = module["GPT2"]
+    tokens = module["break_even_tokens"](machine, 4, "ddp")
+    bare = module["Job"](layers=12, width=768, vocab=0, context=0)
+    step = predict(bare, machine, 4, round(tokens))
+    assert step.exchange - machine.all_gather(2 * bare.matrix_parameters, 4) == pytest.approx(
+        2 / 3 * step.compute, rel=1e-3
+    )
+    assert 160e6 < gpt2.parameters < 165e6
+
+
+def test_the_scaling_model_is_checked_against_what_was_measured():
+    module = runpy.run_path(str(BENCHMARKS / "scaling_model.py"))
+    records = scaling_records()
+    machine, facts = module["from_records"](records)
+    assert (facts["compute"], facts["tokens"]) == (pytest.approx(0.09), 1000)
+    assert (machine.link, machine.link_latency) == (300e9, pytest.approx(10e-6))
+    points = module["measured_points"](records)
+    fitted = module["fit_contention"](machine, facts, points)
+    step = module["predict"](module["GPT2"], fitted, 2, 1000, "ddp", facts["compute"], facts["other"])
+    assert step.seconds == pytest.approx(1 / 9)  # the point that it was fitted to
+
+
+def test_the_predictions_in_the_documentation_are_the_models():
+    module = runpy.run_path(str(BENCHMARKS / "scaling_model.py"))
+    text = (BENCHMARKS.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    told = text.split("<!-- MODEL -->\n")[1].split("\n<!-- END MODEL -->")[0]
+    assert told == module["tables"](module["Machine"](), [1, 2, 4, 8, 16, 32, 64])
+
+
+@pytest.mark.integration
+def test_scaling_runs_over_gloo_with_every_part():
+    """A benchmark that is first tried on a rented host."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "scaling.py"), "--smoke", "--steps", "1", "--repeats", "1"],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["troubles"] == {}
+    assert "train.parallel=fsdp" in result["large_on_one_gpu"]
+    names = [figure["name"] for figure in result["figures"]]
+    for parallel in ("ddp", "fsdp"):
+        (gap,) = [
+            f for f in result["figures"] if f["name"] == f"largest distance to one GPU's losses: 2 GPUs, {parallel}"
+        ]
+        assert gap["ours"] < 1e-4
+        assert f"strong communication share: 2 GPUs, {parallel}" in names
+        assert f"weak efficiency: 2 GPUs, {parallel}" in names
+    assert "large model, part of the memory: 2 GPUs, fsdp" in names

@@ -17,10 +17,11 @@ from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml,
 from gptcore.device import Device, choose_device, naming_refusals, set_determinism
 from gptcore.entry import NonFinite, StopFlag, recording
 from gptcore.journal import read_journal
+from gptcore.launch import find_cause
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import build_trainer, loop, preflight, resume, train_loop, train_step
 from gptcore.train import trainer as trainer_module
-from gptcore.train.__main__ import open_shards
+from gptcore.train.__main__ import check_processes, open_shards
 from gptcore.train.finite import FiniteWatch, LossScale
 from gptcore.train.trainer import build_forward, missing_compiler
 
@@ -320,25 +321,45 @@ def load_dumped(config):
 
 @pytest.mark.integration
 def test_the_loss_curve_does_not_depend_on_the_number_of_processes(config, shards, tmp_path):
-    """A mean of means, a batch dealt out by rank, or dropout-free ranks that draw different weights."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(dump_yaml(with_changes(config, train={"log_interval": 1, "micro_batch_size": 1})))
-    curves, results = [], []
-    for count in (1, 2, 4):
-        out = tmp_path / str(count)
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "gptcore.train",
-                str(path), "--shards", str(shards.directory), "--out", str(out),
-            ],
-            capture_output=True, text=True, cwd=ROOT, check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert len(done.stdout.splitlines()) == 1, "one process speaks for all"
-        results.append(json.loads(done.stdout))
-        curves.append(metrics(out, "train/loss"))
-        assert read_journal(out / "metrics.jsonl")[0][-1]["status"] == "FINISHED"
-    assert list(curves[0]) == [1, 2, 3, 4, 5, 6]
-    for curve, result in zip(curves[1:], results[1:], strict=True):
-        assert curve == pytest.approx(curves[0], abs=2e-5)
-        assert result["val_loss"] == pytest.approx(results[0]["val_loss"], abs=2e-5)
+    """The process itself starts the others, spread, and takes the best weights at the end (tests/test_ranks.py has every combination)."""
+    changed = with_changes(config, train={"log_interval": 1, "eval_interval": 3, "select": "best"})
+    alone = run(changed, shards, tmp_path / "1")
+    path, out = tmp_path / "tiny.yaml", tmp_path / "2"
+    path.write_text(dump_yaml(changed))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "gptcore.train", str(path), "train.processes=2", "train.parallel=fsdp",
+            "--shards", str(shards.directory), "--out", str(out),
+        ],
+        capture_output=True, text=True, cwd=ROOT, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, "one process speaks for all"
+    assert list(metrics(out, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert metrics(out, "train/loss") == pytest.approx(metrics(tmp_path / "1", "train/loss"), abs=2e-5)
+    assert json.loads(done.stdout)["val_loss"] == pytest.approx(alone["val_loss"], abs=2e-5)
+    assert read_journal(out / "metrics.jsonl")[0][-1]["status"] == "FINISHED"
+    assert json.loads((out / "accumulation.json").read_text())["passed"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    train = check_config({"train": {"processes": 4}}).train
+    with pytest.raises(UserError, match=r"train\.processes=4: this machine has 2 GPU.* use train\.processes=2"):
+        check_processes(train)
+    check_processes(train.model_copy(update={"device": "cpu"}))
+
+
+def test_of_several_failures_the_cause_is_told():
+    """The one whose partner died fails too, and often first."""
+    from types import SimpleNamespace
+
+    def cause(*codes):
+        return find_cause([(rank, SimpleNamespace(exitcode=code)) for rank, code in enumerate(codes)])[0]
+
+    assert cause(1, -9) == 1
+    assert cause(1, 1, 77) == 2
+    assert cause(2, 2) == 0
+    assert cause(-15, 1) == 1
+    assert cause(75, 76) == 1

@@ -21,6 +21,7 @@ SIDE = (
     "parallel",
     "ranks",
     "usage",
+    "launch",
 )  # may be imported from anywhere
 # A token's journey, in order; a room imports only rooms before it.
 ROOMS = (

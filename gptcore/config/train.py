@@ -43,6 +43,17 @@ class TrainConfig(Section):
         description="On a GPU, the same bits from every run of this config on the same device and versions, killed and resumed "
         "or not: slower. On a CPU in fp32 that is so anyway.",
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Processes of the training, one GPU of this machine each; under torchrun its number counts instead.",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="Several processes. ddp: the whole model on each; fsdp: weights, gradients and optimizer state spread over "
+        "them (FSDP2), for a GPT that one GPU does not hold.",
+    )
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for everything."
     )
@@ -134,6 +145,11 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"train.micro_batch_size={micro} does not divide train.global_batch_size={self.global_batch_size}"
                 )
+        if self.global_batch_size % self.processes:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} cannot be divided among train.processes={self.processes}; "
+                "use a multiple"
+            )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"train.warmup_steps={self.warmup_steps} is more than train.max_steps={self.max_steps}; lower it"

@@ -176,7 +176,10 @@ class GPT(LanguageModel):
         without_src(src)
         end = idx.size(1) + (cache.length if cache is not None else 0)
         assert end <= self.block_size, f"{end} tokens do not fit block_size={self.block_size}"
-        x = self.transformer(idx, cache)  # (B, T, C)
+        return self.read_out(self.transformer(idx, cache), targets, reduction)
+
+    def read_out(self, x: Tensor, targets: Tensor | None, reduction: str) -> tuple[Tensor | None, Tensor | None]:
+        """The last hidden states x (B, T, C) to what `forward` returns."""
         cap = self.config.softcap
         if targets is not None and (
             targets.numel() * self.vocab_size > PIECE_LOGITS[x.device.type] or self.head_in_fp8

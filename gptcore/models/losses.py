@@ -97,14 +97,16 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, use_fp8: bool) -> Tensor:
         head = _Fp8Head(weight, cap) if use_fp8 and len(x) % 16 == 0 else _Head(weight.to(x.dtype), cap)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
+        # Summed over pieces, so never in the 16 bits that a weight gathered by FSDP2 has.
+        grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_x = torch.empty_like(x)
         loss = torch.zeros((), device=x.device)
         rows = max(16, PIECE_LOGITS[x.device.type] // len(weight) // 16 * 16)
         for start in range(0, len(x), rows):
             piece = slice(start, start + rows)
             part_loss, grad_x[piece], part_grad_w = head.loss_and_gradients(x[piece], targets[piece])
             loss, grad_w = loss + part_loss, grad_w.add_(part_grad_w)
-        ctx.save_for_backward(grad_x, grad_w)
+        ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
         return loss
 
     @staticmethod

@@ -8,18 +8,30 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gptcore.ranks import is_spread, local_part, spread_like
+
 
 class WeightAverage:
     """`average = decay * average + (1 - decay) * weights` after every step (Polyak & Juditsky 1992)."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self._parameters = dict(model.named_parameters())
+        self.decay, self._model = decay, model
+        self._parameters = {
+            name: local_part(p) for name, p in model.named_parameters()
+        }  # of a spread model: its part here
         self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - self.decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The average as the model's `weights()` are: spread where they are."""
+        parameters = dict(self._model.named_parameters())
+        return {
+            name: spread_like(tensor, parameters[name]) if is_spread(parameters[name]) else tensor
+            for name, tensor in self.average.items()
+        }
 
     @contextmanager
     def applied(self) -> Iterator[dict[str, Tensor]]:

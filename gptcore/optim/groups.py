@@ -1,4 +1,8 @@
-"""Which optimizer moves which parameter, and their state as named tensors."""
+"""Which optimizer moves which parameter, and their state as named tensors.
+
+Where a model is spread over processes, the optimizers see plain tensors: this process's rows of every parameter. All that is
+done to single numbers stays as it is, and only Muon has to know what a whole matrix is.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ from torch import Tensor, nn
 
 from gptcore.config import TrainConfig
 from gptcore.optim.muon import Muon
+from gptcore.ranks import ALONE, Ranks, fill, is_spread, local_part, spread_like
 
 
 class Optimizers:
     """Several optimizers stepped as one. Learning rates are set as a share of each group's peak."""
 
-    def __init__(self, optimizers: dict[str, torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
-        self._optimizers, self._names = optimizers, names
+    def __init__(
+        self, optimizers: dict[str, torch.optim.Optimizer], names: dict[Tensor, str], whole: dict[str, Tensor]
+    ) -> None:
+        """names: of what the optimizers move. whole: the model's parameters by name; the same tensors unless it is spread."""
+        self._optimizers, self._names, self._whole = optimizers, names, whole
         self._peaks = {
             key: [float(group["lr"]) for group in optimizer.param_groups] for key, optimizer in optimizers.items()
         }
@@ -31,6 +39,14 @@ class Optimizers:
                 else:
                     group["lr"] = peak * factor
 
+    def collect(self) -> list[Tensor]:
+        """What the optimizers move, each with its gradient: the model's parameters, or this process's rows of them."""
+        for part, name in self._names.items():
+            gradient = self._whole[name].grad
+            if part is not self._whole[name]:
+                part.grad = None if gradient is None else local_part(gradient)
+        return list(self._names)
+
     def step(self, found_inf: Tensor | None = None) -> None:
         """Update every parameter, but none where `found_inf` (a float scalar on the device) is not 0."""
         for optimizer in self._optimizers.values():
@@ -40,39 +56,53 @@ class Optimizers:
     def zero_grad(self) -> None:
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        for parameter in self._whole.values():
+            parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`{"muon/h.0.attn.c_attn.weight/momentum_buffer": tensor, …}`: flat, so safetensors can hold it."""
+        """`{"muon/h.0.attn.c_attn.weight/momentum_buffer": tensor, …}`: flat, so safetensors can hold it; spread as the parameters."""
         return {
-            f"{key}/{self._names[parameter]}/{slot}": value
+            f"{key}/{self._names[parameter]}/{slot}": self._spread(self._names[parameter], value)
             for key, optimizer in self._optimizers.items()
             for parameter, slots in optimizer.state.items()
             for slot, value in slots.items()
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """tensors: whole ones, as `state_tensors` names them."""
         by_name = {name: parameter for parameter, name in self._names.items()}
         for flat, value in tensors.items():
             key, name, slot = flat.split("/")
             parameter = by_name[name]
-            # AdamW keeps its step counter where it was made; everything else lives with the parameter.
-            target = value if value.dim() == 0 and not parameter.is_cuda else value.to(parameter.device)
+            if value.dim() and is_spread(self._whole[name]):
+                target = torch.empty_like(parameter)
+                fill(self._spread(name, target), value)
+            else:  # AdamW keeps its step counter where it was made; everything else lives with the parameter.
+                target = value if value.dim() == 0 and not parameter.is_cuda else value.to(parameter.device)
             self._optimizers[key].state[parameter][slot] = target
 
+    def _spread(self, name: str, value: Tensor) -> Tensor:
+        parameter = self._whole[name]
+        return spread_like(value, parameter) if value.dim() and is_spread(parameter) else value
 
-def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool = False) -> Optimizers:
+
+def build_optimizers(
+    model: nn.Module, config: TrainConfig, *, on_device: bool = False, ranks: Ranks = ALONE
+) -> Optimizers:
     """Every parameter into exactly one group: Muon for matrices inside blocks, AdamW with decay for the head, AdamW without
     decay for look-up tables, gains and biases. A tied table is the head, so it decays.
 
     on_device: learning rates and step counters are tensors beside the parameters, so that a CUDA graph can hold the step.
+    ranks: the processes that share Muon's work.
     """
     muon: dict[int, list[Tensor]] = {1: [], 3: []}
     decayed, plain = [], []
-    parameters = dict(model.named_parameters())
+    whole: dict[str, Tensor] = dict(model.named_parameters())
+    parameters = {name: nn.Parameter(local_part(p)) if is_spread(p) else p for name, p in whole.items()}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, parameter in parameters.items():
-        is_table = id(parameter) in tables - heads
+        is_table = id(whole[name]) in tables - heads
         if config.optimizer == "muon" and name.startswith("transformer.h.") and parameter.dim() == 2:
             muon[3 if name.endswith("c_attn.weight") else 1].append(parameter)
         elif parameter.dim() >= 2 and not is_table:
@@ -91,7 +121,10 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
         ]
         is_short = device.type == "cuda" or config.precision == "bf16"
         dtype = torch.bfloat16 if is_short else torch.float32
-        optimizers["muon"] = Muon(muon_groups, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype)
+        rows = {parameters[name]: len(p) for name, p in whole.items() if is_spread(p)} or None
+        optimizers["muon"] = Muon(
+            muon_groups, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype, ranks=ranks, rows=rows
+        )
     adamw_lr = config.lr if config.optimizer == "adamw" else config.adamw_lr
     adamw_groups = [
         {"params": params, "weight_decay": decay, "lr": peak(adamw_lr)}
@@ -104,4 +137,4 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
     grouped = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     assert len(grouped) == len(set(grouped)) == len(names), "every parameter belongs to exactly one group"
-    return Optimizers(optimizers, names)
+    return Optimizers(optimizers, names, whole)

@@ -1,15 +1,20 @@
 """Muon (Jordan et al. 2024): momentum whose every update is made orthogonal, for matrices inside the network.
 
 The step of a matrix is the nearest orthogonal matrix to its momentum, so all directions move equally far. It is found
-with five Newton–Schulz iterations, which are matrix products only; matrices of one shape are stacked into one batch.
+with five Newton–Schulz iterations, which are matrix products only; matrices of one shape are stacked into one batch. Of several
+processes each makes its share of a stack orthogonal, and no matrix is done twice (gptcore/optim/sharing.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gptcore.optim.sharing import in_turns, share_out
+from gptcore.ranks import ALONE, Ranks
 
 # Quintic coefficients of the Muon write-up: they push every singular value into about [0.7, 1.2] in five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -45,9 +50,14 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
+        rows: dict[Tensor, int] | None = None,
     ) -> None:
-        """dtype: of the products that make an update orthogonal; bfloat16 is enough, where it is fast."""
-        self.dtype = dtype
+        """dtype: of the products that make an update orthogonal; bfloat16 is enough, where it is fast.
+
+        ranks: the processes that share the work. rows: of each whole matrix, where parameters are this process's rows of them.
+        """
+        self.dtype, self.ranks, self.rows = dtype, ranks, rows
         self.found_inf: Tensor | None = (
             None  # as in torch's fused AdamW: where it is not 0, a step changes no parameter
         )
@@ -55,25 +65,34 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                assert parameter.grad is not None, f"a matrix of shape {tuple(parameter.shape)} got no gradient"
-                by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                self._step_stack(group, shape, parameters)
+        in_turns(self._step_stack(group, *stack) for group in self.param_groups for stack in self._stacks(group))
 
-    def _step_stack(self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]) -> None:
+    def _stacks(self, group: dict[str, Any]) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """Rows and columns of whole matrices, and the parameters that are such matrices (or rows of them)."""
+        by_shape: dict[tuple[int, int], list[Tensor]] = {}
+        for parameter in group["params"]:
+            assert parameter.grad is not None, f"a matrix of shape {tuple(parameter.shape)} got no gradient"
+            rows = len(parameter) if self.rows is None else self.rows[parameter]
+            by_shape.setdefault((rows, parameter.size(1)), []).append(parameter)
+        for (rows, columns), parameters in by_shape.items():
+            yield rows, columns, parameters
+
+    def _step_stack(self, group: dict[str, Any], rows: int, columns: int, parameters: list[Tensor]) -> Iterator[None]:
+        """One update of a stack; pauses where other processes have to be heard."""
         grads = torch.stack([p.grad for p in parameters if p.grad is not None])
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - group["momentum"])
-        update = grads.lerp_(torch.stack(buffers), group["momentum"])  # (n, rows, columns), Nesterov
+        update = grads.lerp_(torch.stack(buffers), group["momentum"])  # (n, rows or this process's, columns), Nesterov
         splits = int(group["splits"])
-        rows, columns = shape[0] // splits, shape[1]
-        update = orthogonalize(update.view(-1, splits, rows, columns), dtype=self.dtype).view(-1, *shape)
-        scale, lr = max(1.0, rows / columns) ** 0.5, group["lr"]
+
+        def orthogonal(matrices: Tensor) -> Tensor:
+            parts = matrices.view(-1, splits, rows // splits, columns)
+            return orthogonalize(parts, dtype=self.dtype).view(-1, rows, columns)
+
+        update = yield from share_out(update, rows, orthogonal, self.dtype, self.ranks, is_spread=self.rows is not None)
+        scale, lr = max(1.0, rows // splits / columns) ** 0.5, group["lr"]
         if (
             self.found_inf is not None
         ):  # nothing may move: no learning rate, and no product of it with what is no number

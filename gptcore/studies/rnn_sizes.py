@@ -53,6 +53,7 @@ def baseline_config(config: ExperimentConfig, vocab_size: int) -> ExperimentConf
 
 def floor_config(config: ExperimentConfig) -> ExperimentConfig:
     """The bigram table on the same batches."""
+    alone = {"processes": 1, "parallel": "ddp"}  # too small to share
     return with_changes(
-        config, model={"family": "bigram"}, train={"optimizer": "adamw", "lr": BIGRAM_LR, "weight_decay": 0.0}
+        config, model={"family": "bigram"}, train={"optimizer": "adamw", "lr": BIGRAM_LR, "weight_decay": 0.0, **alone}
     )

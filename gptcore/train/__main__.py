@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
-from gptcore.config import ExperimentConfig, dump_yaml, flatten, load_config
+import torch
+
+from gptcore.config import ExperimentConfig, TrainConfig, UserError, dump_yaml, flatten, load_config
 from gptcore.device import naming_refusals, reserve_device
 from gptcore.entry import StopFlag, process_parser, recording, run_process
 from gptcore.journal import NoJournal
+from gptcore.launch import launch
 from gptcore.ranks import Ranks, joined_ranks
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import MANIFEST, content_id, hash_file, home_dir, read_manifest
@@ -43,11 +47,24 @@ def open_shards(directory: Path) -> ShardSet:
     return shards
 
 
+def check_processes(train: TrainConfig) -> None:
+    """Raises UserError for more processes than this machine has GPUs; on a CPU they share it."""
+    gpus = torch.cuda.device_count() if train.device != "cpu" and torch.cuda.is_available() else train.processes
+    if train.processes > gpus:
+        raise UserError(
+            f"train.processes={train.processes}: this machine has {gpus} GPU(s), and each process needs its own; use "
+            f"train.processes={gpus}, or train.device=cpu"
+        )
+
+
 def main(argv: list[str]) -> dict[str, Any]:
     parser = process_parser(__doc__, "config", "experiment file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the experiment file")
     args = parser.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
+    if config.train.processes > 1 and "WORLD_SIZE" not in os.environ:
+        check_processes(config.train)
+        raise SystemExit(launch("gptcore.train", argv, config.train.processes))
     with joined_ranks() as ranks:
         if not ranks.is_first:
             logging.getLogger().setLevel(logging.WARNING)
@@ -72,7 +89,10 @@ def run(
         device = trainer.device
         journal = stack.enter_context(recording(out, name, parent)) if ranks.is_first else NoJournal()
         stack.enter_context(naming_refusals())
-        stack.enter_context(reserve_device(device))
+        for turn in range(ranks.count):  # one after the other: two trainings must not hold half of the GPUs each
+            if turn == ranks.rank:
+                stack.enter_context(reserve_device(device))
+            ranks.wait()
         stack.enter_context(device.attention(config.model.dropout))
         if ranks.is_first:
             (out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
@@ -97,7 +117,7 @@ def run(
             trainer.local_batch_size // trainer.micro_batch_size,
         )
         log.info("%s", preflight(trainer).line(device.name))
-        certificate = write_certificate(trainer, out) if ranks.is_first else None
+        certificate = write_certificate(trainer, out)
         if certificate:
             journal.artifact(CERTIFICATE)
         setting_up.close()

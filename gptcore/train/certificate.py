@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptcore.ranks import ALONE, Ranks
 from gptcore.store import write_json
+from gptcore.train.distribute import uncompiled
 from gptcore.train.step import next_batch
 from gptcore.train.trainer import Trainer
 
@@ -33,6 +35,7 @@ def certify(trainer: Trainer) -> dict[str, Any] | None:
     """{error, limit, passed, sequences, targets, precision, seconds}; error is |g2 - g1| / |g1|, g1 of all sequences at once.
 
     None where a forward pass holds a single sequence: it cannot be split. Uses the run's first sequences; gradients are cleared.
+    Where the model is spread over processes, all of them have to call it, and it is about the sequences of all.
     """
     start = time.perf_counter()
     x, y = next_batch(trainer)
@@ -40,11 +43,12 @@ def certify(trainer: Trainer) -> dict[str, Any] | None:
     if count < 2:
         return None
     x, y = x[:count], y[:count]
-    with _without_dropout(trainer):
+    with _without_dropout(trainer), uncompiled(trainer.model):
         whole = _gradient(trainer, x, y, count)
         halves = _gradient(trainer, x, y, count // 2)
     trainer.optimizers.zero_grad()
-    norm, gap = _length(whole), _length([a - b for a, b in zip(whole, halves, strict=True)])
+    ranks = trainer.ranks if trainer.is_spread else ALONE
+    norm, gap = _length(whole, ranks), _length([a - b for a, b in zip(whole, halves, strict=True)], ranks)
     error, limit = gap / norm if norm else 0.0, LIMITS[trainer.device.precision]
     return {
         "error": error,
@@ -58,8 +62,14 @@ def certify(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def write_certificate(trainer: Trainer, out: Path) -> dict[str, Any] | None:
-    """`certify`, kept as `out/accumulation.json`; a run that goes on keeps the one it has. A warning where it did not pass."""
-    if trainer.step or (found := certify(trainer)) is None:
+    """`certify`, kept as `out/accumulation.json`; a run that goes on keeps the one it has. A warning where it did not pass.
+
+    All processes call it; None for all but the first.
+    """
+    if trainer.step or not (trainer.ranks.is_first or trainer.is_spread):
+        return None
+    found = certify(trainer)
+    if found is None or not trainer.ranks.is_first:
         return None
     write_json(out / FILE_NAME, found)
     if not found["passed"]:
@@ -75,18 +85,18 @@ def write_certificate(trainer: Trainer, out: Path) -> dict[str, Any] | None:
 
 def _gradient(trainer: Trainer, x: Tensor, y: Tensor, micro: int) -> list[Tensor]:
     """Sums of target losses over their number in the whole, as `backward_all` has it, but uncompiled and on this process alone."""
-    trainer.model.zero_grad(set_to_none=True)
+    trainer.optimizers.zero_grad()
     targets = (y >= 0).sum()
     for offset in range(0, len(x), micro):
         with trainer.device.autocast():
             loss = trainer.model(x[offset : offset + micro], y[offset : offset + micro], reduction="sum")[1]
         assert loss is not None
         (loss / targets).backward()
-    return [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+    return [p.grad.clone() for p in trainer.optimizers.collect() if p.grad is not None]
 
 
-def _length(tensors: list[Tensor]) -> float:
-    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+def _length(tensors: list[Tensor], ranks: Ranks) -> float:
+    return float(ranks.sum_(torch.stack([t.double().square().sum() for t in tensors]).sum()).sqrt())
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptcore.checkpoint import checkpoint_path, load_checkpoint
+from gptcore.checkpoint import MODEL, check_checkpoint, checkpoint_path, copy_tensors
 from gptcore.entry import StopFlag, Stopped
 from gptcore.evaluate import Evaluation, evaluate_loss
 from gptcore.journal import Journal
+from gptcore.train.distribute import put_away, uncompiled
 from gptcore.train.report import Reporter, check_finite
 from gptcore.train.saving import averaged, checkpoints_of, save
 from gptcore.train.step import train_step
@@ -194,6 +195,7 @@ def evaluate(trainer: Trainer, journal: Journal, max_tokens: int, stop: StopFlag
     with (
         trainer.clock.phase("evaluate"),
         averaged(trainer),
+        uncompiled(trainer.model),
         stop.interrupting() if is_interruptible else nullcontext(),
     ):
         evaluation = evaluate_loss(
@@ -204,6 +206,7 @@ def evaluate(trainer: Trainer, journal: Journal, max_tokens: int, stop: StopFlag
             max_tokens,
             ranks=trainer.ranks,
         )
+        put_away(trainer.model)
     if trainer.ranks.is_first:
         journal.metrics(evaluation.metrics(), tokens_seen=trainer.tokens_seen, step=trainer.step)
     return evaluation
@@ -211,7 +214,8 @@ def evaluate(trainer: Trainer, journal: Journal, max_tokens: int, stop: StopFlag
 
 def use_weights(trainer: Trainer, checkpoint: Path) -> None:
     """Put a checkpoint's model in place for good."""
-    trainer.model.load_weights(load_checkpoint(checkpoint, trainer.device.torch).model)
+    check_checkpoint(checkpoint)
+    copy_tensors(checkpoint / MODEL, trainer.model.weights())
     trainer.average = None
 
 

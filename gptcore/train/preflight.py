@@ -6,10 +6,12 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptcore.config import UserError
+from gptcore.ranks import local_part
 from gptcore.timing import format_seconds, measure_ms
+from gptcore.train.distribute import put_away, uncompiled
 from gptcore.train.step import backward_all, next_batch, smaller_micro_batch
 from gptcore.train.trainer import Trainer, build_forward, state_mib
 
@@ -47,11 +49,11 @@ def preflight(trainer: Trainer) -> Estimate:
     Raises UserError when not even one sequence fits into memory.
     """
     train, device = trainer.config.train, trainer.device
-    parameters, state = state_mib(trainer.config, trainer.shards.vocab_size)
+    parameters, state = state_mib(trainer.config, trainer.shards.vocab_size, trainer.ranks)
     rng = torch.get_rng_state(), torch.cuda.get_rng_state() if device.is_cuda else None
     x, y = next_batch(trainer)
     sequence = measure_sequence_mib(trainer, x[:1], y[:1])
-    free = device.free_mib()
+    free = trainer.ranks.smallest(device.free_mib())  # one micro-batch for all processes
     fitting = int((SAFE_SHARE * free - state) // sequence) if sequence else len(x)
     if fitting < 1:
         raise UserError(
@@ -86,17 +88,21 @@ def preflight(trainer: Trainer) -> Estimate:
 
 def measure_sequence_mib(trainer: Trainer, x: Tensor, y: Tensor) -> float:
     """MiB that autograd keeps for the backward pass of one sequence, uncompiled; parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    own = {local_part(p).untyped_storage().data_ptr() for p in trainer.model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return tensor  # also one that was gathered for this pass
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.device.autocast():
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with uncompiled(trainer.model), hooks, trainer.device.autocast():
         trainer.model(x, y, reduction="sum")
+    put_away(trainer.model)
     return sum(kept.values()) / 2**20
 
 
@@ -108,7 +114,7 @@ def probe(trainer: Trainer, x: Tensor, y: Tensor) -> float:
             timed = measure_ms(lambda: backward_all(trainer, x[:micro], y[:micro]), trainer.device.synchronize, 1)  # noqa: B023
             return timed.median
         except torch.OutOfMemoryError as error:
-            trainer.micro_batch_size = smaller_micro_batch(micro, error)
+            trainer.micro_batch_size = smaller_micro_batch(micro, error, trainer.ranks)
             log.warning("out of device memory: train.micro_batch_size is now %d", trainer.micro_batch_size)
         except Exception as error:
             if not is_compiler_error(error) or trainer.config.train.compile == "off":

@@ -24,6 +24,7 @@ from gptcore.checkpoint import (
 )
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.leftovers import sweep
+from gptcore.ranks import fill
 from gptcore.store import is_committed
 from gptcore.train.trainer import Trainer
 from gptcore.train.writer import CheckpointWriter, copy_to_host
@@ -36,7 +37,7 @@ LOSS_SCALE, LOSS_SCALE_GROWTH = "loss_scale", "loss_scale_growth"
 LOSSES = "losses"  # of the steps since the last report: the next one is the mean over all of its steps
 
 # What may differ in a run that goes on: how the work is cut up and what is kept, not what is learnt.
-MAY_CHANGE = {"micro_batch_size", "save_interval", "keep_checkpoints", "keep_interval"}
+MAY_CHANGE = {"micro_batch_size", "processes", "parallel", "save_interval", "keep_checkpoints", "keep_interval"}
 
 
 def checkpoints_of(out: Path) -> Path:
@@ -53,12 +54,12 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
     seconds = trainer.elapsed_seconds()
     rng = random_states(trainer)
     losses = trainer.ranks.sum_(torch.stack(memory["losses"])) if memory["losses"] else None
-    if not trainer.ranks.is_first:
+    if not (trainer.ranks.is_first or trainer.is_spread):
         return
     with trainer.clock.phase("save"):
         writer.wait()
         weights = trainer.model.weights()
-        model = weights if trainer.average is None else trainer.average.average
+        model = weights if trainer.average is None else trainer.average.weights()
         tensors = trainer.optimizers.state_tensors()
         if trainer.average is not None:
             tensors |= {TRAINING_WEIGHTS + name: tensor for name, tensor in weights.items()}
@@ -67,8 +68,11 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
         if losses is not None:
             tensors[LOSSES] = losses
         copies, wait_for_copies = copy_to_host(
-            {f"m/{name}": tensor for name, tensor in model.items()} | {f"o/{n}": t for n, t in tensors.items()}
+            {f"m/{name}": tensor for name, tensor in model.items()} | {f"o/{n}": t for n, t in tensors.items()},
+            is_kept=trainer.ranks.is_first,
         )
+        if not trainer.ranks.is_first:
+            return
         state = {
             "tokens_seen": trainer.tokens_seen,
             "seconds": seconds,
@@ -94,7 +98,7 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
 def resume(trainer: Trainer, out: Path) -> dict[str, Any]:
     """Continue from the newest whole checkpoint of this run, if there is one; the loop's memory in it, else {}.
 
-    Works with another number of processes and another micro-batch than before. Tensors are read one by one into their places.
+    Works with another number of processes, spread or not, and another micro-batch than before. Tensors are read one by one into their places.
     Raises UserError when the checkpoint is of another config or other shards.
     """
     step = int(trainer.ranks.from_first(float(_choose(out) if trainer.ranks.is_first else 0)))
@@ -157,11 +161,11 @@ def _choose(out: Path) -> int:
 def _load_tensors(trainer: Trainer, directory: Path) -> list[Tensor]:
     """Weights, average, optimizer and loss scale into their places; returns the losses that no report has told of yet."""
     weights = trainer.model.weights()
-    copy_tensors(directory / MODEL, weights if trainer.average is None else trainer.average.average)
+    copy_tensors(directory / MODEL, weights if trainer.average is None else trainer.average.weights())
     losses: list[Tensor] = []
     for name, tensor in read_tensors(directory / OPTIMIZER):
         if name.startswith(TRAINING_WEIGHTS):
-            weights[name.removeprefix(TRAINING_WEIGHTS)].copy_(tensor)
+            fill(weights[name.removeprefix(TRAINING_WEIGHTS)], tensor)
         elif name == LOSSES:  # the sum over processes, which the next report makes again
             share = tensor if trainer.ranks.is_first else torch.zeros_like(tensor)
             losses = list(share.to(trainer.device.torch).unbind())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from gptcore.entry import DeviceMemoryError
 from gptcore.optim import lr_factor
+from gptcore.ranks import ALONE, Ranks
+from gptcore.train.distribute import exchanging
 from gptcore.train.feed import to_device
 from gptcore.train.graph import WARMUP_STEPS, GraphedStep
 from gptcore.train.trainer import Trainer
@@ -54,11 +55,11 @@ def update(trainer: Trainer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     train, clock = trainer.config.train, trainer.clock
     loss = gradients_that_fit(trainer, x, y)
     with clock.phase("clip"):
-        parameters = list(trainer.model.parameters())
+        parameters = trainer.optimizers.collect()
         overflow = None
         if trainer.loss_scale is not None:
             trainer.loss_scale.unscale([p.grad for p in parameters if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip or math.inf)
+        norm = clip(parameters, train.grad_clip, trainer.ranks if trainer.is_spread else ALONE)
         if trainer.loss_scale is not None:  # an overflow is the scale's doing, not the model's: this step is left out
             overflow = trainer.loss_scale.update(norm)
             found_inf = torch.maximum(trainer.watch.note(loss, torch.zeros_like(norm)), overflow)
@@ -73,6 +74,15 @@ def update(trainer: Trainer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if trainer.average is not None:
             trainer.average.update()
     return loss, norm
+
+
+def clip(parameters: list[Tensor], largest: float, ranks: Ranks) -> Tensor:
+    """Scale gradients down to a norm of `largest` (0: leave them); the norm before, over all of `ranks`, each with its own rows."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if ranks.count > 1:
+        norm = ranks.sum_(norm.square()).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm)
+    return norm
 
 
 def next_batch(trainer: Trainer) -> tuple[Tensor, Tensor]:
@@ -92,7 +102,7 @@ def gradients_that_fit(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
             return backward_all(trainer, x, y)
         except torch.OutOfMemoryError as error:
             trainer.optimizers.zero_grad()
-            trainer.micro_batch_size = smaller_micro_batch(trainer.micro_batch_size, error)
+            trainer.micro_batch_size = smaller_micro_batch(trainer.micro_batch_size, error, trainer.ranks)
             log.warning(
                 "out of device memory: train.micro_batch_size is now %d, a step stays %s tokens",
                 trainer.micro_batch_size,
@@ -112,21 +122,25 @@ def backward_all(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
     total = torch.zeros((), device=device.torch)
     for offset in range(0, len(x), micro):
         is_last = offset + micro >= len(x)
-        # Processes exchange gradients once a step, with the last micro-batch.
-        apart = contextlib.nullcontext() if is_last or ranks.count == 1 else trainer.forward.no_sync()
-        with apart:
+        with exchanging(trainer.forward, ranks, is_last):
             with clock.phase("forward"), device.autocast():
                 part = x[offset : offset + micro], y[offset : offset + micro]
                 loss = trainer.forward(*part, reduction="sum")[1] / trainer.tokens_per_step
             with clock.phase("backward"):
-                # DDP takes the mean over processes; the loss is a sum divided by the global count.
+                # DDP and FSDP2 take the mean over processes; the loss is a sum divided by the global count.
                 scaled = loss * ranks.count if ranks.count > 1 else loss
                 (scaled if trainer.loss_scale is None else scaled * trainer.loss_scale.scale).backward()
         total += loss.detach()
     return total
 
 
-def smaller_micro_batch(micro: int, error: Exception) -> int:
+def smaller_micro_batch(micro: int, error: Exception, ranks: Ranks = ALONE) -> int:
+    """The largest divisor that is at most half. Raises DeviceMemoryError where there is none, and with several processes: the others
+    are in the middle of an exchange with this one, which cannot begin again."""
+    if ranks.count > 1:
+        raise DeviceMemoryError(
+            f"process {ranks.rank}: out of device memory with {micro} sequences; set a smaller train.micro_batch_size"
+        ) from error
     if micro == 1:
         raise DeviceMemoryError(
             "out of device memory with one sequence; lower model.block_size, model.n_embd or model.n_layer"

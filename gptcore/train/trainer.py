@@ -22,6 +22,7 @@ from gptcore.optim import Optimizers, WeightAverage, build_optimizers
 from gptcore.ranks import ALONE, Ranks
 from gptcore.shards import ShardSet
 from gptcore.timing import PhaseClock
+from gptcore.train.distribute import compile_parts, distribute, spread, uncompile_parts
 from gptcore.train.feed import build_feed
 from gptcore.train.finite import FiniteWatch, LossScale
 from gptcore.train.warm import load_initial_weights
@@ -56,6 +57,11 @@ class Trainer:
     def local_batch_size(self) -> int:
         """Sequences of a step that this process learns from."""
         return self.config.train.global_batch_size // self.ranks.count
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether each process holds only its part of weights and optimizer state."""
+        return spreads(self.config, self.ranks)
 
     @property
     def tokens_per_step(self) -> int:
@@ -95,16 +101,20 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         )
     device = choose_device(train.device, train.precision)
     set_determinism(train.deterministic, device, is_recurrent=config.model.family in ("lstm", "gru"))
-    check_memory(config, shards.vocab_size, device)
+    check_memory(config, shards.vocab_size, device, ranks)
     use_graph = _graph_applies(config, device, ranks)
     if use_graph:
         # Autograd remembers the stream on which it first met a parameter, and the default stream cannot be recorded.
         torch.cuda.set_stream(torch.cuda.Stream(device.torch))
     seed_everything(train.seed)
-    model = build_model(config.model, shards.vocab_size).to(device.torch)
+    model = build_model(config.model, shards.vocab_size)
+    if not spreads(config, ranks):
+        model.to(device.torch)
     if train.init_from:
         load_initial_weights(model, Path(train.init_from), shards)
-    if device.precision == "fp8":
+    if spreads(config, ranks):
+        spread(model, device, ranks)
+    elif device.precision == "fp8":
         turn_on_fp8(model)
     if ranks.count > 1:
         seed_everything(train.seed + ranks.rank)  # the same weights everywhere, but dropout of its own
@@ -118,7 +128,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
         device=device,
         ranks=ranks,
         model=model,
-        optimizers=build_optimizers(model, train, on_device=use_graph),
+        optimizers=build_optimizers(model, train, on_device=use_graph, ranks=ranks),
         sampler=build_feed(config, shards, device, ranks),
         micro_batch_size=micro,
         forward=build_forward(model, device, ranks, train.compile),
@@ -129,23 +139,27 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
     )
 
 
-def state_mib(config: ExperimentConfig, vocab_size: int) -> tuple[int, float]:
-    """Parameters, and MiB of weights, gradients, optimizer state and average, without allocating any of them."""
+def spreads(config: ExperimentConfig, ranks: Ranks) -> bool:
+    return config.train.parallel == "fsdp" and ranks.count > 1
+
+
+def state_mib(config: ExperimentConfig, vocab_size: int, ranks: Ranks = ALONE) -> tuple[int, float]:
+    """Parameters, and MiB of weights, gradients, optimizer state and average on one process, without allocating any of them."""
     with torch.device("meta"):
         count = build_model(config.model, vocab_size).count_parameters()
     copies = 4 + (1 if config.train.ema_decay else 0)  # weights, gradients, AdamW's two moments (Muon has one)
-    return count, copies * 4 * count / 2**20
+    return count, copies * 4 * count / 2**20 / (ranks.count if spreads(config, ranks) else 1)
 
 
-def check_memory(config: ExperimentConfig, vocab_size: int, device: Device) -> None:
+def check_memory(config: ExperimentConfig, vocab_size: int, device: Device, ranks: Ranks = ALONE) -> None:
     """Raises UserError for a model whose state alone does not fit the device."""
-    parameters, needed = state_mib(config, vocab_size)
+    parameters, needed = state_mib(config, vocab_size, ranks)
     free = device.free_mib()
     if needed > free:
         raise UserError(
             f"the model has {parameters:,} parameters: weights, gradients and optimizer state need {needed:,.0f} MiB, and "
             f"{device.name} has {free:,.0f} MiB free; lower model.n_layer={config.model.n_layer} or "
-            f"model.n_embd={config.model.n_embd}"
+            f"model.n_embd={config.model.n_embd}, or spread it over more GPUs with train.parallel=fsdp"
         )
 
 
@@ -161,18 +175,16 @@ def turn_on_fp8(model: LanguageModel) -> None:
 def build_forward(model: LanguageModel, device: Device, ranks: Ranks, choice: str) -> Any:
     """The model as the step calls it: compiled where that pays and works, distributed where there are several processes."""
     forward: Any = model
+    uncompile_parts(model)
     if choice == "on" or (choice == "auto" and device.is_cuda):
         lacking = missing_compiler(device)
         if lacking:
             log.warning("train.compile=%s: %s, so the model runs uncompiled", choice, lacking)
+        elif ranks.count > 1 and isinstance(model, GPT):
+            compile_parts(model)
         else:
             forward = torch.compile(model)
-    if ranks.count == 1:
-        return forward
-    from torch.nn.parallel import DistributedDataParallel
-
-    # Buffers are tables that never change; gradients live in the buckets that travel.
-    return DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return forward if ranks.count == 1 else distribute(model, forward)
 
 
 def missing_compiler(device: Device) -> str | None:

@@ -17,17 +17,22 @@ import torch
 from torch import Tensor
 
 from gptcore.checkpoint import Snapshot, prune_checkpoints, save_checkpoint
+from gptcore.ranks import whole_of
 
 log = logging.getLogger(__name__)
 
 
-def copy_to_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
+def copy_to_host(tensors: dict[str, Tensor], *, is_kept: bool = True) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Copies on the CPU, and a call that waits until they are there: a GPU copies while its host goes on.
 
     The copies are queued behind the step before and in front of the next one, so they hold what was there between the two.
+    What is spread over processes is put together tensor by tensor, by all of them; those where not is_kept only lend their part.
     """
     copies, is_cuda = {}, False
-    for name, tensor in tensors.items():
+    for name, spread in tensors.items():
+        tensor = whole_of(spread)
+        if not is_kept:
+            continue
         if tensor.is_cuda:
             is_cuda = True
             copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
