@@ -9,7 +9,7 @@ run: .venv/.installed
 test: lint
 	.venv/bin/pytest -n 2 -m "not integration" && .venv/bin/pytest -n 2 --dist loadfile -m integration
 
-# The long form of the tests that kill, stop, cancel and starve: about 40 minutes on 2 cores.
+# The long form of the tests that kill, stop, cancel and starve: about 50 minutes on 2 cores.
 test-faults: .venv/.installed
 	GPTLOOM_FAULTS=long .venv/bin/pytest -s tests/faults
 

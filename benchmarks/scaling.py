@@ -6,8 +6,9 @@
     python benchmarks/scaling.py --smoke                       # no GPU: a toy over gloo, to see whether it works
 
 Weak: a fixed batch a GPU. Strong: a fixed batch over all. Each with DDP and with FSDP2, as `gptcore.train` steps. The communication
-share is 1 − (time of the same work without any exchange) / (time of the step), all GPUs at work in both. One GPU runs compiled as
-a whole, as it does by default; several run compiled block by block. Losses are those of the first steps of the fixed batch.
+share is 1 − (time of the same work without any exchange) / (time of the step), all GPUs at work in both; the former has the whole
+model on each GPU, so what FSDP2 saves by its smaller AdamW step counts in its favour. One GPU runs compiled as a whole, as it does by
+default; several run compiled block by block. Losses are those of the first steps of the fixed batch.
 Environment variables reach every process as they are: where NVLink multicast must stay off, set NCCL_NVLS_ENABLE=0,
 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 and NVSHMEM_DISABLE_NVLS=1. Progress goes to stderr; the last line on stdout is one JSON object.
 """

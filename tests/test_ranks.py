@@ -19,6 +19,7 @@ from gptcore.models import build_model
 from gptcore.optim import muon, sharing
 from gptcore.ranks import ALONE, Ranks
 from gptcore.shards import ShardSet, prepare
+from gptcore.studies.rnn_sizes import baseline_config, floor_config
 from gptcore.train import trainer as trainer_module
 from gptcore.train.trainer import state_mib
 
@@ -177,6 +178,13 @@ def test_what_cannot_be_spread_is_refused(config, changes, words, monkeypatch):
     device = Device(torch.device("cpu"), changed.train.precision, "toy")
     with pytest.raises(UserError, match=words):
         spread(build_model(changed.model, 11), device, Ranks(0, 2))
+
+
+def test_the_models_beside_a_spread_one_are_not_spread(config):
+    """The pipeline's LSTM and bigram would be refused, and the run with them."""
+    spread = with_changes(config, train={"parallel": "fsdp", "processes": 4})
+    assert baseline_config(spread, 50).train.parallel == floor_config(spread).train.parallel == "ddp"
+    assert baseline_config(spread, 50).train.processes == 4
 
 
 def test_a_spread_model_needs_its_share_of_memory_and_a_batch_that_divides(config):

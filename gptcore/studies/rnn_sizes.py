@@ -47,7 +47,7 @@ def baseline_config(config: ExperimentConfig, vocab_size: int) -> ExperimentConf
     return with_changes(
         config,
         model={"family": "lstm", "n_layer": n_layer, "n_embd": width},
-        train={"optimizer": "adamw", "lr": LSTM_LR},
+        train={"optimizer": "adamw", "lr": LSTM_LR, "parallel": "ddp"},  # only a GPT can be spread
     )
 
 

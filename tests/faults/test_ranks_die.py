@@ -6,6 +6,7 @@ make test-faults                                     # also: 20 kills of a rando
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -149,3 +150,20 @@ def test_killing_a_random_process_never_loses_a_run(whole: Training, config: Exp
         assert_ended_as(training, whole)
     assert kills == KILLS
     print(f"\n{kills} kills, no run lost; at most {slowest:.1f} s until all processes had ended")
+
+
+@pytest.mark.skipif(not IS_LONG, reason="the long form (GPTLOOM_FAULTS=long)")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_stopped_together(whole: Training, config: ExperimentConfig, tmp_path: Path, parallel: str) -> None:
+    """SIGTERM reaches every process twice, from outside and from the one that started it: the second must not cost the checkpoint."""
+    changed = with_changes(config, train={"parallel": parallel})
+    training = Training(changed, whole.shards, tmp_path / "run")
+    process = training.start()
+    wait_until(is_training(training.out), process, 120)
+    for pid in (process.pid, *ranks_of(training.out)):
+        os.kill(pid, signal.SIGTERM)
+    out, said = process.communicate(timeout=40)
+    assert process.returncode == 75, said
+    assert (Path(json.loads(out.splitlines()[-1])["error"].rpartition(" ")[2]) / "COMMITTED").is_file()
+    training.finish()
+    assert_ended_as(training, whole)
