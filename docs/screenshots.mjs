@@ -79,9 +79,10 @@ const look = async (name, path, height, act = async () => {}) => {
 };
 const picked = text(JSON.stringify(runs.map((each) => each.info.run_id)));
 await look('mlflow-compare', `compare-runs?runs=${picked}&experiments=${text(JSON.stringify([id]))}`, 1150);
-await look('mlflow-charts', `experiments/${id}/runs?searchFilter=${text(filter)}&compareRunsMode=CHART`, 1000, async (page) => {
-  for (const y of [265, 234]) await page.mouse.click(351, y); // the trainings of both runs
-  await page.getByPlaceholder('Search metric charts').fill('^(bpb$|train/(bpb|loss|lr|grad_norm)|perf/tok)');
+// Sorted by name MLflow lists steps without the runs around them.
+const sorted = `orderByKey=${text('tags.`mlflow.runName`')}&orderByAsc=false&searchFilter=${text(filter)}`;
+await look('mlflow-charts', `experiments/${id}/runs?${sorted}&compareRunsMode=CHART`, 1000, async (page) => {
+  await page.getByPlaceholder('Search metric charts').fill('^(bpb|train/(bpb|loss|lr|grad_norm))$');
   await page.waitForTimeout(6000);
 });
 await look('mlflow-system', `experiments/${id}/runs/${runs[0].info.run_id}/system-metrics`, 900);

@@ -23,14 +23,12 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flows.arguments import parse_arguments
-from flows.warden import MARK_VARIABLE
+from flows.surroundings import prepare_home, quiet_expected_errors, start_prefect_server, use_servers
 from gptcore.config import DataConfig, UserError, hide_password, load_config
 from gptcore.entry import (
     EXIT_BUG,
@@ -42,8 +40,6 @@ from gptcore.entry import (
 )
 from gptcore.store import home_dir, keep_private
 
-ROOT = Path(__file__).resolve().parent.parent
-_wardens: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
 STUDY_CONTRACT = (
     "run",
     "report",
@@ -106,8 +102,8 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
     if config is None:
         config = load_run(resume, overrides)
-    _start_prefect_server()
-    _quiet_expected_errors()
+    start_prefect_server()
+    quiet_expected_errors()
     result["run"] = resume or new_run_name(config.name)
     print(f"should it be interrupted: gptloom run --resume {result['run']}", file=sys.stderr)
     flow = pipeline.with_options(flow_run_name=result["run"])
@@ -136,11 +132,11 @@ def run_study(args: argparse.Namespace, result: dict[str, Any]) -> int:
     home = prepare_home()
     check_source(plan.base.data)
     use_servers()
-    _start_prefect_server()
+    start_prefect_server()
     from flows.pipeline import new_run_name
     from flows.study import StudyForm, study
 
-    _quiet_expected_errors()
+    quiet_expected_errors()
     result["run"] = new_run_name(plan.name)
     print(f"{plan.config.question} {len(plan.cells)} cells, {home / 'runs' / result['run']}", file=sys.stderr)
     flow = study.with_options(flow_run_name=result["run"])
@@ -168,11 +164,11 @@ def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
     prepare_home()
     check_source(config.data)
     use_servers()
-    _start_prefect_server()
+    start_prefect_server()
     from flows.data import data
     from flows.pipeline import Overrides
 
-    _quiet_expected_errors()
+    quiet_expected_errors()
     result.update(data(experiment=experiment, overrides=Overrides(more=overrides)))
     return EXIT_OK
 
@@ -184,7 +180,7 @@ def run_reconciler(args: argparse.Namespace, result: dict[str, Any]) -> int:
     from tasks.tracking import check_store
 
     check_store()
-    _start_prefect_server()
+    start_prefect_server()
     from flows.reconcile import reconcile
 
     result.update(reconcile(apply=args.apply, resume=args.resume))
@@ -215,10 +211,10 @@ def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
     load_config(experiment, args.words)
     prepare_home()
     use_servers()
-    _start_prefect_server()
+    start_prefect_server()
     from flows.pipeline import Overrides
 
-    _quiet_expected_errors()
+    quiet_expected_errors()
     overrides = Overrides(more=args.words)
     if is_simulation:
         from flows.simulation import simulate_nights
@@ -238,10 +234,10 @@ def move_champion(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom promote` and `gptloom rollback`."""
     prepare_home()
     use_servers()
-    _start_prefect_server()
+    start_prefect_server()
     from flows import registry
 
-    _quiet_expected_errors()
+    quiet_expected_errors()
     result.update(getattr(registry, args.move)(args.model, args.reason))
     return EXIT_OK
 
@@ -256,71 +252,6 @@ def check_source(data: DataConfig) -> None:
         from gptcore.corpus import estimate
 
         print(f"source: {estimate(data, home_dir())}", file=sys.stderr)
-
-
-def prepare_home() -> Path:
-    """GPTLOOM_HOME, made if need be. Raises UserError when it cannot be."""
-    home = home_dir()
-    try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
-        ) from None
-    return home
-
-
-def use_servers() -> None:
-    """Prefect's environment, before its first import: the user's own, else `gptloom up`'s server, else a temporary one."""
-    from tasks.tracking import answers, read_servers
-
-    defaults = {
-        "GPTLOOM_HOME": str(home_dir()),
-        "PREFECT_HOME": str(home_dir() / "prefect"),
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "gptcore",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_CLIENT_MAX_RETRIES": "7",  # in all four minutes of patience with a server that is being restarted
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    if theirs := os.environ.get("PREFECT_API_URL"):
-        if not answers(f"{theirs}/health"):
-            raise UserError(
-                f"PREFECT_API_URL={hide_password(theirs)}: no Prefect server answers there; start it, or unset the variable to use a temporary one"
-            )
-    elif (ours := read_servers().get("prefect_api_url")) and answers(f"{ours}/health"):
-        defaults["PREFECT_API_URL"] = str(ours)
-    if login := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # what our server asks for, we have to say
-        defaults["PREFECT_API_AUTH_STRING"] = login
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def _start_prefect_server() -> None:
-    """Start Prefect's temporary server, where one is needed, deaf to Ctrl-C: it has to record how the run ended.
-
-    A terminal sends SIGINT to us and to all our children; a blocked signal mask is inherited. Prefect itself ends the server
-    at our exit, by SIGTERM, after the last log lines.
-    """
-    if os.environ.get("PREFECT_API_URL"):
-        return
-    from prefect.server.api.server import SubprocessASGIServer
-
-    os.environ[MARK_VARIABLE] = mark = uuid.uuid4().hex
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        SubprocessASGIServer().start()  # one per process: Prefect's client finds this one
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        del os.environ[MARK_VARIABLE]
-    # If we are killed, nobody else would end that server.
-    warden = subprocess.Popen(
-        [sys.executable, "-m", "flows.warden", mark],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
-    )  # fmt: skip
-    _wardens.append(warden)
 
 
 def _print_results(directory: Path) -> None:
@@ -362,17 +293,6 @@ def _explain(error: BaseException, result: dict[str, Any]) -> int:
     print(f"error: {message}", file=sys.stderr)
     result["error"] = message
     return code
-
-
-def _quiet_expected_errors() -> None:
-    """Keep Prefect's tracebacks of mistakes that we explain in one sentence out of the terminal; its UI still has them."""
-
-    def is_news(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return error is None or exit_code(error) == EXIT_BUG
-
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(is_news)
 
 
 @contextlib.contextmanager

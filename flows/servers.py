@@ -13,9 +13,7 @@ A server or worker that ends by itself is started again: runs go on meanwhile, a
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import ipaddress
 import json
 import logging
 import os
@@ -30,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from flows.listening import check_host, check_port, is_loopback
 from flows.pools import POOLS, prepare_pool
 from flows.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
 from flows.warden import MARK_VARIABLE
@@ -69,7 +68,7 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
     Raises UserError for a host that would expose an unprotected server, a port in use, or a second `up` for this home.
     """
     _log_to_stderr()
-    _check_host(host)
+    check_host(host)
     if prefect_port == mlflow_port:
         raise UserError(f"--prefect-port and --mlflow-port are both {prefect_port}; choose two")
     if not (ROOT / "prefect.yaml").is_file():
@@ -79,8 +78,8 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
     home = home_dir()
     lock = _take_lock(home)
     try:
-        _check_port(host, prefect_port, "Prefect", "--prefect-port")
-        _check_port(LOOPBACK, mlflow_port, "MLflow", "--mlflow-port")
+        check_port(host, prefect_port, "Prefect", "--prefect-port")
+        check_port(LOOPBACK, mlflow_port, "MLflow", "--mlflow-port")
         return _Stack(home, host, prefect_port, mlflow_port).run()
     finally:
         lock.close()
@@ -203,7 +202,7 @@ class _Stack:
             "`gptloom run` in another terminal uses these servers. Ctrl-C here, or `gptloom down`, stops them.",
             flush=True,
         )
-        if not _is_loopback(self.host):
+        if not is_loopback(self.host):
             log.warning("MLflow has no login and stays on %s; reach it through an SSH tunnel", LOOPBACK)
 
     def _watch(self) -> NoReturn:
@@ -283,7 +282,7 @@ class _Stack:
 
     def _environment(self) -> dict[str, str]:
         env = child_environment(self.home, self.prefect_url, self.mlflow_url) | {MARK_VARIABLE: self.mark}
-        if not _is_loopback(self.host):  # what a browser elsewhere calls
+        if not is_loopback(self.host):  # what a browser elsewhere calls
             name = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
             env["PREFECT_SERVER_UI_API_URL"] = f"http://{name}:{self.ports[0]}/api"
             env["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] += f",http://{name}:{self.ports[0]}"
@@ -344,39 +343,6 @@ def child_environment(
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-
-
-def _check_host(host: str) -> None:
-    user, _, password = os.environ.get(AUTH_VARIABLE, "").partition(":")
-    if not _is_loopback(host) and not (user and password):
-        raise UserError(
-            f"--host {host}: everyone who reaches it could run code here; set {AUTH_VARIABLE}=USER:PASSWORD first, or keep 127.0.0.1"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_port(host: str, port: int, server: str, option: str) -> None:
-    """Raises UserError when something listens on the port, or the host is not an address of this machine."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
-            probe.bind(address)
-    except (OSError, OverflowError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise UserError(
-                f"port {port} on {host} is in use, {server} cannot have it; if it is an earlier `gptloom up`, stop that "
-                f"with `gptloom down`, else choose another port with {option}"
-            ) from None
-        raise UserError(
-            f"{server} cannot listen on {host}:{port} ({error}); choose another one with --host or {option}"
-        ) from None
 
 
 def _has_gpu() -> bool:

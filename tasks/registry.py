@@ -279,7 +279,8 @@ def checkpoint_of(version: Version) -> Path:
 
 def model_card(title: str, rows: Mapping[str, Any], text: str = "") -> str:
     """Markdown: a title, a sentence or two, a table of facts."""
-    table = "\n".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
+    shown = {key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in rows.items()}
+    table = "\n".join(f"| {key} | {text.replace('|', chr(92) + '|')} |" for key, text in shown.items())
     return f"# {title}\n\n{text}\n\n| | |\n|---|---|\n{table}\n"
 
 

@@ -12,6 +12,7 @@ from prefect import task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.context import TaskRunContext
 
+from gptcore.store import home_dir
 from tasks.process import run_logger
 from tasks.tracking import run_page
 
@@ -42,7 +43,8 @@ def links(report: Path, mlflow_run_id: str | None) -> str:
     """Where to read on: the run and its report in MLflow, where that is a server; the file itself always."""
     page = run_page(mlflow_run_id)
     there = f"[The run in MLflow]({page}) · [report]({page}/artifacts/{report.name}) · " if page else ""
-    return f"{there}file `{report}`"
+    home = home_dir()
+    return f"{there}file `{f'$GPTLOOM_HOME/{report.relative_to(home)}' if report.is_relative_to(home) else report}`"
 
 
 def data_url(png: Path) -> str:

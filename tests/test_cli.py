@@ -206,7 +206,7 @@ def test_expected_errors_are_kept_out_of_the_terminal() -> None:
 
     stream = io.StringIO()
     with root_handler(logging.StreamHandler(stream)):
-        cli._quiet_expected_errors()
+        cli.quiet_expected_errors()
         for error in (UserError("yours"), OSError(errno.ENOSPC, "the disk"), ZeroDivisionError("ours")):
             try:
                 raise error

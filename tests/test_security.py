@@ -28,7 +28,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from flows import servers
+from flows.listening import check_host
 from flows.pipeline import NO_LOGIN, Overrides
 from gptcore.checkpoint import FORMAT, load_model
 from gptcore.config import UserError, dump_yaml, flatten, load_config
@@ -464,10 +464,10 @@ def test_other_hosts_need_a_whole_login(monkeypatch: pytest.MonkeyPatch, auth: s
         monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", auth)
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         with pytest.raises(UserError, match="USER:PASSWORD"):
-            servers._check_host(host)
-    servers._check_host("127.0.0.1")
+            check_host(host)
+    check_host("127.0.0.1")
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:secret")
-    servers._check_host("0.0.0.0")
+    check_host("0.0.0.0")
 
 
 def test_compose_has_no_secret_on_a_command_line() -> None:

@@ -12,6 +12,7 @@ from gptcore.usage import Gpu, Usage
 
 def test_work_shows_and_what_is_not_there_does_not(monkeypatch, tmp_path):
     """A figure that is made up, such as the GPU of a machine that has none, is worse than a gap."""
+    monkeypatch.setattr(usage, "LOOK_S", 0.0)
     meter = Usage("GPU-00000000-0000-0000-0000-000000000000")
     end = time.process_time() + 0.1
     while time.process_time() < end:
