@@ -1,6 +1,7 @@
 """Killed and resumed on a GPU in deterministic mode: the same weights? And what that mode and a save cost, in ms.
 
     .venv/bin/python benchmarks/recovery.py [section.field=value …]      # about two minutes on one GPU
+    … --pairs 0 --seconds 400      # only kills, more of them
 
 A text is made up, so nothing is needed but the code. One run is left alone; another one of the same config is SIGKILLed at random
 moments, every second time in the middle of a save, and resumed until it ends. Steps of both modes are timed in turns in one process,
@@ -142,7 +143,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--experiment", default=EXPERIMENT, help="a file of experiments/")
     parser.add_argument("--kills", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=6, help="blocks of steps in each mode")
+    parser.add_argument("--pairs", type=int, default=6, help="blocks of steps in each mode; 0: no timing")
     parser.add_argument("--steps", type=int, default=30, help="steps of a block")
     parser.add_argument("--seconds", type=float, default=150, help="no further kill when the rest would end later")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
@@ -161,8 +162,9 @@ def main() -> int:
         say(f"uninterrupted: {start_s:.1f} s to start, {whole.seconds():.1f} s of steps, {whole.sha256()[0][:16]}…")
         kills: list[dict[str, Any]] = []
         attempt_s = 0.0
-        # After the last kill come one more attempt and the timing, which compiles the other mode.
-        while len(kills) < args.kills and time.perf_counter() - began + 2 * attempt_s + start_s < args.seconds:
+        timing_s = start_s if args.pairs else 0.0  # it compiles the other mode
+        # After the last kill comes one more attempt.
+        while len(kills) < args.kills and time.perf_counter() - began + 2 * attempt_s + timing_s < args.seconds:
             start = time.perf_counter()
             kill = killed.kill(rng, 0.8 * whole.seconds() / args.kills, in_a_save=len(kills) % 2 == 1)
             if kill is None:
@@ -180,8 +182,6 @@ def main() -> int:
         say(
             f"a save: {statistics.median(stalls):.1f} ms of standstill, {statistics.median(totals):.0f} until committed"
         )
-        ms = step_ms(config, shards, args.pairs, args.steps)
-        say(f"a step: {statistics.median(ms[True]):.2f} ms deterministic, {statistics.median(ms[False]):.2f} normal")
         survived = figure(
             "kills after which weights and optimizer state ended as the uninterrupted run's",
             "kills",
@@ -189,16 +189,24 @@ def main() -> int:
             goal=max(1, len(kills)),
             goal_is="at least",
         )
+        figures = [
+            survived | {"n": len(kills)},
+            figure("a save: the training stands still", "ms", stalls),
+            figure("a save: from its beginning until it is committed", "ms", totals),
+        ]
+        normal: list[float] = []
+        if args.pairs:
+            ms = step_ms(config, shards, args.pairs, args.steps)
+            normal = [round(value, 3) for value in ms[False]]
+            say(
+                f"a step: {statistics.median(ms[True]):.2f} ms deterministic, {statistics.median(ms[False]):.2f} normal"
+            )
+            figures.append(figure("a step in deterministic mode, against normal mode", "ms", ms[True], peer=ms[False]))
         print_figures(
-            [
-                survived | {"n": len(kills)},
-                figure("a step in deterministic mode, against normal mode", "ms", ms[True], peer=ms[False]),
-                figure("a save: the training stands still", "ms", stalls),
-                figure("a save: from its beginning until it is committed", "ms", totals),
-            ],
+            figures,
             kills=kills,
             sha256={"uninterrupted": whole.sha256(), "killed": killed.sha256()},
-            normal_spread=[round(min(ms[False]), 3), round(max(ms[False]), 3)],
+            normal_ms=normal,
             parameters=read_parameters(whole),
             checkpoint_mib=round(whole.checkpoint_mib(), 1),
             seconds=round(time.perf_counter() - began, 1),
