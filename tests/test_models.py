@@ -219,6 +219,25 @@ def test_eight_bit_products_are_close_and_keep_names():
         assert (ours.float() - reference).norm() / reference.norm() < 0.08
 
 
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_a_head_in_eight_bits_is_the_plain_head_but_for_rounding(cap, monkeypatch):
+    """Guards the scale of the gradient, which is assumed and not searched, and pieces that are put together wrongly."""
+    monkeypatch.setitem(losses.PIECE_LOGITS, "cpu", 32 * 64)
+    x = torch.randn(4, 20, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, 32, requires_grad=True)
+    targets = torch.randint(64, (4, 20))
+    targets[0, :3] = -1
+    found = []
+    for use_eight in (False, True):
+        try:
+            loss = losses.head_cross_entropy(x, weight, targets, "sum", cap, use_eight)
+        except (RuntimeError, NotImplementedError):
+            pytest.skip("no 8-bit products on this processor")
+        found.append((loss, *torch.autograd.grad(loss, [x, weight])))
+    for plain, eight in zip(*found, strict=True):
+        assert (eight - plain).float().norm() / plain.float().norm() < 0.1
+
+
 def test_a_padding_smaller_than_the_vocabulary_is_refused():
     with pytest.raises(UserError, match=r"model\.padded_vocab_size=20"):
         build_model(ModelConfig(padded_vocab_size=20), 21)
