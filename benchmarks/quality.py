@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/quality.py --peer-dir DIR [--text 'FOLDER/**/*.py'] [--tokens 50000000] [--runs 2]      # 7 minutes on 4 GPUs
 
-Without --text: the Python sources of this interpreter's library and packages. Both sides read the same byte-pair shards, in steps of 64
+Without --text: the Python sources of this interpreter's packages. Both sides read the same byte-pair shards, in steps of 64
 sequences of 1,024 tokens, with a warmup and a decay that fit the horizon. Each side tries two peak learning rates with every seed, and the
 better one counts. Every model is evaluated on the same validation tokens, each once. Runs go to all GPUs, one to each. The last line on
 stdout is one JSON object.
@@ -20,9 +20,10 @@ from pathlib import Path
 
 from cards import Cards, visible_cards
 from figures import figure, print_figures
-from ours import make_shards, train
+from ours import ROOT, make_shards, train
 from peer import Peer
 
+from gptcore.config import load_config
 from gptcore.shards import ShardSet
 
 EXPERIMENT = "gpt2-124m.yaml"
@@ -30,7 +31,6 @@ BATCH, CONTEXT = 64, 1024
 MAX_VAL_TOKENS = 128 * 16 * CONTEXT  # whole batches of our evaluation
 PEER_RATES = (6e-4, 1.5e-3)  # its default for this size, and more, since 50 million tokens are few
 OUR_FACTORS = (1.0, 2.0)  # of both of the experiment's rates
-OUR_RATES = {"train.lr": 0.02, "train.adamw_lr": 0.003}
 FIRST_SEED = 1337  # nanoGPT's
 
 
@@ -59,7 +59,9 @@ def main() -> int:
         sys.stderr.write(f"{len(train_tokens):,} training tokens, {len(val):,} for validation\n")
         peer = Peer(args.peer_dir, folder, "sources", train_tokens[:], val[: MAX_VAL_TOKENS + 1])
 
-        cards = Cards()
+        cards, seeds = Cards(), range(FIRST_SEED, FIRST_SEED + args.runs)
+        scripts = {seed: peer.script_with_seed(seed) for seed in seeds}  # before runs of one seed start side by side
+        committed = load_config(ROOT / "experiments" / EXPERIMENT, [f"data.source={text}"]).train
 
         def theirs(rate: float, seed: int) -> float:
             settings = [
@@ -68,15 +70,14 @@ def main() -> int:
                 f"--eval_interval={steps}", "--eval_iters=20", "--always_save_checkpoint=True",
             ]  # fmt: skip
             with cards.lent() as card:
-                script = peer.script_with_seed(seed)
-                run = peer.train(f"peer-{rate}-{seed}", *settings, script=script, card=card)
+                run = peer.train(f"peer-{rate}-{seed}", *settings, script=scripts[seed], card=card)
                 device = f"cuda:{visible_cards().index(card)}"
                 loss = peer.evaluate(peer.load(run.checkpoint, device), device)
             sys.stderr.write(f"peer, learning rate {rate}, seed {seed}: {loss:.4f} in {run.seconds:.0f} s\n")
             return loss
 
         def ours(factor: float, seed: int) -> float:
-            changes = [f"{field}={rate * factor}" for field, rate in OUR_RATES.items()]
+            changes = [f"train.lr={committed.lr * factor}", f"train.adamw_lr={committed.adamw_lr * factor}"]
             changes += [
                 "data.invalid_text=skip",
                 f"train.global_batch_size={BATCH}", f"train.max_tokens={steps * BATCH * CONTEXT}", f"train.precision={args.precision}",
@@ -88,7 +89,6 @@ def main() -> int:
             return float(run.result["val_loss"])
 
         with ThreadPoolExecutor(16) as pool:  # all of both sides wait for a card at once
-            seeds = range(FIRST_SEED, FIRST_SEED + args.runs)
             peer_side = {rate: [pool.submit(theirs, rate, seed) for seed in seeds] for rate in PEER_RATES}
             our_side = {factor: [pool.submit(ours, factor, seed) for seed in seeds] for factor in OUR_FACTORS}
             our_losses, peer_losses = mean_by_rate(our_side), mean_by_rate(peer_side)
