@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from figures import figure, print_figures
+from scaling_process import RandomTokens
 
 from gptcore.config import load_config
 from gptcore.shards import ShardSet, prepare
@@ -30,21 +31,12 @@ GOAL = 1.5
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class RandomTokens:
-    """A sampler of uniformly random ids, on the device."""
-
-    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = torch.Generator("cuda").manual_seed(start)
-        ids = torch.randint(V, (count, T + 1), device="cuda", generator=rng)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
 def make_trainer(shards: ShardSet, batch: int, precision: str, changes: list[str]) -> Trainer:
     """The committed experiment's model and optimizer on random tokens; `shards` are only there because a trainer has some."""
     settings = ["data.source=none", f"train.global_batch_size={batch}", f"train.precision={precision}"]
     settings += ["train.max_steps=10000", "studies.accumulation=false", *changes]
     trainer = build_trainer(load_config(ROOT / "experiments" / EXPERIMENT, settings), shards)
-    trainer.sampler = RandomTokens()
+    trainer.sampler = RandomTokens(trainer.device, T, V, by_sample=False)
     return trainer
 
 
