@@ -92,7 +92,7 @@ class Device:
         """Memory that a new job could take now, in MiB: on a CPU the machine's, or the container's if that is less."""
         if self.is_cuda:
             there, total = torch.cuda.mem_get_info(self.torch)
-            allowed = total * torch.cuda.get_per_process_memory_fraction(self.torch)
+            allowed = total * torch.cuda.get_per_process_memory_fraction(self.torch.index)
             return min(there, allowed - torch.cuda.memory_allocated(self.torch)) / 2**20
         lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
         free = next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("MemAvailable")), float("inf"))
