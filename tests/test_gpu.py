@@ -198,3 +198,31 @@ def test_the_kernel_of_the_heads_is_norm_and_rotation(heads, width):
     torch.autograd.backward(found, weights)
     torch.autograd.backward(expected, [weight.double() for weight in weights])
     torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0, 100.0])
+def test_the_kernel_of_the_loss_is_loss_and_gradient(cap):
+    from gptcore.models.fp8 import E5M2
+    from gptcore.models.kernels import loss_and_gradient_fp8
+    from gptcore.models.losses import loss_and_gradient
+
+    torch.manual_seed(0)
+    logits = (torch.randn(65, 5000, device="cuda") * 8).bfloat16()
+    targets = torch.randint(0, 5000, (65,), device="cuda")
+    targets[7] = -1
+    nats, grad = loss_and_gradient_fp8(logits, targets, cap)
+    expected, expected_grad = loss_and_gradient(logits.double(), targets, cap)
+    assert nats.item() == pytest.approx(expected.item(), rel=1e-5)
+    # two digits of a mantissa: an eighth of the number; below 2^-17 of the largest there is nothing
+    wrong = (grad.float() / torch.finfo(E5M2).max - expected_grad).abs()
+    assert (wrong <= expected_grad.abs() / 8 + 2**-31).all()
+    logits[3, 4] = float("nan")
+    assert loss_and_gradient_fp8(logits, targets, cap)[0].isnan()
+
+
+def test_the_kernel_that_transposes_moves_every_byte():
+    from gptcore.models.kernels import transpose_bytes
+
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (208, 337), device="cuda", dtype=torch.uint8)
+    assert torch.equal(transpose_bytes(x), x.t())

@@ -194,6 +194,11 @@ class GPT(LanguageModel):
     def new_cache(self, batch_size: int) -> KVCache:
         return KVCache(self.block_size)
 
+    def norm_bound(self) -> float | None:
+        """What no value can exceed that a block's norms hand on: n_embd values whose squares have the mean 1. None: not known."""
+        is_known = self.config.norm_position == "pre" and not self.config.norm_gain
+        return float(self.config.n_embd) ** 0.5 if is_known else None
+
     def matmul_parameters(self) -> int:
         """The blocks' matrices and the head; a tied matrix is a head."""
         return sum(matrix_size(module) for module in self.transformer.h.modules()) + matrix_size(self.lm_head)

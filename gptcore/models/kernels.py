@@ -1,7 +1,9 @@
 """Triton kernels for what a compiler makes slow: the same arithmetic as the plain code, with less memory traffic.
 
-`rotate_heads` is used in 16 bits on a CUDA GPU where Triton is, by the attention of a model with query-key norm and rotary positions:
-without it the gradients of queries, keys and values are put together in four passes. tests/test_gpu.py holds it against the plain code.
+All need a CUDA GPU and Triton; tests/test_gpu.py holds each against the plain code.
+`rotate_heads`: for attention in 16 bits with query-key norm and rotary positions; without it the gradients of queries, keys and values
+are put together in four passes. `loss_and_gradient_fp8` and `transpose_bytes`: for a head in eight bits; the compiler's kernel takes twice
+the time for the loss, since its tanh is exact to the last digit, and as long again to write the gradient transposed.
 """
 
 from __future__ import annotations
@@ -13,8 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptcore.models.fp8 import E5M2
+
 EPSILON = 1e-7  # of the norm, in float32
 ROWS = 32  # tokens of one program of rotate_heads
+TILE = 128  # rows and columns of one program of transpose_bytes
+LOSS_BLOCK = 4096  # logits of a row that one program of the loss has at a time
 
 
 @triton.jit
@@ -106,3 +112,86 @@ def rotate_heads(qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int) -> tuple[Te
     """
     q, k, v = _RotateHeads.apply(qkv, cos, sin, n_head)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+@triton.jit
+def _bend(x, CAP: tl.constexpr):
+    """The capped logits, and by how much they move with x. tanh by one exponential, to about 1e-7 of the cap."""
+    if CAP > 0:
+        u = 1 / (tl.exp(x * (2 / CAP)) + 1)
+        return CAP - (2 * CAP) * u, 4 * u * (1 - u)
+    else:
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _loss_kernel(
+    logits, targets, nats, grad, V: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row: its nats, then the gradient of its logits."""
+    IS_BOUNDED: tl.constexpr = CAP > 0 and CAP <= 30  # a larger cap would send all of a row below the smallest float
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    columns = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        is_column = start + columns < V
+        y, _ = _bend(tl.load(logits + row * V + start + columns, mask=is_column, other=0.0).to(tl.float32), CAP)
+        if IS_BOUNDED:  # never above the cap, so no largest logit has to be found
+            total += tl.where(is_column, tl.exp(y - CAP), 0.0)
+        else:
+            y = tl.where(is_column, y, -float("inf"))
+            higher = tl.maximum(top, y)
+            total = tl.where(is_column, total * tl.exp(top - higher) + tl.exp(y - higher), total)
+            top = tl.where(is_column, higher, top)
+    if IS_BOUNDED:
+        log_z = tl.log(tl.sum(total)) + CAP
+    else:
+        highest = tl.max(top)
+        log_z = tl.log(tl.sum(tl.where(total > 0, total * tl.exp(top - highest), total))) + highest
+    is_target = target >= 0
+    hit, _ = _bend(tl.load(logits + row * V + tl.maximum(target, 0)).to(tl.float32), CAP)
+    tl.store(nats + row, tl.where(is_target, log_z - hit, 0.0))
+    for start in range(0, V, BLOCK):
+        is_column = start + columns < V
+        y, slope = _bend(tl.load(logits + row * V + start + columns, mask=is_column, other=0.0).to(tl.float32), CAP)
+        g = tl.exp(y - log_z) - tl.where(start + columns == target, 1.0, 0.0)
+        g = tl.where(is_target, g * slope * SCALE, 0.0)
+        tl.store(grad + row * V + start + columns, g.to(tl.float8e5).to(tl.uint8, bitcast=True), mask=is_column)
+
+
+def loss_and_gradient_fp8(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Summed nats of (rows, V) logits before the cap, and their gradient times the largest e5m2 number, (rows, V) in e5m2.
+
+    logits: contiguous; a target of -1 gives 0 for both. Its plain form is `losses.loss_and_gradient`.
+    """
+    rows, V = logits.shape
+    nats = torch.empty(rows, device=logits.device, dtype=torch.float32)
+    grad = torch.empty(rows, V, device=logits.device, dtype=E5M2)
+    scale = torch.finfo(E5M2).max
+    # As bytes: Triton moves them more surely than eight-bit floats (some of its layouts mix up the latter).
+    _loss_kernel[(rows,)](
+        logits, targets, nats, grad.view(torch.uint8), V, CAP=cap, SCALE=scale, BLOCK=LOSS_BLOCK, num_warps=8
+    )
+    return nats.sum(), grad
+
+
+@triton.jit
+def _transpose_kernel(x, out, M, N, TILE: tl.constexpr):
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    is_row, is_column = rows < M, columns < N
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tile = tl.load(x + at, mask=is_row[:, None] & is_column[None, :], other=0)
+    at = columns.to(tl.int64)[:, None] * M + rows[None, :]
+    tl.store(out + at, tl.trans(tile), mask=is_column[:, None] & is_row[None, :])
+
+
+def transpose_bytes(x: Tensor) -> Tensor:
+    """`x.t().contiguous()` of a contiguous (M, N) tensor whose elements are a byte each."""
+    M, N = x.shape
+    out = torch.empty(N, M, device=x.device, dtype=x.dtype)
+    grid = (triton.cdiv(N, TILE), triton.cdiv(M, TILE))
+    _transpose_kernel[grid](x.view(torch.uint8), out.view(torch.uint8), M, N, TILE=TILE, num_warps=8)
+    return out

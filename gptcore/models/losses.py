@@ -82,12 +82,13 @@ class _Fp8Head:
         self.grad_scale = torch.full((), 1 / torch.finfo(E5M2).max, device=weight.device)
 
     def loss_and_gradients(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from gptcore.models.kernels import loss_and_gradient_fp8, transpose_bytes
+
         x8, scale = to_fp8(x, E4M3)
-        logits = scaled_matmul(x8, self.weight, scale, self.scale).float()  # (rows, V)
-        loss, grad = loss_and_gradient(logits, targets, self.cap)
-        g8 = (grad * torch.finfo(E5M2).max).to(E5M2)  # (rows, V)
-        grad_x = scaled_matmul(g8, self.transposed, self.grad_scale, self.scale, fast=False)
-        grad_w = scaled_matmul(g8.t().contiguous(), x8.t().contiguous(), self.grad_scale, scale, fast=False)
+        logits = scaled_matmul(x8, self.weight, scale, self.scale)  # (rows, V)
+        loss, g8 = loss_and_gradient_fp8(logits, targets, self.cap)
+        grad_x = scaled_matmul(g8, self.transposed, self.grad_scale, self.scale)
+        grad_w = scaled_matmul(transpose_bytes(g8), x8.t().contiguous(), self.grad_scale, scale)
         return loss, grad_x, grad_w
 
 
