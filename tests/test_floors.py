@@ -101,6 +101,16 @@ def test_the_ngram_is_interpolated_kneser_ney():
         assert logits[0, t].exp().numpy() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("order", range(1, 7))
+def test_a_text_shorter_than_the_context_is_read(order):
+    """Decoding starts with one token: an order of 5 then looked for tokens before the text and failed."""
+    model = fitted(order)
+    idx = torch.tensor([[0, 1, 2, 0, 0, 3, 1, 0]])
+    cache = model.new_cache(1)
+    one_by_one = [model(token, cache=cache)[0] for token in idx.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(one_by_one, 1), model(idx)[0])
+
+
 def test_the_ngram_keeps_the_contract_and_its_file(tmp_path):
     model = fitted()
     idx = torch.randint(V - 1, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,14 @@ import pytest
 import torch
 
 from gptcore.config import UserError, check_config, with_changes
-from gptcore.device import naming_refusals
+from gptcore.config.study import Cell
+from gptcore.device import choose_device, naming_refusals
 from gptcore.entry import NonFinite, StopFlag, recording
+from gptcore.journal import Journal
 from gptcore.shards import ShardSet, prepare
+from gptcore.studies.engine import Bench
+from gptcore.studies.timing_options import TimingOptions
+from gptcore.studies.timing_step import measure_step
 from gptcore.train import build_trainer, preflight, resume, train_loop, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
@@ -226,3 +231,12 @@ def test_the_kernel_that_transposes_moves_every_byte():
     torch.manual_seed(0)
     x = torch.randint(0, 256, (208, 337), device="cuda", dtype=torch.uint8)
     assert torch.equal(transpose_bytes(x), x.t())
+
+
+def test_the_inside_of_a_graphed_step_is_mapped(config, shards, tmp_path):
+    """The clock waits for the device at every boundary, which no recording survives: the graph must be there before."""
+    cell = Cell("graph", "graph", {}, 1, with_changes(config, train={"cuda_graph": "on"}), TimingOptions(repeats=2))
+    bench = Bench(shards, choose_device("cuda", "fp32"), tmp_path, Journal(tmp_path), None, tmp_path)
+    row = measure_step(cell, bench).rows[0]
+    assert row["step_ms"] > 0
+    assert row["kernels"] > 0

@@ -19,11 +19,13 @@ from conftest import ROOT
 from gptcore.config import ModelConfig, check_config
 from gptcore.device import choose_device
 from gptcore.models import build_model
+from gptcore.studies.engine import Results
 from gptcore.studies.quantization_cell import QuantizationOptions
 from gptcore.studies.quantization_summary import compare, sentence
+from gptcore.studies.rnn_budget import at_budget, comparable
 from gptcore.studies.rnn_carried import CarriedForward, ContiguousSampler, stream_bpb
 from gptcore.studies.rnn_cell import RnnOptions, count_non_embedding, sized, state_bytes
-from gptcore.studies.rnn_summary import against, at_budget
+from gptcore.studies.rnn_summary import against, summarize
 
 V = 29
 
@@ -92,9 +94,7 @@ def test_budgets_are_the_smallest_total_and_losses_between_points():
     line = lambda arm, flops, bpb: [  # noqa: E731
         {"cell": arm, "arm": arm, "seed": 1, "flops": f, "val_bpb": b} for f, b in zip(flops, bpb, strict=True)
     ]
-    curves = pd.DataFrame(
-        line("gpt", [0, 100, 200], [6, 4, 3]) + line("lstm", [0, 50, 150], [6, 5, 4]) + line("bigram", [0, 0], [6, 5])
-    )
+    curves = pd.DataFrame(line("gpt", [0, 100, 200], [6, 4, 3]) + line("lstm", [0, 50, 150], [6, 5, 4]))
     found = at_budget(curves, "flops").set_index("arm")
     assert set(found["budget"]) == {150}
     assert found["val_bpb"].to_dict() == {"gpt": 3.5, "lstm": 4}
@@ -104,6 +104,47 @@ def test_budgets_are_the_smallest_total_and_losses_between_points():
     compared = against(rows, "gpt").set_index("arm")
     assert compared.loc["lstm", "difference"] == pytest.approx(0.5)
     assert compared.loc["lstm", "certain"]
+
+
+def test_warming_up_and_the_last_evaluations_other_text_do_not_move_a_curve():
+    tokens = [0, 10, 20, 30, 40]
+    slow_start = {"cell": "a", "tokens": tokens, "seconds": [0, 9, 11, 13, 15], "val_bpb": [6, 3, 4, 2.5, 1]}
+    steady = {"cell": "b", "tokens": tokens, "seconds": [0, 2, 4, 6, 8], "val_bpb": [6, 3, 4, 2.5, 1]}
+    curves = pd.concat([pd.DataFrame(slow_start), pd.DataFrame(steady)], ignore_index=True)
+    whole = comparable(curves, check_config({"train": {"eval_tokens": 0, "select": "best"}}))
+    for _, line in whole.groupby("cell"):
+        assert line["seconds"].tolist() == [0, 2, 4, 6, 8]
+        assert line["val_bpb"].tolist() == [6, 3, 3, 2.5, 1]
+    first = comparable(curves, check_config({"train": {"eval_tokens": 64, "select": "last"}}))
+    assert first["val_bpb"].tolist() == 2 * [6, 3, 4, 2.5]
+
+
+def test_floors_set_no_budget(tmp_path):
+    """The bigram's tenth of a second was the time that all families were compared at."""
+
+    def cell(arm, family, seed, pace):
+        row = {"family": family, "val_bpb": 2.0, "flops_per_token": 1.0, "lr": 0.1, "parameters": 9}
+        points = [
+            {"tokens": t, "seconds": pace * t, "flops": 1e6 * pace * t, "val_bpb": 6 - t + 0.1 * seed} for t in range(5)
+        ]
+        return {"name": f"{arm}{seed}", "arm": arm, "factors": {}, "seed": seed, "status": "done", "rows": [row]} | {
+            "tables": {"curves": [] if family == "ngram" else points}
+        }
+
+    arms = {"gpt": ("gpt", 1.0), "gru": ("gru", 2.0), "bigram": ("bigram", 0.01), "5-gram": ("ngram", 0.0)}
+    cells = [cell(arm, family, seed, pace) for arm, (family, pace) in arms.items() for seed in (1, 2)]
+    base = check_config({"train": {"eval_tokens": 0}})
+    config = SimpleNamespace(arms=[SimpleNamespace(name=arm) for arm in arms])
+    plan: Any = SimpleNamespace(baseline="gpt", base=base, config=config)
+    summary = summarize(Results(plan, cells, tmp_path))
+    time = summary.tables["equal_time"].set_index("arm")
+    assert set(time.index) == {"gpt", "gru"}
+    assert time["val_bpb"].to_dict() == pytest.approx({"gpt": 2.15, "gru": 4.15})  # after 4 s: 4 and 2 tokens
+    said = " ".join(summary.findings)
+    assert "At equal time (4 s of training steps each) gru" in said
+    assert "The floor bigram" in said
+    assert "The floor 5-gram" in said
+    assert summary.conclusion.startswith("The best of the others: at equal parameters")
 
 
 def test_quantization_compares_seeds_with_themselves():

@@ -22,6 +22,7 @@ from gptcore.studies.engine import Bench, CellResult, Study, Summary, run_cells
 from gptcore.studies.finish import finish
 from gptcore.studies.publish import publish
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval
+from gptcore.timing import format_seconds
 from gptcore.train import build_trainer, certificate
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,20 @@ def test_the_study_files_of_the_repository_are_valid() -> None:
     for file in files:
         for smoke in (False, True):
             engine.check_options(load_study(file, smoke=smoke))
+
+
+def test_what_is_left_is_told_by_arm() -> None:
+    records = [
+        {"arm": "quick", "status": "done", "seconds": 1.0},
+        {"arm": "quick", "status": "cached", "seconds": 3.0},
+        {"arm": "slow", "status": "failed", "seconds": 0.1},
+    ]
+    told = engine.describe_left(["quick", "quick", "slow"], records)
+    assert told == f", about {format_seconds(4)} left and 1 cell of arms not measured yet"
+    records.append({"arm": "slow", "status": "done", "seconds": 100.0})
+    assert engine.describe_left(["quick", "slow"], records) == f", about {format_seconds(102)} left"
+    assert engine.describe_left(["other", "other"], records) == ", 2 cells of arms not measured yet"
+    assert engine.describe_left([], records) == ""
 
 
 def test_intervals() -> None:

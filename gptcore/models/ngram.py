@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.config import ModelConfig, UserError
@@ -97,7 +98,7 @@ class NGram(LanguageModel):
         """Number of the k - 1 tokens up to each position (B, S), or -1."""
         code = torch.zeros_like(text)
         for back in range(k - 2, -1, -1):
-            shifted = torch.cat((text.new_zeros(len(text), back), text[:, : text.size(1) - back]), dim=1)
+            shifted = F.pad(text, (back, 0))[:, : text.size(1)]  # a text may be shorter than the context
             code = code * self.vocab_size + shifted
         code[:, : k - 2] = -1
         return code

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -224,15 +225,11 @@ def run_cells(
     flag.install()
     stop = Deadline(flag, plan.config.minutes, out.parent / STOP_FILE)
     mine = plan.cells[part::parts]
-    records = []
-    start, worked = time.monotonic(), 0
+    records: list[dict[str, Any]] = []
     for number, cell in enumerate(mine, 1):
         record = run_cell(plan, cell, shards, out / cell.name, f"{run}/{cell.name}", parent, stop)
         records.append(record)
-        worked += record["status"] in ("done", "failed")
-        left = ""
-        if worked and number < len(mine):
-            left = f", about {format_seconds((time.monotonic() - start) / number * (len(mine) - number))} left"
+        left = describe_left([cell.arm for cell in mine[number:]], records)
         log.info("cell %d/%d %s: %s%s", number, len(mine), cell.name, _outcome(record), left)
         if stop.is_asked:
             raise Stopped(f"stopped after {number} of {len(mine)} cells; the same command goes on from there")
@@ -240,6 +237,24 @@ def run_cells(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return records
+
+
+def describe_left(arms: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
+    """How long the cells still to come may take (`arms`: one name each), for the end of a line; empty where nothing is known.
+
+    A cell takes what the finished ones of its arm took on average, when they were measured; cells of arms that none is finished of
+    are counted, not guessed: arms differ by a hundred times.
+    """
+    took: dict[str, list[float]] = {}
+    for record in records:
+        if record["status"] in DONE:
+            took.setdefault(record["arm"], []).append(record["seconds"])
+    seconds = sum(statistics.mean(took[arm]) for arm in arms if arm in took)
+    unknown = sum(arm not in took for arm in arms)
+    parts = [f"about {format_seconds(seconds)} left"] if seconds else []
+    if unknown:
+        parts.append(f"{unknown} cell{'s' if unknown > 1 else ''} of arms not measured yet")
+    return f", {' and '.join(parts)}" if parts else ""
 
 
 def run_cell(

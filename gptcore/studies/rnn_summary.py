@@ -4,64 +4,67 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
 from gptcore.report import page
+from gptcore.report.figures import COLOURS
 from gptcore.report.study import curves_figure, figure, table
 from gptcore.studies.engine import Results, Summary
+from gptcore.studies.rnn_budget import FLOORS, at_budget, comparable
 from gptcore.studies.statistics import comparison_note, mean_interval, paired
 
 CAVEAT = (
-    "Equal FLOPs and equal time are read off the runs' curves at the smallest total of any run, so a run that has more of them is read "
-    "before the end of its learning-rate schedule, where it would have become better."
+    "Equal FLOPs and equal time are read off the runs' curves at what all trained families have spent. A run that spends more in all is "
+    "read before the end of its learning-rate schedule, where it would have become better. Floors spend next to nothing and are lines "
+    "to compare with. Time is of training steps at each run's steady pace, without warm-up, evaluations and saving."
 )
 
 
 def summarize(results: Results) -> Summary:
     rows, curves = results.table(), results.table("curves")
     baseline = results.plan.baseline
+    floors = list(dict.fromkeys(rows[rows["family"].isin(FLOORS)]["arm"]))
     blocks: list[Markup] = []
     findings: list[str] = []
     tables: dict[str, pd.DataFrame] = {}
     conclusion = f"{len(results.arms)} families measured, but not the reference {baseline}."
     comparisons = {"equal parameters, equal tokens": rows}
     if not curves.empty:
+        curves = comparable(curves[~curves["arm"].isin(floors)], results.plan.base)
         comparisons |= {"equal FLOPs": at_budget(curves, "flops"), "equal time": at_budget(curves, "seconds")}
     if baseline in results.arms:
         for name, frame in comparisons.items():
+            if frame.empty:
+                continue
             compared = against(frame, baseline)
             tables[name.replace(", ", " ").replace(" ", "_")] = compared
-            caption = budget_text(name, frame)
+            where, caption = f"At {name}", WHOLE_SPLIT
+            if "budget" in frame:
+                where += f" ({spent(name, frame)})"
+                caption = f"bits per byte after {spent(name, frame)}"
             blocks.append(table(name[0].upper() + name[1:], compared, caption, styles=STYLES))
-            findings += [sentence(row, name, baseline) for _, row in compared.iterrows() if row["arm"] != baseline]
+            findings += [
+                sentence(row, "The floor" if row["arm"] in floors else where, baseline)
+                for _, row in compared.iterrows()
+                if row["arm"] != baseline
+            ]
         equal = paired(rows, "val_bpb", baseline)
         conclusion = _conclusion(tables["equal_parameters_equal_tokens"], baseline)
         findings.append(comparison_note(equal, baseline))
         blocks.append(page.paragraph(CAVEAT))
-    blocks += [*_figures(results, curves), _sizes(rows, results.arms, tables), *_states(rows, tables)]
+    levels = rows[rows["arm"].isin(floors)].groupby("arm", sort=False)["val_bpb"].mean()
+    blocks += [*_figures(results, curves, levels), _sizes(rows, results.arms, tables), *_states(rows, tables)]
     return Summary(conclusion, findings, blocks, tables, {})
 
 
+WHOLE_SPLIT = (
+    "bits per byte on the whole validation split, all trained on the same number of tokens (n-gram: counted once)"
+)
 STYLES = {
     "val_bpb": ".4f", "difference": "+.4f", "flops_per_token": ".3g", "train_tok_per_sec": ",.0f", "decode_1": ",.0f", "decode_32": ",.0f",
     "stream_reset_bpb": ".4f", "stream_carried_bpb": ".4f", "gain": "+.4f", "parameters": ",.0f", "non_embedding": ",.0f", "lr": ".4g",
 }  # fmt: skip
-
-
-def at_budget(curves: pd.DataFrame, axis: str) -> pd.DataFrame:
-    """Bits per byte of every run where it had used the smallest total of `axis` (flops, seconds) that any run used; interpolated."""
-    costly = curves[curves.groupby("cell")[axis].transform("max") > 0]  # a look-up table has no FLOPs
-    if costly.empty:
-        return costly
-    budget = costly.groupby("cell")[axis].max().min()
-    rows = []
-    for (cell, arm, seed), line in costly.groupby(["cell", "arm", "seed"], sort=False):
-        line = line.sort_values(axis)
-        bpb = float(np.interp(budget, line[axis], line["val_bpb"]))
-        rows.append({"cell": cell, "arm": arm, "seed": seed, "val_bpb": bpb, "budget": budget})
-    return pd.DataFrame(rows)
 
 
 def against(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
@@ -80,24 +83,20 @@ def against(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return found.join(renamed, on="arm").sort_values("val_bpb", ignore_index=True)
 
 
-def budget_text(name: str, frame: pd.DataFrame) -> str:
-    if name == "equal FLOPs" and len(frame):
-        return f"bits per byte after {frame['budget'].iloc[0]:.3g} training FLOPs each"
-    if name == "equal time" and len(frame):
-        return f"bits per byte after {frame['budget'].iloc[0]:.0f} seconds of training steps each"
-    return (
-        "bits per byte on the whole validation split, all trained on the same number of tokens (n-gram: counted once)"
-    )
+def spent(name: str, frame: pd.DataFrame) -> str:
+    """What every run of a comparison had spent where it was read."""
+    budget = frame["budget"].iloc[0]
+    return f"{budget:.3g} training FLOPs each" if name == "equal FLOPs" else f"{budget:.3g} s of training steps each"
 
 
-def sentence(row: pd.Series, name: str, baseline: str) -> str:
+def sentence(row: pd.Series, where: str, baseline: str) -> str:
     if "difference" not in row or pd.isna(row["difference"]):
-        return f"At {name} {row['arm']} was not compared with {baseline}."
+        return f"{where} {row['arm']} was not compared with {baseline}."
     interval = "no interval"
     if not math.isnan(row["difference_low"]):
         interval = f"95 % interval {row['difference_low']:+.4f} to {row['difference_high']:+.4f}"
     return (
-        f"At {name} {row['arm']} is at {row['val_bpb']:.4f} bits per byte, {row['difference']:+.4f} against {baseline} "
+        f"{where} {row['arm']} is at {row['val_bpb']:.4f} bits per byte, {row['difference']:+.4f} against {baseline} "
         f"(n={row['n']}, {interval})."
     )
 
@@ -106,19 +105,24 @@ def _conclusion(compared: pd.DataFrame, baseline: str) -> str:
     others = compared[compared["arm"] != baseline]
     if others.empty:
         return f"Only the reference {baseline} was measured: {compared['val_bpb'].iloc[0]:.4f} bits per byte."
-    said = sentence(others.iloc[0], "equal parameters and tokens", baseline)
+    said = sentence(others.iloc[0], "At equal parameters and tokens", baseline)
     return f"The best of the others: {said[0].lower()}{said[1:]}"
 
 
-def _figures(results: Results, curves: pd.DataFrame) -> list[Markup]:
+def _figures(results: Results, curves: pd.DataFrame, floors: pd.Series) -> list[Markup]:
     blocks = []
     specs = (("tokens", "training tokens"), ("seconds", "seconds of training steps"), ("flops", "training FLOPs"))
     for axis, title in specs if not curves.empty else ():
         plot = curves_figure(
             curves[curves[axis] > 0], x=axis, y="val_bpb", by="arm", x_title=title, y_title="bits per byte"
         )
+        for floor, bpb in floors.items():
+            plot.add_hline(y=bpb, line={"color": COLOURS["reference"], "dash": "dash"}, annotation_text=str(floor))
         alt = f"Bits per byte of every family over {title}"
-        blocks.append(figure(plot, f"Over {title}", "On the first validation tokens; one line a seed.", alt=alt))
+        tokens = results.plan.base.train.eval_tokens
+        caption = f"On {f'the first {tokens:,}' if tokens else 'all'} validation tokens; one line a seed."
+        caption += " Dashed: floors at their end, on the whole split." if len(floors) else ""
+        blocks.append(figure(plot, f"Over {title}", caption, alt=alt))
     positions = results.table("positions")
     if not positions.empty:
         smooth = positions.groupby(["arm", "position"], sort=False)["nats"].mean().reset_index()

@@ -17,6 +17,7 @@ from gptcore.studies.timing_pipeline import check_sum
 from gptcore.studies.timing_sections import label, sections, trains
 from gptcore.timing import MapClock, Path
 from gptcore.train import Trainer, build_trainer, preflight, train_step
+from gptcore.train.graph import WARMUP_STEPS
 from gptcore.train.step import next_batch
 from gptcore.train.trainer import missing_compiler
 
@@ -42,7 +43,9 @@ def measure_step(cell: Cell, bench: Bench) -> CellResult:
     start = time.perf_counter()
     estimate = preflight(trainer)  # compiles, where that is to be
     preparation_s = time.perf_counter() - start
-    for _ in range(2):
+    for _ in range(
+        WARMUP_STEPS + 1
+    ):  # a CUDA graph is recorded by then: the clock, which waits for the device, would break it
         train_step(trainer)
     plain, clocked, walls, maps = [], [], [], []
     bare = trainer.clock
