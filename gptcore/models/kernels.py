@@ -2,8 +2,8 @@
 
 All need a CUDA GPU and Triton; tests/test_gpu.py holds each against the plain code.
 `rotate_heads`: for attention in 16 bits with query-key norm and rotary positions; without it the gradients of queries, keys and values
-are put together in four passes. `loss_and_gradient_fp8` and `transpose_bytes`: for a head in eight bits; the compiler's kernel takes twice
-the time for the loss, since its tanh is exact to the last digit, and as long again to write the gradient transposed.
+are put together in four passes. `loss_and_gradient_fp8` and `transpose_bytes`: for a head in eight bits; the compiler takes a tanh that is
+exact to the last digit, and loses more time writing the gradient transposed than all the rest takes (experiments/LOG.md, 2026-11-27).
 """
 
 from __future__ import annotations
