@@ -187,7 +187,7 @@ def smallest_width(machine: Machine, p: int, ns_mfu: float = Job.ns_mfu) -> floa
 
 
 def from_records(records: Sequence[Record]) -> tuple[Machine, dict[str, float]]:
-    """What one GPU and the links measured; seconds of a pass over 32 sequences and of everything else, from two batches."""
+    """What one GPU and the links measured; seconds of a pass over the smaller batch and of everything else, from two batches."""
     one = {r["kind"]: r for r in records if r["processes"] == 1 and "step_ms" in r}
     small, large = (statistics.median(one[kind]["step_ms"]) / 1e3 for kind in ("weak", "strong"))
     ratio = one["strong"]["tokens_per_step"] / one["weak"]["tokens_per_step"]
@@ -236,11 +236,11 @@ def fit_contention(
 def tables(machine: Machine, counts: Sequence[int]) -> str:
     """Markdown: efficiencies by number of GPUs, and where each way stops paying."""
     lines = [
-        "| GPUs | weak, 32 × 1024 tokens each: DDP | FSDP | strong, 512 × 1024 in all: DDP | FSDP | tokens each: DDP needs | FSDP needs |",
+        "| GPUs | weak, 64 × 1024 tokens each: DDP | FSDP | strong, 512 × 1024 in all: DDP | FSDP | tokens each: DDP needs | FSDP needs |",
         "|---|---|---|---|---|---|---|",
     ]
     for p in counts:
-        cells = [weak_efficiency(GPT2, machine, p, 32 * 1024, parallel) for parallel in ("ddp", "fsdp")]
+        cells = [weak_efficiency(GPT2, machine, p, 64 * 1024, parallel) for parallel in ("ddp", "fsdp")]
         cells += [strong_efficiency(GPT2, machine, p, 512 * 1024, parallel) for parallel in ("ddp", "fsdp")]
         needs = [break_even_tokens(machine, p, parallel) for parallel in ("ddp", "fsdp")]
         lines.append(f"| {p} | " + " | ".join(f"{100 * c:.1f} %" for c in cells) + " | " + " | ".join(f"{n:,.0f}" for n in needs) + " |")  # fmt: skip

@@ -129,15 +129,19 @@ class Transformer(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, idx: Tensor, cache: KVCache | None) -> Tensor:
-        T, start = idx.size(1), cache.length if cache is not None else 0
+    def embed(self, idx: Tensor, start: int) -> Tensor:
+        """What the first block reads, (B, T, C), of ids (B, T) at positions from `start` on."""
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe.weight[start : start + T]  # (B, T, C)
+            x = x + self.wpe.weight[start : start + idx.size(1)]  # (B, T, C)
         if self.config.embedding_norm:
             x = rms_norm(x)  # (B, T, C)
         # The residual stream is kept in the type of the products: half the memory traffic of float32 at 16 bits.
-        x = dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
+        return dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
+
+    def forward(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        T, start = idx.size(1), cache.length if cache is not None else 0
+        x = self.embed(idx, start)  # (B, T, C)
         rotary = None
         if self.config.positions == "rotary":
             rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each

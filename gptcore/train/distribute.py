@@ -55,7 +55,11 @@ def distribute(model: LanguageModel, compiled: Any) -> Any:
 
 
 def compile_parts(model: GPT) -> None:
-    """Each block, and the head with its loss, compiled in place."""
+    """The embedding, each block, and the head with its loss, compiled in place.
+
+    The embedding too: its gradient, the last to be ready and so waited for, is sorted first where it is not compiled.
+    """
+    model.transformer.embed = torch.compile(model.transformer.embed)  # type: ignore[method-assign]
     for block in model.transformer.h:
         block.compile()
     model.read_out = torch.compile(model.read_out)  # type: ignore[method-assign]
@@ -65,7 +69,7 @@ def uncompile_parts(model: LanguageModel) -> None:
     if are_parts_compiled(model):
         for block in model.transformer.h:  # type: ignore[union-attr]
             block._compiled_call_impl = None  # where nn.Module.compile puts it
-        del model.read_out
+        del model.read_out, model.transformer.embed  # type: ignore[union-attr]
 
 
 def are_parts_compiled(model: LanguageModel) -> bool:
