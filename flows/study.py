@@ -20,7 +20,7 @@ from gptcore.config import ExperimentConfig, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.store import home_dir
 from tasks.data import build_vocabulary, ingest, write_shards
-from tasks.studies import count_parts, report_study, run_part
+from tasks.studies import report_study, run_part
 from tasks.tracking import NOTE_TAG, check_store
 
 
@@ -80,6 +80,8 @@ def study(name: StudyName = "timing", smoke: Smoke = False, changes: Changes = N
             vocab = run.step(build_vocabulary, plan.base.vocab, corpus, home, cluster)
             shards = run.step(write_shards, corpus, vocab, home, plan.block_size, cluster)
             file = write_plan(plan, directory)
+            from gptcore.studies.engine import count_parts
+
             parts = count_parts(plan)
             measure(file, shards, run.name, directory, parts)
             command = " ".join(["gptloom study", name, *(["--smoke"] if smoke else []), *changes.as_list()])

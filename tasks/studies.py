@@ -21,7 +21,7 @@ from prefect.artifacts import (
 from prefect.context import TaskRunContext
 
 from gptcore.config import ExperimentConfig
-from gptcore.config.study import StudyPlan, load_study
+from gptcore.config.study import load_study
 from tasks.process import run_device_process, run_logger
 from tasks.reporting import links
 from tasks.tracking import common_tags
@@ -64,15 +64,6 @@ def rnn_baseline(config: ExperimentConfig, shards: Path, run: str, directory: Pa
 
 
 # --- studies of their own: `gptloom study NAME` ----------------------------------------------------------------------------
-
-
-def count_parts(plan: StudyPlan) -> int:
-    """Processes that share a study's cells: one a GPU where all cells may use one, else one, for they would disturb each other."""
-    if any(cell.config.train.device == "cpu" for cell in plan.cells):
-        return 1
-    import torch
-
-    return max(1, min(torch.cuda.device_count(), len(plan.cells)))
 
 
 @task(task_run_name="measure cells, part {part} of {parts}", persist_result=False)

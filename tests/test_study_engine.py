@@ -18,6 +18,7 @@ from gptcore.journal import read_journal
 from gptcore.report.study import table
 from gptcore.shards import ShardSet, prepare
 from gptcore.studies import engine
+from gptcore.studies.__main__ import run_parts
 from gptcore.studies.engine import Bench, CellResult, Study, Summary, run_cells
 from gptcore.studies.finish import finish
 from gptcore.studies.publish import publish
@@ -207,6 +208,22 @@ def test_no_cell_begins_after_the_budget(tmp_path: Path, calls: list[str], shard
     assert calls == []
     assert finish(out)["conclusion"] == "Nothing was measured; the time was over before the first."
     assert "4 of 4 cells were not measured" in (out / "report.html").read_text()
+
+
+@pytest.mark.integration
+def test_parts_are_measured_by_processes_of_their_own(small_text: Path, home: Path, tmp_path: Path) -> None:
+    plan = load_study(find_study("accumulation"), [f"data.source={small_text}", "train.device=cpu"], smoke=True)
+    plan = load_study(
+        write_plan(plan, tmp_path / "run"),
+        ["study.arms=[{name: a, options: {kind: economy}}]", "study.seeds=[1, 2]", "options.repeats=1"],
+    )
+    study = write_plan(plan, tmp_path / "run")
+    shards = prepare(plan.base, home).shards
+    run_parts(study, shards, tmp_path / "run" / "cells", "run", 2)
+    assert [len(list((tmp_path / "run" / "cells" / part).glob("*/cell.json"))) for part in "01"] == [1, 1]
+    assert {cell["status"] for cell in engine.read_cells(tmp_path / "run", plan)} == {"done"}
+    with pytest.raises(RuntimeError, match=r"exit codes \[2, 2\]"):
+        run_parts(study, tmp_path / "nothing", tmp_path / "run" / "cells", "run", 2)
 
 
 @pytest.mark.integration

@@ -1,13 +1,17 @@
 """A study, or one device's share of its cells, as a process.
 
-python -m gptcore.studies timing [--smoke] [section.field=value …]             # all of it, without Prefect and MLflow
+python -m gptcore.studies timing [--smoke] [section.field=value …]             # all of it, without Prefect and MLflow, on all GPUs here
 python -m gptcore.studies RUN/study.yaml --shards DIR --out DIR --part 0/2     # what `gptloom study` starts, once per device
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import signal
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -17,10 +21,10 @@ import torch
 
 from gptcore.config import UserError, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
-from gptcore.entry import process_parser, run_process
+from gptcore.entry import EXIT_STOPPED, PARENT_VARIABLE, Stopped, process_parser, run_process
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import home_dir
-from gptcore.studies.engine import check_options, run_cells
+from gptcore.studies.engine import check_options, count_parts, run_cells
 from gptcore.studies.finish import finish
 
 
@@ -36,9 +40,13 @@ def main(argv: list[str]) -> dict[str, Any]:
     check_options(plan)
     start = time.monotonic()
     out: Path = args.out or home_dir() / "runs" / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    write_plan(plan, out)
-    shards = ShardSet.open(args.shards or prepare(longest(plan), home_dir()).shards)
-    run_cells(plan, shards, out / "cells" / "0", args.run or out.name, args.parent)
+    study = write_plan(plan, out)
+    shards = args.shards or prepare(longest(plan), home_dir()).shards
+    run, parts = args.run or out.name, count_parts(plan)
+    if parts == 1:
+        run_cells(plan, ShardSet.open(shards), out / "cells" / "0", run, args.parent)
+    else:
+        run_parts(study, shards, out / "cells", run, parts)
     command = " ".join(["python -m gptcore.studies", *argv])
     return finish(out, command=command, seconds=time.monotonic() - start)
 
@@ -46,6 +54,34 @@ def main(argv: list[str]) -> dict[str, Any]:
 def longest(plan: StudyPlan) -> Any:
     """The base experiment with the longest context of all cells: the text must hold it."""
     return with_changes(plan.base, model={"block_size": plan.block_size})
+
+
+def run_parts(study: Path, shards: Path, out: Path, run: str, parts: int) -> None:
+    """All cells, each part in a process with a GPU of its own. Raises Stopped after a signal, RuntimeError when one failed."""
+    command = [sys.executable, "-m", "gptcore.studies", str(study), "--shards", str(shards), "--run", run]
+    environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}  # they end with us
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parts)))
+    processes = [
+        subprocess.Popen(
+            [*command, "--out", str(out / str(part)), "--part", f"{part}/{parts}"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C comes through us: a second one would end them without a checkpoint
+        )
+        for part in range(parts)
+    ]
+
+    def pass_on(number: int, _frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    codes = [process.wait() for process in processes]
+    if EXIT_STOPPED in codes:
+        raise Stopped("stopped; the same command goes on from there")
+    if any(codes):
+        raise RuntimeError(f"exit codes {codes} of the {parts} parts: see their words above")
 
 
 def run_part(
@@ -58,7 +94,7 @@ def run_part(
     if shards is None or out is None:
         raise UserError("--part needs --shards DIR and --out DIR; `gptloom study` gives both")
     index, count = map(int, numbers)
-    if count > 1:
+    if count > 1 and torch.cuda.is_available():
         if index >= torch.cuda.device_count():
             raise UserError(f"--part={part}: this machine has {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(index)

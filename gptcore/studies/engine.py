@@ -119,7 +119,7 @@ class Results:
 
     def folder(self, cell: str) -> Path:
         """Where the files of a cell are."""
-        return next(path.parent for path in self.directory.glob(f"cells/*/{cell}/{CELL_FILE}"))
+        return max(self.directory.glob(f"cells/*/{cell}/{CELL_FILE}"), key=_age).parent
 
     @property
     def arms(self) -> list[str]:
@@ -239,6 +239,13 @@ def run_cells(
     return records
 
 
+def count_parts(plan: StudyPlan) -> int:
+    """Processes that share a study's cells: one a GPU where all cells may use one, else one, for they would disturb each other."""
+    if any(cell.config.train.device == "cpu" for cell in plan.cells):
+        return 1
+    return max(1, min(torch.cuda.device_count(), len(plan.cells)))
+
+
 def describe_left(arms: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
     """How long the cells still to come may take (`arms`: one name each), for the end of a line; empty where nothing is known.
 
@@ -307,7 +314,7 @@ def run_cell(
 def read_cells(directory: Path, plan: StudyPlan) -> list[dict[str, Any]]:
     """The `cell.json` of every cell of a run, in the plan's order; cells that were never reached say so."""
     found = {}
-    for path in directory.glob(f"cells/*/*/{CELL_FILE}"):
+    for path in sorted(directory.glob(f"cells/*/*/{CELL_FILE}"), key=_age):
         record = json.loads(path.read_text(encoding="utf-8"))
         found[record["name"]] = record
     missing = {"status": "not run", "reason": "the study ended before it", "seconds": 0.0, "rows": [], "tables": {}}
@@ -318,6 +325,11 @@ def read_cells(directory: Path, plan: StudyPlan) -> list[dict[str, Any]]:
         )
         for cell in plan.cells
     ]
+
+
+def _age(path: Path) -> int:
+    """When it was written: a run that went on with another number of GPUs has a cell in two folders, and the newer counts."""
+    return path.stat().st_mtime_ns
 
 
 def _outcome(record: dict[str, Any]) -> str:
