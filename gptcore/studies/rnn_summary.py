@@ -50,7 +50,7 @@ def summarize(results: Results) -> Summary:
                 if row["arm"] != baseline
             ]
         equal = paired(rows, "val_bpb", baseline)
-        conclusion = _conclusion(tables["equal_parameters_equal_tokens"], baseline)
+        conclusion = _conclusion(tables["equal_parameters_equal_tokens"], baseline, floors)
         findings.append(comparison_note(equal, baseline))
         blocks.append(page.paragraph(CAVEAT))
     levels = rows[rows["arm"].isin(floors)].groupby("arm", sort=False)["val_bpb"].mean()
@@ -101,12 +101,18 @@ def sentence(row: pd.Series, where: str, baseline: str) -> str:
     )
 
 
-def _conclusion(compared: pd.DataFrame, baseline: str) -> str:
-    others = compared[compared["arm"] != baseline]
+def _conclusion(compared: pd.DataFrame, baseline: str, floors: list[str]) -> str:
+    """The best trained family beside the baseline, and floors that are better than both: then nobody has learnt long enough."""
+    trained = compared[~compared["arm"].isin(floors)]
+    others = trained[trained["arm"] != baseline]
     if others.empty:
-        return f"Only the reference {baseline} was measured: {compared['val_bpb'].iloc[0]:.4f} bits per byte."
+        return f"Only the reference {baseline} was measured: {trained['val_bpb'].iloc[0]:.4f} bits per byte."
     said = sentence(others.iloc[0], "At equal parameters and tokens", baseline)
-    return f"The best of the others: {said[0].lower()}{said[1:]}"
+    said = f"The best of the others: {said[0].lower()}{said[1:]}"
+    is_better = compared["arm"].isin(floors) & (compared["val_bpb"] < trained["val_bpb"].min())
+    for _, row in compared[is_better].iterrows():
+        said += f" The floor {row['arm']}, counted on all of the training text, is ahead of all that were trained: {row['val_bpb']:.4f}."
+    return said
 
 
 def _figures(results: Results, curves: pd.DataFrame, floors: pd.Series) -> list[Markup]:
