@@ -40,6 +40,7 @@ clean:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("gptloom needs Python 3.11 to 3.13, found " + v + "; choose another one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	-.venv/bin/python -m flows.databases
 	@touch $@
 
 .PHONY: run test test-faults up down lint bench audit clean

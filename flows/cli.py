@@ -28,7 +28,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flows.arguments import parse_arguments
-from flows.surroundings import prepare_home, quiet_expected_errors, start_prefect_server, use_servers
+from flows.surroundings import (
+    launch_prefect_server,
+    prepare_home,
+    quiet_expected_errors,
+    start_prefect_server,
+    use_servers,
+)
 from gptcore.config import DataConfig, UserError, hide_password, load_config
 from gptcore.entry import (
     EXIT_BUG,
@@ -91,12 +97,13 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
         check_source(config.data)
     home = prepare_home()
     use_servers()
+    where = hide_password(os.environ.get("PREFECT_API_URL", "a temporary server"))
+    launch_prefect_server()  # it comes up while we import
     from tasks.runs import run_named
     from tasks.tracking import check_store
 
     store = check_store()
     resume = run_named(args.resume) if args.resume else ""
-    where = hide_password(os.environ.get("PREFECT_API_URL", "a temporary server"))
     print(f"{experiment or resume}: Prefect at {where}, MLflow at {hide_password(store)}", file=sys.stderr)
     from flows.pipeline import Overrides, load_run, new_run_name, pipeline
 

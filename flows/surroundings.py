@@ -6,25 +6,33 @@ prepare_home(); use_servers(); start_prefect_server()      # in this order, befo
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
+from flows.databases import place_databases
 from flows.warden import MARK_VARIABLE
 from gptcore.config import UserError, hide_password
 from gptcore.entry import EXIT_BUG, exit_code
 from gptcore.store import home_dir
+from tasks.tracking import answers, read_servers
 
 ROOT = Path(__file__).resolve().parent.parent
+START_S, STOP_S = 120.0, 5.0  # a first start may make a database on a slow disk
+_servers: list[subprocess.Popen[bytes]] = []  # the temporary one, if any
 _wardens: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
 
 
 def prepare_home() -> Path:
-    """GPTLOOM_HOME, made if need be. Raises UserError when it cannot be."""
+    """GPTLOOM_HOME, made if need be, with empty databases where it has none. Raises UserError when it cannot be made."""
     home = home_dir()
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -32,20 +40,17 @@ def prepare_home() -> Path:
         raise UserError(
             f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
         ) from None
+    place_databases(home)
     return home
 
 
 def use_servers() -> None:
     """Prefect's environment, before its first import: the user's own, else `gptloom up`'s server, else a temporary one."""
-    from tasks.tracking import answers, read_servers
-
     defaults = {
         "GPTLOOM_HOME": str(home_dir()),
         "PREFECT_HOME": str(home_dir() / "prefect"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "gptcore",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_CLIENT_MAX_RETRIES": "7",  # in all four minutes of patience with a server that is being restarted
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -63,29 +68,60 @@ def use_servers() -> None:
         os.environ.setdefault(name, value)
 
 
-def start_prefect_server() -> None:
-    """Start Prefect's temporary server, where one is needed, deaf to Ctrl-C: it has to record how the run ended.
+def launch_prefect_server() -> None:
+    """Start Prefect's temporary server, where one is needed, and do not wait for it: its imports take as long as ours.
 
-    A terminal sends SIGINT to us and to all our children; a blocked signal mask is inherited. Prefect itself ends the server
-    at our exit, by SIGTERM, after the last log lines.
+    After `use_servers`, before Prefect's first import. It is deaf to Ctrl-C, for it has to record how the run ended: a terminal sends
+    SIGINT to us and to all our children, and a blocked signal mask is inherited. At our exit it gets SIGTERM, after Prefect's last
+    log lines; if we are killed, the warden ends it.
     """
     if os.environ.get("PREFECT_API_URL"):
         return
-    from prefect.server.api.server import SubprocessASGIServer
-
-    os.environ[MARK_VARIABLE] = mark = uuid.uuid4().hex
+    mark = uuid.uuid4().hex
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
+    # The marks of Prefect's own temporary server: fewer background services, and no pages for a browser.
+    marks = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        SubprocessASGIServer().start()  # one per process: Prefect's client finds this one
+        server = subprocess.Popen(command, env={**os.environ, **marks, MARK_VARIABLE: mark})
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        del os.environ[MARK_VARIABLE]
-    # If we are killed, nobody else would end that server.
+    _servers.append(server)
     warden = subprocess.Popen(
         [sys.executable, "-m", "flows.warden", mark],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     _wardens.append(warden)
+    atexit.register(_stop_prefect_server)  # what is registered first, before Prefect's own, runs last
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_UI_URL"] = ""  # else Prefect prints links to pages that this server does not have
+
+
+def start_prefect_server() -> None:
+    """Wait until the temporary server answers, where there is one. Raises UserError when it does not come up."""
+    launch_prefect_server()
+    deadline = time.monotonic() + START_S
+    for server in _servers:
+        while not answers(f"{os.environ['PREFECT_API_URL']}/health"):
+            if server.poll() is not None or time.monotonic() > deadline:
+                how = "did not answer in time" if server.returncode is None else f"ended with code {server.returncode}"
+                raise UserError(
+                    f"Prefect's temporary server {how} (above is what it said); try again, or start servers with `gptloom up`"
+                )
+            time.sleep(0.05)
+
+
+def _stop_prefect_server() -> None:
+    for server in _servers:
+        server.terminate()
+        try:
+            server.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def quiet_expected_errors() -> None:
