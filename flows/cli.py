@@ -98,7 +98,10 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     home = prepare_home()
     use_servers()
     where = hide_password(os.environ.get("PREFECT_API_URL", "a temporary server"))
-    launch_prefect_server()  # it comes up while we import
+    launch_prefect_server()  # it comes up while we import, and so does what the steps need
+    from tasks.launcher import warm_up
+
+    warm_up("gptcore.train")
     from tasks.runs import run_named
     from tasks.tracking import check_store
 

@@ -30,6 +30,7 @@ from gptcore.store import claim, home_dir, is_claimed, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
 from tasks.forwarding import Forwarder, forward_tree, write_tags
+from tasks.launcher import warm_up
 from tasks.process import closing_line, run_logger
 from tasks.registry import register_model
 from tasks.reporting import build_report
@@ -195,6 +196,7 @@ def pipeline(
         sweep(folder)
     try:
         with open_run(config, directory) as run:
+            warm_up("gptcore.train")
             corpus = run.step(ingest, config.data, home)
             run.describe_data(corpus)
             cluster = config.data.dask_address

@@ -102,14 +102,19 @@ def follow_parent() -> None:
     if named is None and not is_rank:
         return
     parent = os.getppid() if is_rank else int(named or 0)
+    die_with_parent(parent)
+    if is_rank and named is not None:
+        _watch(lambda: is_running(int(named)))
+
+
+def die_with_parent(parent: int) -> None:
+    """Die with our parent, which has this process id; at once, where it is gone already."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     else:
         _watch(lambda: os.getppid() == parent)
     if os.getppid() != parent:
         os._exit(EXIT_STOPPED)
-    if is_rank and named is not None:
-        _watch(lambda: is_running(int(named)))
 
 
 def _watch(is_well: Callable[[], bool]) -> None:

@@ -95,10 +95,11 @@ class Snapshot:
 
 
 def _is_orphan(process: psutil.Process, parent: int) -> bool:
-    """A device process leads a group of its own; its parent, and that of its whole group, must be the one it was told."""
+    """A device process leads a group of its own; above it, and so its whole group, must be the one it was told: its parent, or the
+    parent of the fork server it came from (whose environment it shows)."""
     group = os.getpgid(process.pid)
     try:
-        return psutil.Process(group).ppid() != parent
+        return parent not in [above.pid for above in psutil.Process(group).parents()[:2]]
     except psutil.NoSuchProcess:  # the leader is gone, the rest of the group is left
         return True
 

@@ -1,4 +1,5 @@
-"""Start one `python -m gptcore.…` process, watch it, and leave nothing behind: the only place that starts device work.
+"""Run one `python -m gptcore.…` process (started by tasks/launcher.py), watch it, and leave nothing behind: the only place that
+starts device work.
 
 The child is a session of its own, so a crash or a cancel frees the device; its journal is tailed for progress in Prefect and
 forwarded to MLflow from a thread, so neither service can slow the training down.
@@ -16,12 +17,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from functools import cache
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Thread
@@ -38,13 +36,13 @@ from gptcore.entry import (
     EXIT_NON_FINITE,
     EXIT_STOPPED,
     EXIT_USER,
-    PARENT_VARIABLE,
     DeviceMemoryError,
     NonFinite,
     Stopped,
 )
 from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
 from tasks.forwarding import Forwarder, write_tags
+from tasks.launcher import Child, start_process
 
 LOG_NAME = "log.txt"
 GRACE_S = 20.0  # Prefect kills its own process 30 s after a cancel
@@ -120,30 +118,10 @@ def closing_line(error: BaseException) -> tuple[str, str]:
     return ("KILLED" if is_interrupt else "FAILED"), str(error).strip()[:MAX_REASON] or type(error).__name__
 
 
-@cache
-def _launcher() -> ThreadPoolExecutor:
-    """One thread that lives as long as we do: the parent-death signal follows the thread that forked, and task threads end."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="gptloom-launcher")
-
-
-def _start(args: list[str], directory: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+def _start(args: list[str], directory: Path) -> Child:
     _keep_log(directory)
     with open(directory / LOG_NAME, "wb") as output:
-        future = _launcher().submit(
-            subprocess.Popen,
-            [sys.executable, "-m", *args],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            return future.result()
-        except BaseException:
-            _end(future.result())  # interrupted between the fork and here
-            raise
+        return start_process(args, output)
 
 
 def _keep_log(directory: Path) -> None:
@@ -153,7 +131,7 @@ def _keep_log(directory: Path) -> None:
         log.rename(directory / f"log.{len(list(directory.glob('log.*.txt'))) + 1}.txt")
 
 
-def _watch(process: subprocess.Popen[bytes], directory: Path, max_steps: int | None) -> None:
+def _watch(process: Child, directory: Path, max_steps: int | None) -> None:
     """Wait for the process, with a line of progress every few seconds; its whole group is gone afterwards.
 
     Raises what interrupts the wait, and for exit codes other than 0 what `_failure` makes of them.
@@ -162,7 +140,8 @@ def _watch(process: subprocess.Popen[bytes], directory: Path, max_steps: int | N
     try:
         due = time.monotonic() + REPORT_S
         while process.poll() is None:
-            time.sleep(POLL_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_S)
             if time.monotonic() >= due:
                 progress.report()
                 due = time.monotonic() + REPORT_S
@@ -173,7 +152,7 @@ def _watch(process: subprocess.Popen[bytes], directory: Path, max_steps: int | N
         raise _failure(process.returncode, directory)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Child) -> None:
     """SIGTERM, time to save a checkpoint, SIGKILL; the last one always, for grandchildren that outlive their parent."""
     try:
         if process.poll() is None:
@@ -186,7 +165,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+def _signal_group(process: Child, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)  # its own session, so its pid names the group
 
