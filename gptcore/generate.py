@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from gptcore.checkpoint import load_model
-from gptcore.config import load_config
+from gptcore.config import ExperimentConfig, load_config
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
+from gptcore.journal import Journal
 from gptcore.models import LanguageModel
 from gptcore.store import write_json
 from gptcore.vocab import Vocab
@@ -79,17 +81,25 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--prompt", help="start of the text (default: evaluate.prompt)")
     args = parser.parse_args(argv)
     config = load_config(args.config or args.checkpoint / "config.yaml")
+    with recording(args.out, args.run, args.parent) if args.out else nullcontext() as journal:
+        return write_samples(config, args.checkpoint, args.prompt, args.out, journal)
+
+
+def write_samples(
+    config: ExperimentConfig, directory: Path, prompt: str | None, out: Path | None, journal: Journal | None
+) -> dict[str, Any]:
+    """Samples of the checkpoint in `directory` as `config.evaluate` asks for them; returned, and kept in `out` with its journal."""
     settings = config.evaluate
     device = choose_device(config.train.device, "fp32")
-    model, checkpoint = load_model(args.checkpoint, device.torch)
-    vocab = Vocab.load(args.checkpoint / "tokenizer.json")
+    model, checkpoint = load_model(directory, device.torch)
+    vocab = Vocab.load(directory / "tokenizer.json")
     rng = torch.Generator(device.torch).manual_seed(settings.seed)
-    prompt = settings.prompt if args.prompt is None else args.prompt
+    prompt = settings.prompt if prompt is None else prompt
     ids = np.concatenate(([vocab.eot_id], vocab.encode(prompt))).astype(np.int64)
     n_samples = max(1, settings.samples)
     idx = torch.from_numpy(ids).to(device.torch).repeat(n_samples, 1)[:, -model.block_size :]
     start = time.perf_counter()
-    out = generate(
+    sampled = generate(
         model,
         idx,
         settings.sample_tokens,
@@ -100,24 +110,17 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
-        "samples": [prompt + vocab.decode(row) for row in out.cpu().numpy()],
-        "tok_per_sec": out.numel() / seconds,
+        "samples": [prompt + vocab.decode(row) for row in sampled.cpu().numpy()],
+        "tok_per_sec": sampled.numel() / seconds,
         "seconds": seconds,
     }
-    if args.out is not None:
-        with recording(args.out, args.run, args.parent) as journal:
-            write_json(args.out / "samples.json", result)
-            journal.tags(device.tags())
-            journal.params(
-                {
-                    "checkpoint_step": checkpoint.state["step"],
-                    **settings.model_dump(include={"temperature", "top_k", "seed"}),
-                }
-            )
-            journal.metrics(
-                {"generate/tok_per_sec": result["tok_per_sec"]}, tokens_seen=checkpoint.state["tokens_seen"]
-            )
-            journal.artifact("samples.json")
+    if out is not None and journal is not None:
+        write_json(out / "samples.json", result)
+        journal.tags(device.tags())
+        chosen = settings.model_dump(include={"temperature", "top_k", "seed"})
+        journal.params({"checkpoint_step": checkpoint.state["step"], **chosen})
+        journal.metrics({"generate/tok_per_sec": result["tok_per_sec"]}, tokens_seen=checkpoint.state["tokens_seen"])
+        journal.artifact("samples.json")
     return result
 
 
