@@ -22,6 +22,7 @@ SIDE = (
     "ranks",
     "usage",
     "launch",
+    "forkserver",
 )  # may be imported from anywhere
 # A token's journey, in order; a room imports only rooms before it.
 ROOMS = (
