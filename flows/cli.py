@@ -19,7 +19,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 - for whoever runs this file with 
     raise SystemExit(2)
 
 import argparse
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -64,6 +66,7 @@ CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "check
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     keep_private()
+    atexit.register(gc.freeze)  # else Python looks for cycles among all it has imported, for a second, before it ends
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     verb: Callable[[argparse.Namespace, dict[str, Any]], int] = globals()[args.verb]
     result: dict[str, Any] = {}
