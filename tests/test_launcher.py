@@ -166,3 +166,22 @@ def test_a_real_step_is_warm(tmp_path: Path) -> None:
         assert "nowhere.yaml" in log(tmp_path)
         assert "Warning" not in log(tmp_path)
     assert seconds[1] < seconds[0] / 3, seconds
+
+
+def test_the_fork_server_only_imports() -> None:
+    """A fork of a process that has started CUDA, or a pool of OpenMP threads, or children of its own, hangs or fails."""
+    code = """
+from gptcore.forkserver import load
+for module in ("gptcore.train", "gptcore.evaluate", "gptcore.generate", "gptcore.studies"):
+    load(module)
+import os, sys, torch, psutil
+assert "torch._dynamo" in sys.modules and "gptcore.train.__main__" in sys.modules
+assert not torch.cuda.is_initialized() and not psutil.Process().children()
+before = len(os.listdir("/proc/self/task"))
+(torch.rand(512, 512) @ torch.rand(512, 512)).sum()  # what starts OpenMP's threads
+after = len(os.listdir("/proc/self/task"))
+assert after == before + torch.get_num_threads() - 1, (before, after)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
