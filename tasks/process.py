@@ -243,9 +243,12 @@ class _Progress:
         records, self._offset = read_journal(self._directory / FILE_NAME, self._offset)
         for record in records:
             if record["kind"] == "metrics":
-                if self._first is None or self._first["attempt"] != record["attempt"]:
+                is_new = self._newest is None or self._newest["attempt"] != record["attempt"]
+                if is_new:
                     self._first = record  # an interruption is no time of training
-                self._newest = record
+                # What belongs to no step, as a certificate, is told as of step 0.
+                if self._newest is None or is_new or record["step"] >= self._newest["step"]:
+                    self._newest = record
                 self._values.update(record["values"])
 
     def _percent(self) -> float:

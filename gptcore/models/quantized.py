@@ -71,7 +71,8 @@ class QuantizedLinear(nn.Module):
         # Lean on purpose: at one token everything between the kernels runs on cold caches, in each of 50 layers, and attributes that
         # a module has to search for count, too.
         if self._packed is None:
-            self._packed, self._bias = self.pack_for(x.device), self.bias
+            self._packed = self.pack_for(x.device)
+            self._bias = None if self.bias is None else self.bias.detach()  # a parameter would be registered a second time
         rows = x.numel() // self.in_features
         flat = x.reshape(rows, self.in_features) if x.dtype == BF16 else x.reshape(rows, self.in_features).to(BF16)
         y = self.multiply_few(flat) if rows <= self.few_rows and not x.is_cuda else self.multiply(flat)
