@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -71,9 +70,9 @@ def use_servers() -> None:
 def launch_prefect_server() -> None:
     """Start Prefect's temporary server, where one is needed, and do not wait for it: its imports take as long as ours.
 
-    After `use_servers`, before Prefect's first import. It is deaf to Ctrl-C, for it has to record how the run ended: a terminal sends
-    SIGINT to us and to all our children, and a blocked signal mask is inherited. At our exit it gets SIGTERM, after Prefect's last
-    log lines; if we are killed, the warden ends it.
+    After `use_servers`, before Prefect's first import. It has a session of its own, for it has to record how the run ended: a terminal's
+    Ctrl-C, or a SIGTERM to our whole group, does not reach it. At our exit it gets SIGTERM, after Prefect's last log lines; if we are
+    killed, the warden ends it.
     """
     if os.environ.get("PREFECT_API_URL"):
         return
@@ -85,11 +84,7 @@ def launch_prefect_server() -> None:
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     # The marks of Prefect's own temporary server: fewer background services, and no pages for a browser.
     marks = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        server = subprocess.Popen(command, env={**os.environ, **marks, MARK_VARIABLE: mark})
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    server = subprocess.Popen(command, env={**os.environ, **marks, MARK_VARIABLE: mark}, start_new_session=True)
     _servers.append(server)
     warden = subprocess.Popen(
         [sys.executable, "-m", "flows.warden", mark],

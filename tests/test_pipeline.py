@@ -164,11 +164,14 @@ def test_failing_step_closes_its_runs(
 
 
 @pytest.mark.integration
-def test_ctrl_c_leaves_nothing_running(first: tuple[Path, dict[str, Any], str], small_text: Path) -> None:
-    """A terminal sends SIGINT to the whole group, Prefect's temporary server too; it must still note how the run ended."""
+@pytest.mark.parametrize(("number", "state"), [(signal.SIGINT, "Cancelled"), (signal.SIGTERM, "Crashed")])
+def test_a_signal_to_the_whole_group_leaves_nothing_running(
+    first: tuple[Path, dict[str, Any], str], small_text: Path, number: signal.Signals, state: str
+) -> None:
+    """As a terminal's Ctrl-C is, and a supervisor's SIGTERM: Prefect's temporary server must still note how the run ended."""
     home = first[0]
     process = subprocess.Popen(
-        command(small_text, "train.max_steps=1000000", "name=stopped"),
+        command(small_text, "train.max_steps=1000000", f"name={number.name.lower()}"),
         cwd=ROOT,
         env=environment(home),
         stdout=subprocess.PIPE,
@@ -178,11 +181,11 @@ def test_ctrl_c_leaves_nothing_running(first: tuple[Path, dict[str, Any], str], 
     )
     try:
         deadline = time.monotonic() + 120
-        while not list((home / "runs").glob("stopped-*/train/checkpoints/*/COMMITTED")):
+        while not list((home / "runs").glob(f"{number.name.lower()}-*/train/checkpoints/*/COMMITTED")):
             assert time.monotonic() < deadline, "the training never began"
             assert process.poll() is None
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         out, _ = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
@@ -191,13 +194,13 @@ def test_ctrl_c_leaves_nothing_running(first: tuple[Path, dict[str, Any], str], 
     result = json.loads(out)
     assert process.returncode == 75
     assert set(result) == {"run", "error"}
-    runs = {run.data.tags["gptloom.run"]: run for run in runs_of(home, "stopped")}
+    runs = {run.data.tags["gptloom.run"]: run for run in runs_of(home, number.name.lower())}
     assert {name: run.info.status for name, run in runs.items()} == {
         result["run"]: "KILLED",
         f"{result['run']}/train": "KILLED",
     }
     assert "checkpoint" in runs[f"{result['run']}/train"].data.tags["gptloom.reason"]
-    assert prefect_states(home, "flow_run")[result["run"]] == "Cancelled"
+    assert prefect_states(home, "flow_run")[result["run"]] == state
 
 
 # --- parts of the flow, without servers ---------------------------------------------------------------------------------
