@@ -72,7 +72,8 @@ class QuantizedLinear(nn.Module):
         # a module has to search for count, too.
         if self._packed is None:
             self._packed = self.pack_for(x.device)
-            self._bias = None if self.bias is None else self.bias.detach()  # a parameter would be registered a second time
+            # Detached, since a parameter would be registered a second time.
+            self._bias = None if self.bias is None else self.bias.detach()
         rows = x.numel() // self.in_features
         flat = x.reshape(rows, self.in_features) if x.dtype == BF16 else x.reshape(rows, self.in_features).to(BF16)
         y = self.multiply_few(flat) if rows <= self.few_rows and not x.is_cuda else self.multiply(flat)
