@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.models.fp8 import E4M3, E5M2, scaled_matmul, to_fp8
+from gptcore.models.layers import HAS_TRITON
 
 # Logits of one piece, at most; 2^27 are 512 MiB in float32. Larger pieces on a GPU: each adds to the whole weight gradient once.
 # A batch with fewer takes the plain way, which is faster there.
@@ -82,13 +83,19 @@ class _Fp8Head:
         self.grad_scale = torch.full((), 1 / torch.finfo(E5M2).max, device=weight.device)
 
     def loss_and_gradients(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from gptcore.models.kernels import loss_and_gradient_fp8, transpose_bytes
-
         x8, scale = to_fp8(x, E4M3)
         logits = scaled_matmul(x8, self.weight, scale, self.scale)  # (rows, V)
-        loss, g8 = loss_and_gradient_fp8(logits, targets, self.cap)
+        if HAS_TRITON and logits.is_cuda:
+            from gptcore.models.kernels import loss_and_gradient_fp8, transpose_bytes
+
+            loss, g8 = loss_and_gradient_fp8(logits, targets, self.cap)  # the plain code below, in less time
+            transposed = transpose_bytes(g8)
+        else:
+            loss, grad = loss_and_gradient(logits.float(), targets, self.cap)
+            g8 = (grad * torch.finfo(E5M2).max).to(E5M2)  # (rows, V)
+            transposed = g8.t().contiguous()
         grad_x = scaled_matmul(g8, self.transposed, self.grad_scale, self.scale)
-        grad_w = scaled_matmul(transpose_bytes(g8), x8.t().contiguous(), self.grad_scale, scale)
+        grad_w = scaled_matmul(transposed, x8.t().contiguous(), self.grad_scale, scale)
         return loss, grad_x, grad_w
 
 
