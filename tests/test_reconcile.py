@@ -29,7 +29,7 @@ from gptcore.journal import FILE_NAME, Journal, is_held, last_record
 from tasks.forwarding import Forwarder
 from tasks.liveness import Snapshot, end_processes, unfinished_runs
 
-pytestmark = pytest.mark.usefixtures("mlflow_store")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("mlflow_store")]  # a real store, real processes
 EARLIER = datetime.now(UTC) - timedelta(minutes=5)
 
 
@@ -352,7 +352,6 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
-@pytest.mark.integration
 def test_orphans_are_ended_and_others_are_not(
     home: Path, server: Server, processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,7 +373,6 @@ def test_orphans_are_ended_and_others_are_not(
     assert end_processes([]) == []
 
 
-@pytest.mark.integration
 def test_a_cancel_that_nobody_obeys_is_obeyed_here(
     home: Path, server: Server, processes: list[subprocess.Popen[bytes]]
 ) -> None:
@@ -403,7 +401,6 @@ time.sleep(60)
     assert time.time() * 1000 - record["time_ms"] < 60_000
 
 
-@pytest.mark.integration
 def test_slots_are_freed(home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deployment for one run at a time: the dead one would keep every later one out, night after night."""
     from prefect import get_client

@@ -18,6 +18,8 @@ from gptcore.journal import Journal
 from tasks.forwarding import Forwarder, forward_tree
 from tasks.tracking import check_store, read_servers, tracking_uri
 
+pytestmark = pytest.mark.integration  # a real MLflow store
+
 
 def write_run(home: Path) -> Path:
     """A parent run and one nested run as journals of every kind of line."""
