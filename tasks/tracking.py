@@ -108,10 +108,8 @@ def save_servable(directory: Path, checkpoint: Path, code: Path, requirements: l
     ):  # warnings about what is on purpose here
         logging.getLogger(name).setLevel(logging.ERROR)
     parameters = {"max_new_tokens": 200, "temperature": 0.8, "seed": 0}
-    # For good: catch_warnings is the whole process's, and another thread that leaves its own ends ours.
-    warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # Recorded, not shown: MLflow puts a filter of its own before any of ours.
+    with warnings.catch_warnings(record=True):
         mlflow.pyfunc.save_model(
             path=str(directory),
             python_model=str(code),
