@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_servers import ROOT, TINY, Stack, mlflow_runs, retried, running_stack, wait_for
 from trainer_process import IS_LONG
@@ -63,9 +64,10 @@ def processes_of(stack: Stack, name: str) -> dict[str, int]:
     """The flow-run process (`engine`) and the training (`train`) of a run."""
     found = stack.processes()
     train = [pid for pid, command in found.items() if f"--run {name}/train" in command]
-    parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in train}
-    assert len(train) == len(parents) == 1, found
-    return {"train": train[0], "engine": parents.pop()}
+    assert len(train) == 1, found
+    above = psutil.Process(train[0]).parents()  # the fork server, if there is one, and the flow run
+    engine = next(process for process in above if "gptcore.forkserver" not in process.cmdline())
+    return {"train": train[0], "engine": engine.pid}
 
 
 def statuses(stack: Stack, name: str) -> dict[str, str]:
