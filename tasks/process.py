@@ -243,11 +243,10 @@ class _Progress:
         records, self._offset = read_journal(self._directory / FILE_NAME, self._offset)
         for record in records:
             if record["kind"] == "metrics":
-                is_new = self._newest is None or self._newest["attempt"] != record["attempt"]
-                if is_new:
-                    self._first = record  # an interruption is no time of training
+                if self._newest is None or self._newest["attempt"] != record["attempt"]:
+                    self._first = self._newest = record  # an interruption is no time of training
                 # What belongs to no step, as a certificate, is told as of step 0.
-                if self._newest is None or is_new or record["step"] >= self._newest["step"]:
+                elif record["step"] >= self._newest["step"]:
                     self._newest = record
                 self._values.update(record["values"])
 

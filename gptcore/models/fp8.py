@@ -15,16 +15,17 @@ from torch import Tensor, nn
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x rounded to `dtype`, its largest value at the end of the range, and the float32 factor that takes it back."""
-    scale = x.abs().amax().float().clamp_min(1e-12) / torch.finfo(dtype).max
+def to_fp8(x: Tensor, dtype: torch.dtype, bound: float | None = None) -> tuple[Tensor, Tensor]:
+    """x rounded to `dtype`, its largest value at the end of the range, and the float32 factor that takes it back.
+
+    bound: what no value can exceed, where that is known; then the largest one has not to be searched for.
+    """
+    end = torch.finfo(dtype).max
+    if bound is None:
+        scale = x.abs().amax().float().clamp_min(1e-12) / end
+    else:
+        scale = torch.full((), bound / end, device=x.device)
     return (x.float() / scale).to(dtype), scale
-
-
-def within(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """x rounded to e4m3, where no value can be beyond `bound`: the scale is known, so none has to be searched for."""
-    scale = torch.full((), bound / torch.finfo(E4M3).max, device=x.device)
-    return (x.float() / scale).to(E4M3), scale
 
 
 def scaled_matmul(a8: Tensor, b8: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bound: float | None) -> Tensor:
-        x8, x_scale = within(x, bound) if bound else to_fp8(x, E4M3)
+        x8, x_scale = to_fp8(x, E4M3, bound)
         w8, w_scale = to_fp8(weight, E4M3)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
         return scaled_matmul(x8, w8, x_scale, w_scale)  # (M, N)

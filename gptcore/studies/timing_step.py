@@ -43,9 +43,8 @@ def measure_step(cell: Cell, bench: Bench) -> CellResult:
     start = time.perf_counter()
     estimate = preflight(trainer)  # compiles, where that is to be
     preparation_s = time.perf_counter() - start
-    for _ in range(
-        WARMUP_STEPS + 1
-    ):  # a CUDA graph is recorded by then: the clock, which waits for the device, would break it
+    # A CUDA graph is recorded by then: the clock, which waits for the device, would break it.
+    for _ in range(WARMUP_STEPS + 1):
         train_step(trainer)
     plain, clocked, walls, maps = [], [], [], []
     bare = trainer.clock
