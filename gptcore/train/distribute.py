@@ -50,6 +50,8 @@ def distribute(model: LanguageModel, compiled: Any) -> Any:
         return model
     from torch.nn.parallel import DistributedDataParallel
 
+    # Dynamo would cut each compiled part once more, at the borders of DDP's buckets.
+    torch._dynamo.config.optimize_ddp = False
     # Buffers are tables that never change; gradients live in the buckets that travel.
     return DistributedDataParallel(compiled, broadcast_buffers=False, gradient_as_bucket_view=True)
 
