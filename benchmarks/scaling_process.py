@@ -23,6 +23,7 @@ from gptcore.device import Device
 from gptcore.ranks import ALONE, Ranks, joined_ranks
 from gptcore.shards import ShardSet
 from gptcore.train import Trainer, build_trainer, train_step
+from gptcore.train.distribute import compile_parts
 from gptcore.train.step import backward_all, next_batch
 
 
@@ -154,9 +155,10 @@ def measure_speed(bench: Bench) -> None:
             losses = bench.learn(trainer)
             bench.tell("losses", parallel=parallel, losses=losses, seconds=round(time.perf_counter() - began, 1))
             step_ms = bench.time(trainer, 3)
-        bench.tell("strong", parallel=parallel, **bench.facts(trainer, step_ms))
+        facts = bench.facts(trainer, step_ms)  # once: reading the peak of memory sets it back
+        bench.tell("strong", parallel=parallel, **facts)
         if weak == strong:
-            bench.tell("weak", parallel=parallel, **bench.facts(trainer, step_ms))
+            bench.tell("weak", parallel=parallel, **facts)
         if parallel == "ddp" and ranks.count > 1:
             with trainer.device.attention(0.0):
                 bench.tell("strong without gradient sync", step_ms=bench.time(trainer, 3, without_exchange))
@@ -179,6 +181,18 @@ def measure_speed(bench: Bench) -> None:
             sweep()
             if weak == strong:
                 break
+
+
+def measure_rounding(bench: Bench) -> None:
+    """One GPU's losses with the model compiled in parts, as several GPUs have it, and in float32: what rounding alone does to them."""
+    for kind, precision in {"losses in parts": bench.plan["train"]["precision"], "losses in fp32": "fp32"}.items():
+        trainer = bench.build("ddp", bench.plan["strong_batch"], ALONE, compile="off", precision=precision)
+        if kind == "losses in parts" and trainer.device.is_cuda:
+            compile_parts(trainer.model)
+        with trainer.device.attention(0.0):
+            bench.tell(kind, losses=bench.learn(trainer))
+        del trainer
+        sweep()
 
 
 def measure_links(bench: Bench) -> None:
@@ -272,6 +286,8 @@ def main() -> int:
         if ranks.count > 1:
             measure_links(bench)
         measure_speed(bench)
+        if ranks.count == 1:
+            measure_rounding(bench)
         if plan["large"] is not None:
             measure_large(bench)
         sweep()

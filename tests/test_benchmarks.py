@@ -111,6 +111,8 @@ def scaling_records():
 
     return [
         {"kind": "losses", "processes": 1, "parallel": "ddp", "losses": [5.0, 4.0]},
+        {"kind": "losses in parts", "processes": 1, "losses": [5.0, 4.375]},
+        {"kind": "losses in fp32", "processes": 1, "losses": [5.0, 4.25]},
         speed("strong", 1, [190.0], 2000),
         speed("weak", 1, [100.0, 100.0], 1000),
         {"kind": "links", "processes": 2, "bus_gb_per_second": 300.0, "tiny_us": 20.0},
@@ -131,7 +133,9 @@ def test_scaling_judges_efficiency_exchange_and_losses(monkeypatch):
     assert (efficiency["ours"], efficiency["goal"], efficiency["met"]) == (90.0, 95.0, False)
     assert figures["weak communication share: 2 GPUs, ddp"]["ours"] == 10.0
     assert figures["weak communication share: 2 GPUs, fsdp"]["spread"] == [10.0, 20.0]
-    assert figures["largest distance to one GPU's losses: 2 GPUs, fsdp"]["met"] is False
+    distance = figures["largest distance to one GPU's losses: 2 GPUs, fsdp"]
+    assert (distance["ours"], distance["met"]) == (0.125, False)
+    assert figures["largest distance of losses on one GPU: compiled whole and in parts"]["ours"] == 0.375
 
 
 def test_the_scaling_model_on_cases_one_can_do_by_hand():
