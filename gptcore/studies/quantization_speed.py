@@ -61,11 +61,15 @@ def compare_speeds(
 
 
 def measure_peak(model: LanguageModel, device: Device, batch: int, tokens: int) -> float | None:
-    """Peak of memory during a decoding, in MiB: the GPU allocator's, or on Linux the whole process's resident set; else None."""
+    """Peak of memory during a decoding, in MiB: on a GPU of the model and what its decoding adds; on Linux the whole process's resident
+    set; else None."""
     if device.is_cuda:
+        # Not the allocator's whole peak: an earlier cell's training may have left something behind in this process.
+        before = torch.cuda.memory_allocated(device.torch)
         torch.cuda.reset_peak_memory_stats(device.torch)
         decode(model, device, batch, tokens)
-        return torch.cuda.max_memory_allocated(device.torch) / 2**20
+        added = torch.cuda.max_memory_allocated(device.torch) - before
+        return (added + sum(tensor.nbytes for tensor in model.weights().values())) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the resident set's high-water mark starts from now
     except OSError:
