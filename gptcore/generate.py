@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptcore.checkpoint import load_model
 from gptcore.config import ExperimentConfig, load_config
+from gptcore.decoding import start_reading
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.journal import Journal
@@ -55,13 +56,14 @@ def stream_ids(
     A model with positions forgets the older half of its context whenever its `block_size` is full: the cache is then
     refilled from the newer half. `vocab_size` keeps padding rows of the head from being drawn.
     """
-    cache, used, pending = model.new_cache(idx.size(0)), 0, idx
+    limit = model.block_size if model.has_positions else idx.size(1) + max_new_tokens
+    read, used, pending = start_reading(model, len(idx), min(limit, idx.size(1) + max_new_tokens)), 0, idx
     context = idx
-    for _ in range(max_new_tokens):
+    for number in range(max_new_tokens):
         if model.has_positions and used + pending.size(1) > model.block_size:
-            keep = max(1, model.block_size // 2)
-            cache, used, pending = model.new_cache(idx.size(0)), 0, context[:, -keep:]
-        logits = model(pending, cache=cache)[0][:, -1, :vocab_size]  # (B, V)
+            pending, used = context[:, -max(1, model.block_size // 2) :], 0
+            read = start_reading(model, len(idx), min(limit, pending.size(1) + max_new_tokens - number))
+        logits = read(pending)[:, :vocab_size]  # (B, V)
         used += pending.size(1)
         pending = pick_next(logits, temperature, top_k, rng)
         context = torch.cat((context, pending), dim=1)[:, -model.block_size :]

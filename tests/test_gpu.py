@@ -9,11 +9,15 @@ import time
 import pytest
 import torch
 
-from gptcore.config import UserError, check_config, with_changes
+from gptcore import decoding
+from gptcore.config import ModelConfig, UserError, check_config, with_changes
 from gptcore.config.study import Cell
 from gptcore.device import choose_device, naming_refusals
 from gptcore.entry import NonFinite, StopFlag, recording
+from gptcore.generate import generate
 from gptcore.journal import Journal
+from gptcore.models import build_model
+from gptcore.quantize import METHODS, quantize
 from gptcore.shards import ShardSet, prepare
 from gptcore.studies.engine import Bench
 from gptcore.studies.timing_options import TimingOptions
@@ -243,3 +247,22 @@ def test_the_inside_of_a_graphed_step_is_mapped(config, shards, tmp_path):
     row = measure_step(cell, bench).rows[0]
     assert row["step_ms"] > 0
     assert row["kernels"] > 0
+
+
+@pytest.mark.parametrize("method", [None, "bf16", "int8", "int8-dynamic", "int4", "fp8"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_token_as_one_graph_is_the_token_launched_kernel_by_kernel(method, batch, monkeypatch):
+    """Beyond the context, too, where a second recording begins."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(n_layer=2, n_head=2, n_embd=128, block_size=64), 96).cuda().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if method is not None:
+        model = quantize(model, METHODS[method])
+    prompt = torch.randint(96, (batch, 5), device="cuda")
+    taken = {}
+    for least in (1, 10**9):
+        monkeypatch.setattr(decoding, "LEAST_TOKENS", least)
+        taken[least] = generate(model, prompt, 100, torch.Generator("cuda").manual_seed(0), temperature=0)
+    same = (taken[1] == taken[10**9]).float().mean()
+    assert same == 1 if method is None else same > 0.5  # 16 bits: over the whole room sums are taken in another order
