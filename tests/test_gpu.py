@@ -266,3 +266,15 @@ def test_a_token_as_one_graph_is_the_token_launched_kernel_by_kernel(method, bat
         taken[least] = generate(model, prompt, 100, torch.Generator("cuda").manual_seed(0), temperature=0)
     same = (taken[1] == taken[10**9]).float().mean()
     assert same == 1 if method is None else same > 0.5  # 16 bits: over the whole room sums are taken in another order
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32])
+def test_the_kernel_that_reads_int8_weights_multiplies_with_them(rows):
+    from gptcore.models.kernels import int8_linear
+
+    torch.manual_seed(0)
+    x = torch.randn(rows, 776, device="cuda").bfloat16()
+    weight = torch.randint(-128, 128, (1001, 776), device="cuda").to(torch.int8)
+    scale = torch.rand(1001, device="cuda").bfloat16()
+    expected = x.double() @ weight.double().T * scale.double()
+    torch.testing.assert_close(int8_linear(x, weight, scale).double(), expected, rtol=2**-7, atol=1e-2)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.models.base import LanguageModel
+from gptcore.models.layers import HAS_TRITON
 
 Layout = dict[str, dict[str, Any]]
 BF16 = torch.bfloat16
@@ -104,6 +105,13 @@ class Int8Linear(QuantizedLinear):
 
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
         return self.weight[rows].float() * self.scale[rows].float()[:, None]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if HAS_TRITON and x.is_cuda and len(x) <= self.few_rows:
+            from gptcore.models.kernels import int8_linear
+
+            return int8_linear(x, *self._packed)
+        return super().multiply(x)
 
     def multiply_few(self, x: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(x, *self._packed)
