@@ -109,6 +109,10 @@ class Int8Linear(QuantizedLinear):
 
     def multiply_few(self, x: Tensor) -> Tensor:
         digits, scale_and_zero, group_size = self._packed
+        if self.in_features % 16:
+            return self.multiply(
+                x
+            )  # the int8 kernel reads sixteen inputs at a time, and past the end of a row where they are fewer
         if digits is None or len(x) > 2:
             return torch._weight_int8pack_mm(x, self.weight, self.scale)
         y = torch._weight_int4pack_mm_for_cpu(torch.cat((x, x), dim=1), digits, group_size, scale_and_zero)
