@@ -82,8 +82,6 @@ class QuantizedLinear(nn.Module):
         y = y.view(*x.shape[:-1], self.out_features)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    __call__ = forward  # nn.Module's looks for hooks first, which takes as long as adding the bias; here are none
-
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
         self._packed = None  # packed from what is overwritten
@@ -109,10 +107,8 @@ class Int8Linear(QuantizedLinear):
 
     def multiply_few(self, x: Tensor) -> Tensor:
         digits, scale_and_zero, group_size = self._packed
-        if self.in_features % 16:
-            return self.multiply(
-                x
-            )  # the int8 kernel reads sixteen inputs at a time, and past the end of a row where they are fewer
+        if self.in_features % 16:  # the kernel reads sixteen at a time, and past the end of a row where they are fewer
+            return self.multiply(x)
         if digits is None or len(x) > 2:
             return torch._weight_int8pack_mm(x, self.weight, self.scale)
         y = torch._weight_int4pack_mm_for_cpu(torch.cat((x, x), dim=1), digits, group_size, scale_and_zero)
