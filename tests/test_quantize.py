@@ -10,7 +10,7 @@ from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
 from gptcore.config import ExperimentConfig, ModelConfig, UserError
 from gptcore.generate import generate
 from gptcore.models import build_model
-from gptcore.models.quantized import KINDS, Int4Linear, QuantizedLinear, layout_of
+from gptcore.models.quantized import KINDS, Int4Linear, Int8Linear, QuantizedLinear, layout_of
 from gptcore.quantize import METHODS, Method, quantize, quantize_checkpoint
 from gptcore.quantize.gptq import gptq_groups
 from gptcore.quantize.model import quantized_layer
@@ -57,7 +57,7 @@ def test_int4_scales_beat_the_plain_range_and_digits_survive_packing():
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize("out_features", [48, 29])
 def test_every_kernel_multiplies_with_the_weights_it_stores(kind, rows, out_features):
     """Few rows take another kernel than many; a padded row or a scale of another group would show."""
@@ -69,6 +69,22 @@ def test_every_kernel_multiplies_with_the_weights_it_stores(kind, rows, out_feat
     assert layer(x).shape == wanted.shape
     assert (layer(x) - wanted).norm() / wanted.norm() < (0.02 if kind == "int8_dynamic" else 0.01)
     assert (wanted - linear(x)).norm() / wanted.norm() < (0.2 if kind == "int4" else 0.05)
+
+
+@pytest.mark.parametrize("in_features", [768, 48, 32, 13])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_int8_for_few_tokens_is_the_exact_product_rounded_once(in_features, rows):
+    """All 256 weights, which the int4 kernel reads in halves; 48 and 13 inputs it does not take, and 13 torch's int8 kernel does not."""
+    layer = Int8Linear(in_features, 256)
+    layer.weight = torch.arange(-128, 128).repeat(in_features, 1).T.contiguous().to(torch.int8)
+    layer.weight[:, ::3] *= -1
+    layer.scale = torch.rand(256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    behind = torch.full((rows * in_features + 64,), 1e30).bfloat16()  # what a kernel would read past the end
+    x = behind[: rows * in_features].view(rows, in_features)
+    x.copy_(torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1)))
+    wanted = x.double() @ layer.weight.double().T * layer.scale.double()
+    rounded_weights = 0 if in_features % 16 == 0 else 0.01 * wanted.norm()  # unpacked ones are bfloat16
+    assert (layer(x) - wanted).norm() < 1.1 * (wanted.bfloat16() - wanted).norm() + rounded_weights
 
 
 def test_gptq_changes_outputs_less_than_rounding():
