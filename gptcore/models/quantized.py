@@ -110,7 +110,7 @@ class Int8Linear(QuantizedLinear):
         if HAS_TRITON and x.is_cuda and len(x) <= self.few_rows:
             from gptcore.models.kernels import int8_linear
 
-            return int8_linear(x, *self._packed)
+            return int8_linear(x, self.weight, self.scale)
         return super().multiply(x)
 
     def multiply_few(self, x: Tensor) -> Tensor:
