@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,11 +18,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gptcore.config import ModelConfig, check_config
+from gptcore.config import EvaluateConfig, ModelConfig, check_config
 from gptcore.device import choose_device
+from gptcore.evaluate import Evaluation
 from gptcore.models import build_model
 from gptcore.studies.engine import Results
-from gptcore.studies.quantization_cell import QuantizationOptions
+from gptcore.studies.quantization_cell import QuantizationOptions, delta_over_text
 from gptcore.studies.quantization_summary import compare, sentence
 from gptcore.studies.rnn_budget import at_budget, comparable
 from gptcore.studies.rnn_carried import CarriedForward, ContiguousSampler, stream_bpb
@@ -169,8 +172,24 @@ def test_quantization_compares_seeds_with_themselves():
     assert "25.0 % of the bytes" in said
     assert "3.90 times" in said
     assert "+0.0010 bits per byte (n=3" in said
+    assert "95 % interval +0.0010 to +0.0010" in said
+    one = rows[rows["seed"] == 1].assign(text_low=0.0004, text_high=0.0016)
+    said = sentence(compare(one, "fp32", ["decode_1"]).iloc[0], ["decode_1"])
+    assert "(n=1, 95 % interval over texts +0.0004 to +0.0016)" in said
+    assert "(no interval)" in said  # of the speed
     with pytest.raises(ValueError, match="no such method"):
         QuantizationOptions(method="int3")
+
+
+def test_a_loss_is_paired_by_document():
+    """Documents differ by far more than a method changes any of them: unpaired, the interval would hold nothing but that."""
+    documents, difficulty = np.arange(40), np.linspace(10, 500, 40)
+    full = Evaluation(1.0, 1, difficulty, np.full(40, 100.0), np.zeros(1))
+    small = dataclasses.replace(full, record_nats=difficulty + np.tile([0.1, 0.3], 20))
+    interval = delta_over_text(small, full, documents, EvaluateConfig())
+    lost = 0.2 / (100 * math.log(2))
+    assert 0.5 * lost < interval["text_low"] < lost < interval["text_high"] < 1.5 * lost
+    assert delta_over_text(small, full, documents, EvaluateConfig(bootstrap=0)) == {}
 
 
 def run_smoke(name: str, home: Path, text: Path, *more: str) -> tuple[dict[str, Any], Path]:

@@ -85,6 +85,9 @@ def compare(rows: pd.DataFrame, baseline: str, speeds: list[str]) -> pd.DataFram
             entry[name] = row["difference"]
             if not is_ratio:
                 entry |= {f"{name}_low": row["low"], f"{name}_high": row["high"]}
+                if row["n"] == 1 and "text_low" in rows:  # one seed: what is left is the spread over texts
+                    own = rows[rows["arm"] == row["arm"]].iloc[0]
+                    entry |= {f"{name}_low": own["text_low"], f"{name}_high": own["text_high"]}
     for arm, entry in found.items():
         for speed in speeds:  # each cell timed the trained weights beside its own
             times = ratio_interval(rows.loc[rows["arm"] == arm, f"{speed}_speedup"])
@@ -96,8 +99,8 @@ def sentence(row: pd.Series, speeds: list[str]) -> str:
     """`int8 takes 25 % of the bytes, decodes 3.90 times as fast (…) and costs +0.0010 bits per byte (n=5, …)`."""
     speed = speeds[0]
     interval = lambda name, style: (  # noqa: E731
-        f"95 % interval {row[f'{name}_low']:{style}} to {row[f'{name}_high']:{style}}"
-        if row["n"] > 1
+        f"95 % interval {'over texts ' if row['n'] == 1 else ''}{row[f'{name}_low']:{style}} to {row[f'{name}_high']:{style}}"
+        if pd.notna(row[f"{name}_low"])
         else "no interval"
     )
     return (
