@@ -37,8 +37,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(BF16), requires_grad=False)
-        self._packed: Any = None  # what the kernel reads, made at the first use on a device
-        self._bias: Tensor | None = None
+        self._packed: Any = None  # what a kernel reads, made when it first does on a device
+        self._bias: tuple[Tensor | None] | None = None  # in a tuple: a parameter would be registered a second time
 
     @property
     def stored_parameters(self) -> int:
@@ -68,27 +68,32 @@ class QuantizedLinear(nn.Module):
         """What the device's kernel reads."""
         return self.weight, self.scale
 
+    def packed(self, device: torch.device) -> Any:
+        """`pack_for`, once: a model that only reads many tokens at a time never needs it."""
+        if self._packed is None:
+            self._packed = self.pack_for(device)
+        return self._packed
+
     def forward(self, x: Tensor) -> Tensor:
         # Lean on purpose: at one token everything between the kernels runs on cold caches, in each of 50 layers, and attributes that
         # a module has to search for count, too.
-        if self._packed is None:
-            self._packed = self.pack_for(x.device)
-            # Detached, since a parameter would be registered a second time.
-            self._bias = None if self.bias is None else self.bias.detach()
+        if self._bias is None:
+            self._bias = (self.bias,)
         rows = x.numel() // self.in_features
         flat = x.reshape(rows, self.in_features) if x.dtype == BF16 else x.reshape(rows, self.in_features).to(BF16)
         y = self.multiply_few(flat) if rows <= self.few_rows and not x.is_cuda else self.multiply(flat)
-        if self._bias is not None:
-            y = y.add_(self._bias)
+        (bias,) = self._bias
+        if bias is not None:
+            y = y.add_(bias)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
-        self._packed = None  # packed from what is overwritten
+        self._packed = self._bias = None  # made from what is overwritten
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._packed = None  # packed for the device that is left
+        self._packed = self._bias = None  # made for the device that is left
         return super()._apply(fn, recurse)
 
 
@@ -114,11 +119,12 @@ class Int8Linear(QuantizedLinear):
         return super().multiply(x)
 
     def multiply_few(self, x: Tensor) -> Tensor:
-        digits, scale_and_zero, group_size = self._packed
         if self.in_features % 16:  # the kernel reads sixteen at a time, and past the end of a row where they are fewer
             return self.multiply(x)
-        if digits is None or len(x) > 2:
+        packed = self.packed(x.device) if len(x) <= 2 else None
+        if packed is None or packed[0] is None:
             return torch._weight_int8pack_mm(x, self.weight, self.scale)
+        digits, scale_and_zero, group_size = packed
         y = torch._weight_int4pack_mm_for_cpu(torch.cat((x, x), dim=1), digits, group_size, scale_and_zero)
         return y if y.size(1) == self.out_features else y[:, : self.out_features].contiguous()
 
@@ -155,7 +161,7 @@ class Int8DynamicLinear(Int8Linear):
         return self.weight, self.scale.float()
 
     def multiply(self, x: Tensor) -> Tensor:
-        weight, scale = self._packed
+        weight, scale = self.packed(x.device)
         largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
         x_scale = largest.clamp_min_(1e-12).div_(127)  # (rows, 1)
         x8 = x.div(x_scale).round_().to(torch.int8)
@@ -209,7 +215,7 @@ class Int4Linear(QuantizedLinear):
         return not (self.in_features % 32 or self.out_features % 8)
 
     def multiply_few(self, x: Tensor) -> Tensor:
-        weight, scale_and_zero = self._packed
+        weight, scale_and_zero = self.packed(x.device)
         kernel = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
         y = kernel(x, weight, self.group_size, scale_and_zero)
         return y if y.size(1) == self.out_features else y[:, : self.out_features].contiguous()
