@@ -59,6 +59,7 @@ class GraphedReader:
         assert self._graph is not None
         self._idx.copy_(idx)
         self._graph.replay()
+        self.cache.length += 1  # a recording advances only what is on the device
         return self._logits.clone()  # the next replay writes into the same place
 
     def _record(self, idx: Tensor) -> None:
