@@ -11,7 +11,7 @@ from gptcore.config import ModelConfig, UserError
 from gptcore.models import build_model, losses
 from gptcore.models.cache import FixedCache
 from gptcore.models.fp8 import use_fp8
-from gptcore.models.layers import apply_rotary, rms_norm, rotary_table
+from gptcore.models.layers import apply_rotary, attend_once, rms_norm, rotary_table
 from gptcore.models.published import load_published, to_published
 from gptcore.studies.rnn_sizes import estimate_gpt_parameters, estimate_lstm_parameters
 
@@ -114,6 +114,14 @@ def test_a_cache_that_never_moves_gives_the_same_logits(preset, pieces):
     parts = [model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(idx)[0], rtol=1e-4, atol=1e-4)
     assert cache.keys[0].size(2) == cache.room == 64
+
+
+def test_attention_of_one_query_written_out_is_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
+    for mask in (None, (torch.arange(20) < 7)[None]):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(attend_once(q, k, v, mask), expected)
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))

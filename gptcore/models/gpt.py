@@ -21,6 +21,7 @@ from gptcore.models.layers import (
     ACTIVATIONS,
     Norm,
     apply_rotary,
+    attend_once,
     compute_dtype,
     dropout,
     has_kernels,
@@ -46,7 +47,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, 3C)
         if not x.is_cuda and qkv.itemsize == 2:
             qkv = qkv.float()  # on a CPU attention in 16 bits takes three times as long, forwards and backwards
-        if rotary is not None and self.qk_norm and cache is None and has_kernels(qkv, C // self.n_head):
+        if rotary is not None and self.qk_norm and has_kernels(qkv, C // self.n_head):
             from gptcore.models.kernels import rotate_heads
 
             q, k, v = rotate_heads(qkv, *rotary, self.n_head)  # what follows here, in one kernel
@@ -64,14 +65,17 @@ class CausalSelfAttention(nn.Module):
             mask = cache.mask(T, k.size(2))  # (T, S)
         is_cast_back = not x.is_cuda and torch.is_autocast_enabled("cpu")
         with torch.autocast("cpu", enabled=False) if is_cast_back else nullcontext():
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None and T > 1,
-                dropout_p=self.dropout if self.training else 0.0,
-            )  # (B, nh, T, hs)
+            if cache is not None and T == 1 and q.is_cuda and q.itemsize == 4:
+                y = attend_once(q, k, v, mask)  # (B, nh, 1, hs)
+            else:
+                y = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=mask,
+                    is_causal=mask is None and T > 1,
+                    dropout_p=self.dropout if self.training else 0.0,
+                )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
         return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 

@@ -21,7 +21,9 @@ from gptcore.models.fp8 import E5M2
 EPSILON = 1e-7  # of the norm, in float32
 ROWS = 32  # tokens of one program of rotate_heads
 TILE = 128  # rows and columns of one program of transpose_bytes
-WEIGHT_ROWS, WEIGHT_COLUMNS = 16, 256  # weights that one program of narrow_linear has at a time
+# Rows and columns of weights that one program of narrow_linear has at a time: few rows have to go round a hundred multiprocessors.
+FEW_WEIGHTS, MANY_WEIGHTS = (16, 256), (64, 128)
+MANY_ROWS = 8192
 LOSS_BLOCK = 4096  # logits of a row that one program of the loss has at a time
 
 
@@ -225,8 +227,8 @@ def narrow_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """
     (M, K), N = x.shape, len(weight)
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-    block_m = max(16, triton.next_power_of_2(M))
-    _narrow_linear_kernel[(triton.cdiv(N, WEIGHT_ROWS),)](
-        x, weight, scale, y, M, N, K, BLOCK_M=block_m, BLOCK_N=WEIGHT_ROWS, BLOCK_K=WEIGHT_COLUMNS, num_warps=4
+    block_m, (block_n, block_k) = max(16, triton.next_power_of_2(M)), MANY_WEIGHTS if N >= MANY_ROWS else FEW_WEIGHTS
+    _narrow_linear_kernel[(triton.cdiv(N, block_n),)](
+        x, weight, scale, y, M, N, K, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=2, num_stages=3
     )
     return y
