@@ -6,7 +6,7 @@ python -m gptcore.generate CHECKPOINT [--prompt TEXT] [--out DIR]
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptcore.checkpoint import load_model
 from gptcore.config import ExperimentConfig, load_config
+from gptcore.decoding import start_decoding
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.journal import Journal
@@ -55,16 +56,25 @@ def stream_ids(
     A model with positions forgets the older half of its context whenever its `block_size` is full: the cache is then
     refilled from the newer half. `vocab_size` keeps padding rows of the head from being drawn.
     """
-    cache, used, pending = model.new_cache(idx.size(0)), 0, idx
-    context = idx
-    for _ in range(max_new_tokens):
-        if model.has_positions and used + pending.size(1) > model.block_size:
-            keep = max(1, model.block_size // 2)
-            cache, used, pending = model.new_cache(idx.size(0)), 0, context[:, -keep:]
-        logits = model(pending, cache=cache)[0][:, -1, :vocab_size]  # (B, V)
-        used += pending.size(1)
-        pending = pick_next(logits, temperature, top_k, rng)
-        context = torch.cat((context, pending), dim=1)[:, -model.block_size :]
+
+    def pick(logits: Tensor) -> Tensor:
+        return pick_next(logits[:, :vocab_size], temperature, top_k, rng)
+
+    def start(given: int, left: int) -> Callable[[Tensor], Tensor]:
+        tokens = min(given + left, model.block_size) if model.has_positions else given + left
+        return start_decoding(model, len(idx), tokens, pick, rng)
+
+    step, pending, context = start(idx.size(1), max_new_tokens), idx, [idx]
+    used = 0
+    for number in range(max_new_tokens):
+        if model.has_positions:
+            if used + pending.size(1) > model.block_size:
+                pending = torch.cat(context, dim=1)[:, -max(1, model.block_size // 2) :]
+                step, used, context = start(pending.size(1), max_new_tokens - number), 0, [pending]
+            used += pending.size(1)
+        pending = step(pending)  # (B, 1)
+        if model.has_positions:
+            context.append(pending)
         yield pending
 
 

@@ -8,12 +8,17 @@ import time
 
 import pytest
 import torch
+from torch import Tensor
 
-from gptcore.config import UserError, check_config, with_changes
+from gptcore import decoding
+from gptcore.config import ModelConfig, UserError, check_config, with_changes
 from gptcore.config.study import Cell
 from gptcore.device import choose_device, naming_refusals
 from gptcore.entry import NonFinite, StopFlag, recording
+from gptcore.generate import generate
 from gptcore.journal import Journal
+from gptcore.models import build_model
+from gptcore.quantize import METHODS, quantize
 from gptcore.shards import ShardSet, prepare
 from gptcore.studies.engine import Bench
 from gptcore.studies.timing_options import TimingOptions
@@ -243,3 +248,53 @@ def test_the_inside_of_a_graphed_step_is_mapped(config, shards, tmp_path):
     row = measure_step(cell, bench).rows[0]
     assert row["step_ms"] > 0
     assert row["kernels"] > 0
+
+
+def random_model(method):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(n_layer=2, n_head=2, n_embd=128, block_size=64), 96).cuda().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model if method is None else quantize(model, METHODS[method])
+
+
+@pytest.mark.parametrize("method", [None, "bf16", "int8", "int8-dynamic", "int4", "fp8"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_token_as_one_graph_is_the_token_launched_kernel_by_kernel(method, batch):
+    model = random_model(method)
+    idx = torch.randint(96, (batch, 60), device="cuda")
+    step = decoding.start_decoding(model, batch, 60, Tensor.float, torch.Generator("cuda"))
+    cache = model.new_cache(batch)
+    with torch.inference_mode():
+        for piece in (idx[:, :5], *idx[:, 5:50].split(1, dim=1), idx[:, 50:54], *idx[:, 54:].split(1, dim=1)):
+            expected = model(piece, cache=cache)[0][:, -1].float()
+            tolerance = (
+                1e-4 if method is None else 0.05 * expected.std().item()
+            )  # 16 bits: sums are taken in another order
+            torch.testing.assert_close(step(piece), expected, rtol=0.0 if method else 1e-4, atol=tolerance)
+    assert isinstance(step, decoding.GraphedDecoder)
+    assert step.is_recorded
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_text_longer_than_the_context_goes_on_in_a_second_recording(temperature, monkeypatch):
+    """And a recording draws the numbers that its generator would have given."""
+    model, prompt = random_model(None), torch.zeros(2, 5, dtype=torch.int64, device="cuda")
+    taken = []
+    for least in (1, 10**9):
+        monkeypatch.setattr(decoding, "LEAST_TOKENS", least)
+        taken.append(generate(model, prompt, 150, torch.Generator("cuda").manual_seed(0), temperature=temperature))
+    assert torch.equal(*taken)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_the_kernel_that_reads_narrow_weights_multiplies_with_them(rows, dtype):
+    from gptcore.models.kernels import narrow_linear
+
+    torch.manual_seed(0)
+    x = torch.randn(rows, 776, device="cuda").bfloat16()
+    weight = torch.randint(-128, 128, (1001, 776), device="cuda").to(dtype)
+    scale = torch.rand(1001, device="cuda").bfloat16()
+    expected = x.double() @ weight.double().T * scale.double()
+    torch.testing.assert_close(narrow_linear(x, weight, scale).double(), expected, rtol=2**-7, atol=1e-2)

@@ -36,6 +36,7 @@ ROOMS = (
     "checkpoint",
     "evaluate",
     "train",
+    "decoding",
     "generate",
     "quantize",
     "serve",

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 from gptcore.config import ModelConfig, UserError
 from gptcore.models import build_model, losses
+from gptcore.models.cache import FixedCache
 from gptcore.models.fp8 import use_fp8
-from gptcore.models.layers import apply_rotary, rms_norm, rotary_table
+from gptcore.models.layers import apply_rotary, attend_once, rms_norm, rotary_table
 from gptcore.models.published import load_published, to_published
 from gptcore.studies.rnn_sizes import estimate_gpt_parameters, estimate_lstm_parameters
 
@@ -101,6 +102,26 @@ def test_a_cache_gives_the_logits_of_the_whole_text(family, pieces):
     cache = model.new_cache(3)
     parts = [model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "classic"])
+@pytest.mark.parametrize("pieces", [[1] * T, [5, *[1] * (T - 5)], [5, 1, 4, *[1] * (T - 10)]])
+def test_a_cache_that_never_moves_gives_the_same_logits(preset, pieces):
+    """Its room is larger than what it holds, and a single token's mask comes from the length on the device."""
+    model, idx = make(preset), tokens()
+    model.block_size = 200
+    cache = FixedCache(200, T, torch.device("cpu"))
+    parts = [model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(idx)[0], rtol=1e-4, atol=1e-4)
+    assert cache.keys[0].size(2) == cache.room == 64
+
+
+def test_attention_of_one_query_written_out_is_attention():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
+    for mask in (None, (torch.arange(20) < 7)[None]):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(attend_once(q, k, v, mask), expected)
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))

@@ -21,6 +21,7 @@ from gptcore.models.layers import (
     ACTIVATIONS,
     Norm,
     apply_rotary,
+    attend_once,
     compute_dtype,
     dropout,
     has_kernels,
@@ -46,7 +47,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, 3C)
         if not x.is_cuda and qkv.itemsize == 2:
             qkv = qkv.float()  # on a CPU attention in 16 bits takes three times as long, forwards and backwards
-        if rotary is not None and self.qk_norm and cache is None and has_kernels(qkv, C // self.n_head):
+        if rotary is not None and self.qk_norm and has_kernels(qkv, C // self.n_head):
             from gptcore.models.kernels import rotate_heads
 
             q, k, v = rotate_heads(qkv, *rotary, self.n_head)  # what follows here, in one kernel
@@ -61,18 +62,20 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
-            if 1 < T < k.size(2):
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # (T, S)
+            mask = cache.mask(T, k.size(2))  # (T, S)
         is_cast_back = not x.is_cuda and torch.is_autocast_enabled("cpu")
         with torch.autocast("cpu", enabled=False) if is_cast_back else nullcontext():
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None and T > 1,
-                dropout_p=self.dropout if self.training else 0.0,
-            )  # (B, nh, T, hs)
+            if cache is not None and T == 1 and q.is_cuda and q.itemsize == 4:
+                y = attend_once(q, k, v, mask)  # (B, nh, 1, hs)
+            else:
+                y = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=mask,
+                    is_causal=mask is None and T > 1,
+                    dropout_p=self.dropout if self.training else 0.0,
+                )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
         return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
@@ -129,26 +132,27 @@ class Transformer(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
-    def embed(self, idx: Tensor, start: int) -> Tensor:
-        """What the first block reads, (B, T, C), of ids (B, T) at positions from `start` on."""
+    def embed(self, idx: Tensor, positions: Tensor | None) -> Tensor:
+        """What the first block reads, (B, T, C), of ids (B, T) and, where they are learned, the vectors of their positions, (T, C)."""
         x = self.wte(idx)  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe.weight[start : start + idx.size(1)]  # (B, T, C)
+        if positions is not None:
+            x = x + positions  # (B, T, C)
         if self.config.embedding_norm:
             x = rms_norm(x)  # (B, T, C)
         # The residual stream is kept in the type of the products: half the memory traffic of float32 at 16 bits.
         return dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
 
     def forward(self, idx: Tensor, cache: KVCache | None) -> Tensor:
-        T, start = idx.size(1), cache.length if cache is not None else 0
-        x = self.embed(idx, start)  # (B, T, C)
+        T = idx.size(1)
+        places = slice(0, T) if cache is None else cache.places(T)
+        x = self.embed(idx, None if self.wpe is None else self.wpe.weight[places])  # (B, T, C)
         rotary = None
         if self.config.positions == "rotary":
-            rotary = self.cos[start : start + T], self.sin[start : start + T]  # (T, hs / 2) each
+            rotary = self.cos[places], self.sin[places]  # (T, hs / 2) each
         for layer, block in enumerate(self.h):
             x = block(x, rotary, cache, layer)  # (B, T, C)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return x if self.ln_f is None else self.ln_f(x)  # (B, T, C)
 
 

@@ -4,6 +4,7 @@ All need a CUDA GPU and Triton; tests/test_gpu.py holds each against the plain c
 `rotate_heads`: for attention in 16 bits with query-key norm and rotary positions; without it the gradients of queries, keys and values
 are put together in four passes. `loss_and_gradient_fp8` and `transpose_bytes`: for a head in eight bits; the compiler takes a tanh that is
 exact to the last digit, and loses more time writing the gradient transposed than all the rest takes (experiments/LOG.md, 2026-11-27).
+`narrow_linear`: for decoding, which has to read every weight for a few tokens, so weights are widened on their way to the product.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from gptcore.models.fp8 import E5M2
 EPSILON = 1e-7  # of the norm, in float32
 ROWS = 32  # tokens of one program of rotate_heads
 TILE = 128  # rows and columns of one program of transpose_bytes
+# Rows and columns of weights that one program of narrow_linear has at a time: few rows have to go round a hundred multiprocessors.
+FEW_WEIGHTS, MANY_WEIGHTS = (16, 256), (64, 128)
+MANY_ROWS = 8192
 LOSS_BLOCK = 4096  # logits of a row that one program of the loss has at a time
 
 
@@ -195,3 +199,36 @@ def transpose_bytes(x: Tensor) -> Tensor:
     grid = (triton.cdiv(N, TILE), triton.cdiv(M, TILE))
     _transpose_kernel[grid](x.view(torch.uint8), out.view(torch.uint8), M, N, TILE=TILE, num_warps=8)
     return out
+
+
+@triton.jit
+def _narrow_linear_kernel(
+    x, weight, scale, y, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """All rows of x times BLOCK_N rows of the weight, summed in float32."""
+    m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_m, is_n = m < M, n < N
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        is_k = k < K
+        a = tl.load(x + m[:, None] * K + k[None, :], mask=is_m[:, None] & is_k[None, :], other=0.0)
+        at = n.to(tl.int64)[None, :] * K + k[:, None]
+        b = tl.load(weight + at, mask=is_n[None, :] & is_k[:, None])
+        total = tl.dot(a, b.to(tl.bfloat16), total)
+    total *= tl.load(scale + n, mask=is_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + m[:, None] * N + n[None, :], total.to(tl.bfloat16), mask=is_m[:, None] & is_n[None, :])
+
+
+def narrow_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (M, K) in bfloat16, M up to a few tens, times weights of 8 bits (N, K), int8 or e4m3, with a scale a row, (N,).
+
+    Returns (M, N) in bfloat16. All contiguous; e4m3 on GPUs that multiply it themselves.
+    """
+    (M, K), N = x.shape, len(weight)
+    y = torch.empty(M, N, device=x.device, dtype=x.dtype)
+    block_m, (block_n, block_k) = max(16, triton.next_power_of_2(M)), MANY_WEIGHTS if N >= MANY_ROWS else FEW_WEIGHTS
+    _narrow_linear_kernel[(triton.cdiv(N, block_n),)](
+        x, weight, scale, y, M, N, K, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=2, num_stages=3
+    )
+    return y

@@ -56,6 +56,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (B, nh, T, hs)
 
 
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query a head, (B, nh, 1, hs), over keys and values (B, nh, S, hs), written out. mask: what it sees, (1, S).
+
+    On a GPU torch's kernel for float32 leaves all keys of a head to one of its hundred processors, which for one token is most of a
+    step of decoding; two products spread over all of them.
+    """
+    scores = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5  # (B, nh, 1, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
 def has_kernels(qkv: Tensor, head_size: int) -> bool:
     """Whether `kernels.rotate_heads` takes it: in 16 bits on a GPU with Triton, heads a power of two wide."""
     return HAS_TRITON and qkv.is_cuda and qkv.itemsize == 2 and head_size & (head_size - 1) == 0

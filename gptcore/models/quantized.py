@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.models.base import LanguageModel
+from gptcore.models.layers import HAS_TRITON
 
 Layout = dict[str, dict[str, Any]]
 BF16 = torch.bfloat16
@@ -109,6 +110,13 @@ class Int8Linear(QuantizedLinear):
 
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
         return self.weight[rows].float() * self.scale[rows].float()[:, None]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if HAS_TRITON and x.is_cuda and len(x) <= self.few_rows:
+            from gptcore.models.kernels import narrow_linear
+
+            return narrow_linear(x, self.weight, self.scale)
+        return super().multiply(x)
 
     def multiply_few(self, x: Tensor) -> Tensor:
         if self.in_features % 16:  # the kernel reads sixteen at a time, and past the end of a row where they are fewer
@@ -231,10 +239,11 @@ def fits_int4(in_features: int, group_size: int) -> bool:
 
 
 class Float8Linear(QuantizedLinear):
-    """e4m3 weights with one scale an output row; on GPUs with FP8 the activations too, one scale a token."""
+    """e4m3 weights with one scale an output row; on GPUs with FP8 the activations of many tokens too, one scale a token."""
 
     kind = "fp8"
-    few_rows = 0  # there is no kernel for few
+    few_rows = 0  # there is no kernel for few on a CPU
+    few_rows_on_gpu = 32
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__(in_features, out_features, bias)
@@ -248,6 +257,10 @@ class Float8Linear(QuantizedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         if not has_fp8(x.device) or self.in_features % 16 or self.out_features % 16:
             return F.linear(x, self.dequantize().to(BF16))
+        if HAS_TRITON and len(x) <= self.few_rows_on_gpu:
+            from gptcore.models.kernels import narrow_linear
+
+            return narrow_linear(x, self.weight.view(E4M3), self.scale)
         x_scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(E4M3).max  # (rows, 1)
         x8 = F.pad((x.float() / x_scale).to(E4M3).view(torch.uint8), (0, 0, 0, -len(x) % 16)).view(E4M3)
         x_scale = F.pad(x_scale, (0, 0, 0, -len(x) % 16), value=1.0)

@@ -61,7 +61,9 @@ def measure_step(cell: Cell, bench: Bench) -> CellResult:
             walls.append(time.time() - began)
         clocked.append(sum(clock.paths.values()))
         maps.append(clock.paths)
-    check_sum(sum(clocked), sum(walls), cell.options.tolerance)
+    # Of the steps the one in the middle: what interrupts a step of 2 ms between two readings is no section's fault.
+    pairs = sorted(zip(clocked, walls, strict=True), key=lambda pair: pair[0] / pair[1])
+    check_sum(*pairs[len(pairs) // 2], cell.options.tolerance)
     rows = _section_rows(maps)
     trainer.clock = traced = MapClock(bench.device.synchronize)
     trace = trace_step(trainer, traced, lambda: train_step(trainer), bench.out / TRACE)
