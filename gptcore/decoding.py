@@ -9,6 +9,7 @@ A token of a small model is hundreds of kernels that take longer to launch than 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,8 @@ from gptcore.models.gpt import GPT
 LEAST_TOKENS = 16  # a recording takes as long as a few tokens launched kernel by kernel
 
 Pick = Callable[[Tensor], Tensor]  # from logits (B, V)
+
+RECORDING = threading.Lock()  # all recordings of a process go by one stream
 
 
 def start_decoding(model: LanguageModel, batch: int, tokens: int, pick: Pick, rng: torch.Generator) -> Pick:
@@ -69,8 +72,8 @@ class GraphedDecoder:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.rng)  # each replay draws the next numbers
-        # Other threads of a server may go on allocating meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Other threads of a server may go on with their work meanwhile.
+        with RECORDING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._picked = _step(self.model, self._idx, self.cache, self.pick)
         self._graph, self.cache.length = graph, length  # nothing was read yet
 
