@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from gptcore.config import ModelConfig
+from gptcore.decoding import FlatDecoder, start_decoding
 from gptcore.generate import generate, pick_next
 from gptcore.models import build_model
+from gptcore.quantize import METHODS, quantize
 
 V, T = 29, 16
 
@@ -58,3 +60,28 @@ def test_draws_follow_the_probabilities_and_skip_impossible_ids():
     assert (shares[probabilities == 0] == 0).all()
     torch.testing.assert_close(shares, probabilities, atol=0.02, rtol=0)
     assert set(pick_next(torch.tensor([[0.0, -1.0]]), 0.0, None, rng()).flatten().tolist()) == {0}
+
+
+@pytest.mark.parametrize("method", [None, "bf16", "int8", "int8-dynamic", "int4", "fp8"])
+@pytest.mark.parametrize("preset", ["modern", "gpt2", "classic"])
+def test_one_flat_loop_gives_the_same_bits_as_the_modules(preset, method):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(preset=preset, n_layer=2, n_head=2, n_embd=64, block_size=T, softcap=5.0), V).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if method is not None:
+        model = quantize(model, METHODS[method])
+    idx = torch.randint(V, (3, T))
+    step, cache = start_decoding(model, 3, T, lambda logits: logits, rng()), model.new_cache(3)
+    assert isinstance(step, FlatDecoder)
+    with torch.inference_mode():
+        for piece in (idx[:, :4], *idx[:, 4:9].split(1, dim=1), idx[:, 9:12], *idx[:, 12:].split(1, dim=1)):
+            assert torch.equal(step(piece), model(piece, cache=cache)[0][:, -1])
+
+
+def test_a_model_that_is_watched_decodes_by_its_modules():
+    model = build_model(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=T), V).eval()
+    seen = []
+    model.transformer.h[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    generate(model, torch.zeros(1, 1, dtype=torch.int64), 5, rng())
+    assert len(seen) == 5

@@ -23,14 +23,16 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, nh, T, hs) and return all so far, (B, nh, length + T, hs)."""
-        end = self.length + k.size(2)
-        for kept, new in ((self.keys, k), (self.values, v)):
-            if layer == len(kept):
-                kept.append(self._with_room(new[:, :, :0], end))
-            elif end > kept[layer].size(2):
-                kept[layer] = self._with_room(kept[layer][:, :, : self.length], end)
-            kept[layer][:, :, self.length : end] = new
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        length, end = self.length, self.length + k.size(2)
+        if layer == len(self.keys):
+            self.keys.append(self._with_room(k[:, :, :0], end))
+            self.values.append(self._with_room(v[:, :, :0], end))
+        keys, values = self.keys[layer], self.values[layer]
+        if end > keys.size(2):
+            keys = self.keys[layer] = self._with_room(keys[:, :, :length], end)
+            values = self.values[layer] = self._with_room(values[:, :, :length], end)
+        keys[:, :, length:end], values[:, :, length:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
     def places(self, T: int) -> slice | Tensor:
         """The positions of the next T tokens, as an index of tables by position."""

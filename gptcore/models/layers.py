@@ -17,7 +17,7 @@ class Norm(nn.Module):
 
     def __init__(self, channels: int, kind: str, gain: bool, bias: bool) -> None:
         super().__init__()
-        self.kind = kind
+        self.channels, self.kind = channels, kind
         self.weight = nn.Parameter(torch.ones(channels)) if gain else None
         self.bias = nn.Parameter(torch.zeros(channels)) if gain and bias and kind == "layer" else None
 
@@ -27,8 +27,8 @@ class Norm(nn.Module):
         if weight is not None and weight.dtype != x.dtype:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if self.kind == "rms":
-            return F.rms_norm(x, (x.size(-1),), weight)
-        y = F.layer_norm(x, (x.size(-1),), weight, bias)
+            return F.rms_norm(x, (self.channels,), weight)
+        y = F.layer_norm(x, (self.channels,), weight, bias)
         return y if y.dtype == x.dtype else y.to(x.dtype)  # autocast answers in float32
 
 

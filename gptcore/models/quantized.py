@@ -11,6 +11,7 @@ is a layout: the `quantization` of a checkpoint's state, from which `with_layout
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +24,16 @@ from gptcore.models.layers import HAS_TRITON
 Layout = dict[str, dict[str, Any]]
 BF16 = torch.bfloat16
 E4M3 = torch.float8_e4m3fn
+Product = Callable[[Tensor], Tensor]
+# What the two weights in a byte are, before their scale.
+INT4_PAIRS = torch.stack((torch.arange(256) // 16 - 8, torch.arange(256) % 16 - 8), dim=1).to(BF16)
 
 
 class QuantizedLinear(nn.Module):
     """y = x W^T + b with a stored W (out_features, in_features). Also a table: `rows(idx)` are the embeddings of ids."""
 
     kind: ClassVar[str]
-    few_rows: ClassVar[int]  # up to so many tokens the packed CPU kernel is faster than unpacking
+    few_rows: ClassVar[int]  # up to so many tokens a kernel that reads packed weights is faster than unpacking them
     weight: Tensor
     scale: Tensor
 
@@ -38,7 +42,6 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(BF16), requires_grad=False)
         self._packed: Any = None  # what a kernel reads, made when it first does on a device
-        self._bias: tuple[Tensor | None] | None = None  # in a tuple: a parameter would be registered a second time
 
     @property
     def stored_parameters(self) -> int:
@@ -60,9 +63,23 @@ class QuantizedLinear(nn.Module):
         """x: (rows, in_features) bfloat16; returns (rows, out_features) bfloat16 or float32, a tensor of its own."""
         return F.linear(x, self.dequantize().to(BF16))
 
-    def multiply_few(self, x: Tensor) -> Tensor:
-        """The same with the CPU's packed kernel, for up to `few_rows` rows."""
-        raise NotImplementedError
+    def kernel(self, rows: int, device: torch.device) -> Product:
+        """The function of x that is fastest for so many rows there; as `multiply` otherwise."""
+        return self.multiply
+
+    def product(self, rows: int, device: torch.device) -> Product:
+        """`forward` of so many rows, (rows, in_features) bfloat16, with all looked up beforehand: at one token everything between the
+        kernels runs on cold caches, in each of 50 layers.
+        """
+        kernel, bias = self.kernel(rows, device), self.bias
+
+        def multiply(x: Tensor) -> Tensor:
+            y = kernel(x)
+            if bias is not None:
+                y.add_(bias)
+            return y if y.dtype == BF16 else y.to(BF16)
+
+        return multiply
 
     def pack_for(self, device: torch.device) -> Any:
         """What the device's kernel reads."""
@@ -75,25 +92,18 @@ class QuantizedLinear(nn.Module):
         return self._packed
 
     def forward(self, x: Tensor) -> Tensor:
-        # Lean on purpose: at one token everything between the kernels runs on cold caches, in each of 50 layers, and attributes that
-        # a module has to search for count, too.
-        if self._bias is None:
-            self._bias = (self.bias,)
-        rows = x.numel() // self.in_features
-        flat = x.reshape(rows, self.in_features) if x.dtype == BF16 else x.reshape(rows, self.in_features).to(BF16)
-        y = self.multiply_few(flat) if rows <= self.few_rows and not x.is_cuda else self.multiply(flat)
-        (bias,) = self._bias
-        if bias is not None:
-            y = y.add_(bias)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        flat = x.reshape(-1, self.in_features).to(BF16)
+        y = self.kernel(len(flat), x.device)(flat)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
-        self._packed = self._bias = None  # made from what is overwritten
+        self._packed = None  # made from what is overwritten
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._packed = self._bias = None  # made for the device that is left
+        self._packed = None  # made for the device that is left
         return super()._apply(fn, recurse)
 
 
@@ -111,22 +121,19 @@ class Int8Linear(QuantizedLinear):
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
         return self.weight[rows].float() * self.scale[rows].float()[:, None]
 
-    def multiply(self, x: Tensor) -> Tensor:
-        if HAS_TRITON and x.is_cuda and len(x) <= self.few_rows:
-            from gptcore.models.kernels import narrow_linear
-
-            return narrow_linear(x, self.weight, self.scale)
-        return super().multiply(x)
-
-    def multiply_few(self, x: Tensor) -> Tensor:
+    def kernel(self, rows: int, device: torch.device) -> Product:
+        if rows > self.few_rows:
+            return self.multiply
+        if device.type == "cuda":
+            return narrow_product(self.weight, self.scale) if HAS_TRITON else self.multiply
         if self.in_features % 16:  # the kernel reads sixteen at a time, and past the end of a row where they are fewer
-            return self.multiply(x)
-        packed = self.packed(x.device) if len(x) <= 2 else None
-        if packed is None or packed[0] is None:
-            return torch._weight_int8pack_mm(x, self.weight, self.scale)
+            return self.multiply
+        packed = self.packed(device) if rows <= 2 else None
+        if packed is None:
+            return lambda x: torch._weight_int8pack_mm(x, self.weight, self.scale)
         digits, scale_and_zero, group_size = packed
-        y = torch._weight_int4pack_mm_for_cpu(torch.cat((x, x), dim=1), digits, group_size, scale_and_zero)
-        return y if y.size(1) == self.out_features else y[:, : self.out_features].contiguous()
+        multiply = int4_product(digits, scale_and_zero, group_size, self.out_features)
+        return lambda x: multiply(torch.cat((x, x), dim=1))
 
     def pack_for(self, device: torch.device) -> Any:
         """Both hexadecimal digits of each weight for the int4 kernel: w = 16 · high + low, so W x = (16 · high, low) (x, x), exactly.
@@ -136,7 +143,7 @@ class Int8Linear(QuantizedLinear):
         """
         group_size = next((size for size in (256, 128, 64, 32) if self.in_features % size == 0), None)
         if device.type != "cpu" or group_size is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return None, None, None
+            return None
         byte = self.weight.view(torch.uint8)
         # The kernel takes a digit q for q - 8. With its sign bit flipped, the high one of two's complement is just that; to the low one,
         # which is 0…15, the zero point adds the 8 back.
@@ -145,6 +152,21 @@ class Int8Linear(QuantizedLinear):
         scale = F.pad(self.scale, (0, -self.out_features % 16)).expand(groups, -1)  # (groups, rows)
         scales, zeros = torch.cat((16 * scale, scale)), torch.cat((torch.zeros_like(scale), 8 * scale))
         return digits, torch.stack((scales, zeros), dim=-1), group_size
+
+
+def narrow_product(weight: Tensor, scale: Tensor) -> Product:
+    """With 8-bit weights that a GPU's kernel widens as it reads them."""
+    from gptcore.models.kernels import narrow_linear
+
+    return lambda x: narrow_linear(x, weight, scale)
+
+
+def int4_product(packed: Tensor, scale_and_zero: Tensor, group_size: int, out_features: int) -> Product:
+    """With torch's kernel for a CPU, whose rows are padded to sixteens."""
+    kernel = torch._weight_int4pack_mm_for_cpu
+    if out_features % 16:
+        return lambda x: kernel(x, packed, group_size, scale_and_zero)[:, :out_features]
+    return lambda x: kernel(x, packed, group_size, scale_and_zero)
 
 
 def pack_int4_for_cpu(q: Tensor) -> Tensor:
@@ -167,7 +189,8 @@ class Int8DynamicLinear(Int8Linear):
         x8 = x.div(x_scale).round_().to(torch.int8)
         return integer_product(x8, weight).mul(x_scale).mul_(scale)
 
-    multiply_few = multiply
+    def kernel(self, rows: int, device: torch.device) -> Product:
+        return self.multiply
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
@@ -207,23 +230,28 @@ class Int4Linear(QuantizedLinear):
         q = self.unpack(rows).float().unflatten(1, (-1, self.group_size)) - 8  # (rows, groups, group_size)
         return (q * self.scale[rows].float()[..., None]).flatten(1)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        return self.multiply_few(x) if x.is_cuda and len(x) <= self.few_rows and self._fits_gpu else super().multiply(x)
+    def rows(self, idx: Tensor) -> Tensor:
+        if idx.is_cuda:
+            return super().rows(idx)
+        # The same in half as many steps: for one token each takes longer to call than to do.
+        q = F.embedding(F.embedding(idx, self.weight).int(), INT4_PAIRS)  # (*idx.shape, in_features / 2, 2)
+        scale = F.embedding(idx, self.scale)[..., None]  # (*idx.shape, groups, 1)
+        return (q.view(*idx.shape, -1, self.group_size) * scale).flatten(-2)
 
     @property
     def _fits_gpu(self) -> bool:
         return not (self.in_features % 32 or self.out_features % 8)
 
-    def multiply_few(self, x: Tensor) -> Tensor:
-        weight, scale_and_zero = self.packed(x.device)
-        kernel = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
-        y = kernel(x, weight, self.group_size, scale_and_zero)
-        return y if y.size(1) == self.out_features else y[:, : self.out_features].contiguous()
+    def kernel(self, rows: int, device: torch.device) -> Product:
+        if rows > self.few_rows or (device.type == "cuda" and not self._fits_gpu):
+            return self.multiply
+        packed, scale_and_zero = self.packed(device)
+        if device.type == "cuda":
+            return lambda x: torch._weight_int4pack_mm(x, packed, self.group_size, scale_and_zero)
+        return int4_product(packed, scale_and_zero, self.group_size, self.out_features)
 
     def pack_for(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Weights in the order of the device's kernel, and (groups, rows, 2) scales and zeros."""
-        if device.type == "cuda" and not self._fits_gpu:
-            return self.weight, self.scale  # no kernel will read them
         scale = self.scale.t().contiguous()  # (groups, rows)
         if device.type == "cuda":
             tiles = next(t for t in (8, 4, 2) if self.in_features % (16 * t) == 0)
@@ -242,8 +270,7 @@ class Float8Linear(QuantizedLinear):
     """e4m3 weights with one scale an output row; on GPUs with FP8 the activations of many tokens too, one scale a token."""
 
     kind = "fp8"
-    few_rows = 0  # there is no kernel for few on a CPU
-    few_rows_on_gpu = 32
+    few_rows = 32
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__(in_features, out_features, bias)
@@ -254,13 +281,15 @@ class Float8Linear(QuantizedLinear):
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
         return self.weight[rows].view(E4M3).float() * self.scale[rows].float()[:, None]
 
-    def multiply(self, x: Tensor) -> Tensor:
-        if not has_fp8(x.device) or self.in_features % 16 or self.out_features % 16:
-            return F.linear(x, self.dequantize().to(BF16))
-        if HAS_TRITON and len(x) <= self.few_rows_on_gpu:
-            from gptcore.models.kernels import narrow_linear
+    def kernel(self, rows: int, device: torch.device) -> Product:
+        if not has_fp8(device):
+            return self.multiply
+        if HAS_TRITON and rows <= self.few_rows:
+            return narrow_product(self.weight.view(E4M3), self.scale)
+        return self.multiply if self.in_features % 16 or self.out_features % 16 else self.multiply_narrow
 
-            return narrow_linear(x, self.weight.view(E4M3), self.scale)
+    def multiply_narrow(self, x: Tensor) -> Tensor:
+        """With activations in e4m3, too, one scale a token."""
         x_scale = x.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(E4M3).max  # (rows, 1)
         x8 = F.pad((x.float() / x_scale).to(E4M3).view(torch.uint8), (0, 0, 0, -len(x) % 16)).view(E4M3)
         x_scale = F.pad(x_scale, (0, 0, 0, -len(x) % 16), value=1.0)
