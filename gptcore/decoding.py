@@ -108,9 +108,8 @@ class FlatDecoder:
         B, C, nh = len(idx), config.n_embd, config.n_head
         is_post, qk_norm, is_rotary = config.norm_position == "post", config.qk_norm, config.positions == "rotary"
         activation = ACTIVATIONS[config.activation]
-        x = transformer.embed(idx, None if transformer.wpe is None else transformer.wpe.weight[at : at + 1])[
-            :, 0
-        ]  # (B, C)
+        position = None if transformer.wpe is None else transformer.wpe.weight[at : at + 1]  # (1, C)
+        x = transformer.embed(idx, position)[:, 0]  # (B, C)
         if is_rotary:
             cos, sin = transformer.cos[at : at + 1], transformer.sin[at : at + 1]  # (1, hs / 2) each
         dtype, is_narrow = x.dtype, x.itemsize == 2
