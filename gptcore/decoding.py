@@ -28,12 +28,13 @@ from gptcore.models.quantized import QuantizedLinear
 
 LEAST_TOKENS = 16  # a recording takes as long as a few tokens launched kernel by kernel
 
-Pick = Callable[[Tensor], Tensor]  # from logits (B, V)
+Pick = Callable[[Tensor], Tensor]  # from logits (B, V), such as to the ids drawn, (B, 1)
+Step = Callable[[Tensor], Tensor]  # from ids (B, T) to what is picked from the logits of what follows
 
 RECORDING = threading.Lock()  # all recordings of a process go by one stream
 
 
-def start_decoding(model: LanguageModel, batch: int, tokens: int, pick: Pick, rng: torch.Generator) -> Pick:
+def start_decoding(model: LanguageModel, batch: int, tokens: int, pick: Pick, rng: torch.Generator) -> Step:
     """A function from ids (B, T) to what `pick`, which draws from `rng`, takes from the logits of what follows them and all ids before.
 
     tokens: how many it will be given at most; for a model with positions no more than its `block_size`.

@@ -6,7 +6,7 @@ python -m gptcore.generate CHECKPOINT [--prompt TEXT] [--out DIR]
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptcore.checkpoint import load_model
 from gptcore.config import ExperimentConfig, load_config
-from gptcore.decoding import start_decoding
+from gptcore.decoding import Step, start_decoding
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.journal import Journal
@@ -60,7 +60,7 @@ def stream_ids(
     def pick(logits: Tensor) -> Tensor:
         return pick_next(logits[:, :vocab_size], temperature, top_k, rng)
 
-    def start(given: int, left: int) -> Callable[[Tensor], Tensor]:
+    def start(given: int, left: int) -> Step:
         tokens = min(given + left, model.block_size) if model.has_positions else given + left
         return start_decoding(model, len(idx), tokens, pick, rng)
 
