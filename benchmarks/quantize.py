@@ -60,6 +60,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="decoded by each arm in each round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU here; leave --device out to measure on the CPU")
     torch.manual_seed(0)
     config = ModelConfig(preset=args.preset, n_layer=12, n_head=12, n_embd=768, block_size=1024)
     full = build_model(config, VOCAB[args.device]).eval().to(args.device)
