@@ -243,7 +243,7 @@ def test_the_kernel_that_transposes_moves_every_byte():
 
 def test_the_inside_of_a_graphed_step_is_mapped(config, shards, tmp_path):
     """The clock waits for the device at every boundary, which no recording survives: the graph must be there before."""
-    cell = Cell("graph", "graph", {}, 1, with_changes(config, train={"cuda_graph": "on"}), TimingOptions(repeats=2))
+    cell = Cell("graph", "graph", {}, 1, with_changes(config, train={"cuda_graph": "on"}), TimingOptions(repeats=5))
     bench = Bench(shards, choose_device("cuda", "fp32"), tmp_path, Journal(tmp_path), None, tmp_path)
     row = measure_step(cell, bench).rows[0]
     assert row["step_ms"] > 0

@@ -43,6 +43,17 @@ def tokens(batch=3, length=T):
     return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("name", ["lstm", "mingru"])
+def test_gpt2s_initial_weights_of_a_recurrent_model(name):
+    made = make(name, trained=False, init="normal", n_embd=64)
+    for key, module in made.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            expected = 0.02 / math.sqrt(2 * 2) if key.endswith("c_proj") else 0.02
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.1), key
+    loss = made(tokens(), tokens())[1]
+    assert loss.item() == pytest.approx(math.log(V), abs=0.1)
+
+
 @pytest.mark.parametrize("name", GPTS)
 def test_attention_equals_a_naive_masked_softmax(name):
     attention = make(name).transformer.h[0].attn

@@ -109,7 +109,7 @@ class ModelConfig(Section):
     init: Literal["normal", "fan_in"] = Field(
         "fan_in",
         description="normal: N(0, 0.02), output projections smaller with depth (GPT-2); fan_in: uniform by the number of "
-        "inputs, head near zero. [preset]",
+        "inputs, head near zero. Recurrent and convolution layers start as torch makes them. [preset]",
     )
     zero_init: bool = Field(
         True, description="Output projections start at zero: every block starts as the identity. [preset]"

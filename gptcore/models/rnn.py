@@ -43,8 +43,14 @@ class Recurrent(LanguageModel):
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.build_layers(config)
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        nn.init.normal_(self.wte.weight)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
+        if config.init == "normal":
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear | nn.Embedding):  # the rest as torch makes it, as nanoGPT does
+                    is_output = name.endswith("c_proj")
+                    nn.init.normal_(module.weight, std=0.02 / (2 * config.n_layer) ** 0.5 if is_output else 0.02)
+        else:
+            nn.init.normal_(self.wte.weight)
+            nn.init.normal_(self.lm_head.weight, std=0.001)
 
     def build_layers(self, config: ModelConfig) -> None:
         """Make what stands between embedding and head."""

@@ -80,7 +80,7 @@ def check_sum(total: float, wall: float, tolerance: float) -> None:
     """Raises RuntimeError unless the sections' seconds are the wall's, measured by another clock."""
     if abs(total / wall - 1) > tolerance:
         raise RuntimeError(
-            f"the sections add up to {total:.3f} s of {wall:.3f} s: more than {100 * tolerance:.0f} % are missing or double"
+            f"the sections add up to {1e3 * total:.2f} of {1e3 * wall:.2f} ms: more than {100 * tolerance:.0f} % are missing or double"
         )
 
 
