@@ -61,10 +61,6 @@ class GraphedDecoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
-    @property
-    def is_recorded(self) -> bool:
-        return self._graph is not None
-
     def __call__(self, idx: Tensor) -> Tensor:
         if idx.size(1) > 1 or not self._is_warm:
             self._is_warm |= idx.size(1) == 1
