@@ -182,8 +182,12 @@ class ChunkSampler:
                 f"{len(tokens)} tokens do not fill one window of model.block_size + 1 = {block_size + 1}; "
                 "give more text, or lower model.block_size"
             )
-        self.tokens, self.block_size, self.seed, self.rows = tokens, block_size, seed, rows
+        self.tokens, self.block_size, self.rows = tokens, block_size, rows
         self.chunk = min(rows * block_size + 1, len(tokens))
+        digest = hashlib.sha256(
+            f"{seed}:random".encode()
+        ).digest()  # or neighbouring seeds would draw the same, shifted
+        self._keys = np.frombuffer(digest[:16], dtype="<u8")
         self._windows = _Windows(tokens, block_size + 1)
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,10 +197,10 @@ class ChunkSampler:
     def starts(self, start: int, count: int) -> np.ndarray:
         """(count,) int64: the position of each sample's first input token."""
         samples = np.arange(start, start + count, dtype=np.uint64)
-        chunks = _scramble(samples // np.uint64(self.rows), 2 * self.seed) % np.uint64(
+        chunks = _scramble(samples // np.uint64(self.rows) + self._keys[0]) % np.uint64(
             len(self.tokens) - self.chunk + 1
         )
-        inside = _scramble(samples, 2 * self.seed + 1) % np.uint64(self.chunk - self.block_size)
+        inside = _scramble(samples + self._keys[1]) % np.uint64(self.chunk - self.block_size)
         return (chunks + inside).astype(np.int64)
 
 
@@ -331,9 +335,9 @@ def _shares(weights: Sequence[float], total: int) -> np.ndarray:
     return shares
 
 
-def _scramble(values: np.ndarray, seed: int) -> np.ndarray:
-    """uint64 → well-mixed uint64 (splitmix64's finaliser, Steele et al. 2014)."""
-    mixed = (values + np.uint64(seed % (1 << 64))) * np.uint64(0x9E3779B97F4A7C15)
+def _scramble(values: np.ndarray) -> np.ndarray:
+    """uint64 → well-mixed uint64 (splitmix64, Steele et al. 2014)."""
+    mixed = values * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

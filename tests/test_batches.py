@@ -222,6 +222,16 @@ def test_random_chunks_are_pure_functions_too() -> None:
     assert ChunkSampler(numbered(17), 16, seed=1, rows=4).batch(0, 3)[1][:, -1].tolist() == [16] * 3
 
 
+@pytest.mark.parametrize("rows", [8, 10**6])
+def test_neighbouring_seeds_draw_other_places(rows: int) -> None:
+    one, other = (ChunkSampler(numbered(60_000), 16, seed=seed, rows=rows).starts(0, 2000) for seed in (1, 2))
+    in_common = [
+        np.mean(one[max(0, -shift) : 2000 - max(0, shift)] == other[max(0, shift) : 2000 - max(0, -shift)])
+        for shift in range(-40, 41)
+    ]
+    assert max(in_common) < 0.02
+
+
 # --- ahead of the trainer, on the device, document by document --------------------------------------------------------------
 
 

@@ -167,13 +167,15 @@ def test_fp16_scaling_changes_no_gradient_and_leaves_an_overflow_out(config, sha
         train_step(trainer)
     torch.testing.assert_close(scaled.model.weights(), plain.model.weights(), rtol=1e-4, atol=1e-5)
     before = {name: p.clone() for name, p in scaled.model.weights().items()}
-    scaled.model.lm_head.weight.register_hook(
-        lambda gradient: gradient * float("inf")
-    )  # an overflow, with a finite loss
+    # An overflow, with a finite loss.
+    hook = scaled.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("inf"))
     train_step(scaled)
+    hook.remove()
     torch.testing.assert_close(scaled.model.weights(), before, rtol=0, atol=0)
     assert scaled.loss_scale.scale.item() == 2.0**11
     scaled.watch.check(scaled.step, 0.1)
+    train_step(scaled)  # goes on from the momentum before the overflow
+    assert all(p.isfinite().all() for p in scaled.model.parameters())
     scaled.loss_scale.scale.fill_(1e-6)
     with pytest.raises(NonFinite, match=r"train\.precision=bf16"):
         scaled.loss_scale.check(2, 0.1)

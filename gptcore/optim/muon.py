@@ -58,9 +58,8 @@ class Muon(torch.optim.Optimizer):
         ranks: the processes that share the work. rows: of each whole matrix, where parameters are this process's rows of them.
         """
         self.dtype, self.ranks, self.rows = dtype, ranks, rows
-        self.found_inf: Tensor | None = (
-            None  # as in torch's fused AdamW: where it is not 0, a step changes no parameter
-        )
+        # As in torch's fused AdamW: where it is not 0, a step changes neither parameters nor momentum.
+        self.found_inf: Tensor | None = None
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "splits": 1})
 
     @torch.no_grad()
@@ -83,6 +82,8 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        if self.found_inf is not None:  # momentum drawn towards itself stays as it is
+            grads = torch.where(self.found_inf > 0, torch.stack(buffers), grads)
         torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - group["momentum"])
         update = grads.lerp_(torch.stack(buffers), group["momentum"])  # (n, rows or this process's, columns), Nesterov
         splits = int(group["splits"])
@@ -93,11 +94,8 @@ class Muon(torch.optim.Optimizer):
 
         update = yield from share_out(update, rows, orthogonal, self.dtype, self.ranks, is_spread=self.rows is not None)
         scale, lr = max(1.0, rows // splits / columns) ** 0.5, group["lr"]
-        if (
-            self.found_inf is not None
-        ):  # nothing may move: no learning rate, and no product of it with what is no number
+        if self.found_inf is not None:
             lr = lr * (1 - self.found_inf)
-            update = torch.where(self.found_inf > 0, 0.0, update)
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         if isinstance(lr, Tensor):
             torch._foreach_add_(parameters, list((update * (-lr * scale)).unbind()))
