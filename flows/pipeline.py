@@ -22,11 +22,19 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from pydantic.json_schema import SkipJsonSchema
 
 from flows.forms import Experiment, titled
-from gptcore.config import ExperimentConfig, UserError, dump_yaml, flatten, load_config, refuse_secret
+from gptcore.config import (
+    ExperimentConfig,
+    UserError,
+    differences,
+    dump_yaml,
+    flatten,
+    load_config,
+    refuse_secret,
+)
 from gptcore.entry import RESUMES_TAG
 from gptcore.journal import FILE_NAME, Journal
 from gptcore.leftovers import sweep
-from gptcore.store import claim, home_dir, is_claimed, read_manifest, write_json
+from gptcore.store import claim, home_dir, is_claimed, is_committed, read_manifest, write_json
 from tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from tasks.evaluation import evaluate_model
 from tasks.forwarding import Forwarder, forward_tree, write_tags
@@ -238,13 +246,22 @@ def pipeline(
 
 
 def load_run(name: str, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
-    """The settings of a run that is to go on. Raises UserError when there is none of that name, or it is still at work."""
+    """The settings of a run that is to go on.
+
+    Raises UserError when there is none of that name, when it is still at work, or when its training cannot go on with `overrides`.
+    """
     directory = home_dir() / "runs" / name
     if is_claimed(directory):
         raise UserError(
             f"run {name}: it is still at work; cancel it in Prefect, or stop its command, before it is resumed"
         )
-    return load_config(directory / "config.yaml", overrides)
+    before, now = (load_config(directory / "config.yaml", changes) for changes in ((), overrides))
+    has_begun = any(is_committed(path) for path in (directory / "train" / "checkpoints").glob("step_*"))
+    if has_begun and (differing := differences(before, now)):
+        raise UserError(
+            f"run {name}: its training has begun with other settings ({'; '.join(differing[:3])}); resume it without these, or start a new run"
+        )
+    return now
 
 
 # Steps that a run directory has folders for, by the task that does them.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -97,7 +98,12 @@ def prune_checkpoints(folder: Path, last: int, every: int = 0) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first."""
-    return sorted((path for path in folder.glob("step_*") if is_committed(path)), key=step_of)
+    return [path for path in step_directories(folder) if is_committed(path)]
+
+
+def step_directories(folder: Path) -> list[Path]:
+    """All that is named as a checkpoint is, whole or not, oldest first; another name (`step_000500_good`) is the user's affair."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
 
 
 def step_of(directory: Path) -> int:
@@ -107,7 +113,7 @@ def step_of(directory: Path) -> int:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is what its manifest says, and what is wrong with each newer one."""
     skipped = []
-    for directory in sorted(folder.glob("step_*"), key=step_of, reverse=True):
+    for directory in reversed(step_directories(folder)):
         try:
             check_checkpoint(directory)
         except DamagedError as error:

@@ -16,8 +16,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from flows.pipeline import Overrides
-from gptcore.config import ExperimentConfig, load_config
+from flows.pipeline import Overrides, load_run
+from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.store import commit_dir
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "experiments" / "smoke.yaml"
@@ -204,6 +205,20 @@ def test_a_signal_to_the_whole_group_leaves_nothing_running(
 
 
 # --- parts of the flow, without servers ---------------------------------------------------------------------------------
+
+
+def test_settings_of_a_training_that_has_begun_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the run's config is written anew: a plain --resume would be refused, too, from then on."""
+    monkeypatch.setenv("GPTLOOM_HOME", str(tmp_path))
+    directory = tmp_path / "runs" / "toy-1"
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("name: toy\ntrain: {max_steps: 300}\n")
+    assert load_run("toy-1", ["train.max_steps=400"]).train.max_steps == 400
+    with commit_dir(directory / "train" / "checkpoints" / "step_000100", {}):
+        pass
+    with pytest.raises(UserError, match=r"run toy-1: .*train\.max_steps: 300 there, 400 now.* resume it without"):
+        load_run("toy-1", ["train.max_steps=400"])
+    assert load_run("toy-1", ["train.save_interval=50"]).train.save_interval == 50
 
 
 def test_form_becomes_overrides(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model, read_state
+from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model, newest_whole, read_state
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
 from gptcore.device import choose_device
 from gptcore.entry import NonFinite, StopFlag, Stopped, recording
 from gptcore.evaluate import Evaluation, bootstrap_bpb, evaluate_loss
 from gptcore.journal import read_journal
+from gptcore.ranks import ALONE
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import accumulate_gradients, build_trainer, resume, train_loop, train_step
+from gptcore.train.__main__ import run as process
+from gptcore.train.saving import _choose
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,6 +132,27 @@ def test_another_config_is_not_resumed(config, shards, tmp_path):
     run(config, shards, tmp_path)
     with pytest.raises(UserError, match="another config"):
         run(with_changes(config, train={"lr": 0.5}), shards, tmp_path)
+
+
+def test_a_refused_config_leaves_the_run_as_it_was(config, shards, tmp_path):
+    run(config, shards, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"another config \(train\.lr: .* there, 0\.5 now\)"):
+        process(with_changes(config, train={"lr": 0.5}), shards, tmp_path, ALONE, None, None)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_steps_are_numbers_not_names(config, shards, tmp_path):
+    """Past a million a later step sorts before an earlier one by name, and a copy that someone kept is not a checkpoint of the run."""
+    run(config, shards, tmp_path)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_000006").rename(folder / "step_1000000")
+    shutil.copytree(folder / "step_1000000", folder / "step_999500")
+    shutil.copytree(folder / "step_1000000", folder / "step_000500_good")
+    names = sorted(path.name for path in folder.iterdir())
+    assert newest_whole(folder) == (folder / "step_1000000", [])
+    assert _choose(tmp_path) == 1_000_000
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(config, shards):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from gptcore.config.base import Section, UserError
 from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password, refuse_secret
 from gptcore.config.model import PRESET_FIELDS, ModelConfig
-from gptcore.config.train import ENDS, TrainConfig
+from gptcore.config.train import ENDS, MAY_CHANGE, TrainConfig
 
 __all__ = [
     "DataConfig",
@@ -35,6 +35,7 @@ __all__ = [
     "VocabConfig",
     "changed",
     "check_config",
+    "differences",
     "dump_yaml",
     "flatten",
     "hide_password",
@@ -203,6 +204,17 @@ def with_changes(config: ExperimentConfig, **sections: dict[str, Any]) -> Experi
     for section, fields in sections.items():
         tree[section].update(fields)
     return check_config(tree)
+
+
+def differences(before: ExperimentConfig, now: ExperimentConfig) -> list[str]:
+    """What keeps a training from going on with other settings, field by field; empty when it may."""
+    old, new = (config.model_dump(mode="json", exclude={"name": True, "train": MAY_CHANGE}) for config in (before, now))
+    return [
+        f"{section}.{field}: {old[section][field]!r} there, {new[section][field]!r} now"
+        for section in old
+        for field in old[section]
+        if old[section][field] != new[section][field]
+    ]
 
 
 def with_overrides(config: ExperimentConfig, overrides: list[str] | tuple[str, ...], origin: str) -> ExperimentConfig:

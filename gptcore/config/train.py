@@ -11,6 +11,9 @@ from gptcore.config.base import Section
 ENDS = ("max_steps", "max_tokens", "minutes")
 DEFAULT_STEPS = 1000  # where the file names no end at all
 
+# What may differ in a run that goes on: how the work is cut up and what is kept, not what is learnt.
+MAY_CHANGE = {"micro_batch_size", "processes", "parallel", "save_interval", "keep_checkpoints", "keep_interval"}
+
 
 class TrainConfig(Section):
     """The optimizer's loop. A run ends at the first of max_steps, max_tokens and minutes that is given."""

@@ -26,6 +26,7 @@ from gptcore.store import MANIFEST, content_id, hash_file, home_dir, read_manife
 from gptcore.train import build_trainer, preflight, resume, train_loop
 from gptcore.train.certificate import FILE_NAME as CERTIFICATE
 from gptcore.train.certificate import write_certificate
+from gptcore.train.saving import check_out
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def run(
     config: ExperimentConfig, shards: ShardSet, out: Path, ranks: Ranks, name: str | None, parent: str | None
 ) -> dict[str, Any]:
     """One training, from an empty or a half-finished `out` to its result. SIGTERM or SIGINT: see `StopFlag`."""
+    check_out(out, config, shards)
     stop = StopFlag()
     stop.install()
     with contextlib.ExitStack() as stack:

@@ -18,13 +18,17 @@ from gptcore.checkpoint import (
     Snapshot,
     checkpoint_path,
     copy_tensors,
+    list_checkpoints,
     newest_whole,
     read_state,
     read_tensors,
+    step_directories,
+    step_of,
 )
-from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.config import ExperimentConfig, UserError, differences, load_config
 from gptcore.leftovers import sweep
 from gptcore.ranks import fill
+from gptcore.shards import ShardSet
 from gptcore.store import is_committed
 from gptcore.train.trainer import Trainer
 from gptcore.train.writer import CheckpointWriter, copy_to_host
@@ -35,9 +39,6 @@ log = logging.getLogger(__name__)
 TRAINING_WEIGHTS = "weights/"  # where the model file holds the moving average
 LOSS_SCALE, LOSS_SCALE_GROWTH = "loss_scale", "loss_scale_growth"
 LOSSES = "losses"  # of the steps since the last report: the next one is the mean over all of its steps
-
-# What may differ in a run that goes on: how the work is cut up and what is kept, not what is learnt.
-MAY_CHANGE = {"micro_batch_size", "processes", "parallel", "save_interval", "keep_checkpoints", "keep_interval"}
 
 
 def checkpoints_of(out: Path) -> Path:
@@ -105,12 +106,8 @@ def resume(trainer: Trainer, out: Path) -> dict[str, Any]:
     if step < 0:
         return {}
     directory = checkpoint_path(checkpoints_of(out), step)
-    check_same_run(load_config(directory / "config.yaml"), trainer.config, out)
     state = read_state(directory)
-    if state["shards_id"] != trainer.shards.id:
-        raise UserError(
-            f"{out}: its checkpoints were trained on shard set {state['shards_id']}, not {trainer.shards.id}; give another --out"
-        )
+    _check_same(load_config(directory / "config.yaml"), state, trainer.config, trainer.shards, out)
     memory = {**state["memory"], "losses": _load_tensors(trainer, directory)}
     trainer.step = trainer.watch.checked = state["step"]
     trainer.seconds_before = state["seconds"]
@@ -121,19 +118,28 @@ def resume(trainer: Trainer, out: Path) -> dict[str, Any]:
     return memory
 
 
-def check_same_run(before: ExperimentConfig, now: ExperimentConfig, out: Path) -> None:
-    """Raises UserError naming the fields in which they differ, those of MAY_CHANGE apart."""
-    old, new = (config.model_dump(mode="json", exclude={"name": True, "train": MAY_CHANGE}) for config in (before, now))
-    differing = [
-        f"{section}.{field}: {old[section][field]!r} there, {new[section][field]!r} now"
-        for section in old
-        for field in old[section]
-        if old[section][field] != new[section][field]
-    ]
-    if differing:
+def check_out(out: Path, config: ExperimentConfig, shards: ShardSet) -> None:
+    """Raises UserError when `out` holds checkpoints of another config or other shards, before anything is written there."""
+    for directory in reversed(list_checkpoints(checkpoints_of(out))):
+        try:
+            before, state = load_config(directory / "config.yaml"), read_state(directory)
+        except UserError:  # damaged, as `resume` will say
+            continue
+        _check_same(before, state, config, shards, out)
+        return
+
+
+def _check_same(
+    before: ExperimentConfig, state: dict[str, Any], config: ExperimentConfig, shards: ShardSet, out: Path
+) -> None:
+    if differing := differences(before, config):
         raise UserError(
             f"{out}: holds checkpoints of another config ({'; '.join(differing[:3])}); give another --out, or delete "
             f"{checkpoints_of(out)}"
+        )
+    if state["shards_id"] != shards.id:
+        raise UserError(
+            f"{out}: its checkpoints were trained on shard set {state['shards_id']}, not {shards.id}; give another --out"
         )
 
 
@@ -145,7 +151,7 @@ def _choose(out: Path) -> int:
     whole, skipped = newest_whole(folder)
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
-    newer = [path for path in folder.glob("step_*") if whole is None or path.name > whole.name]
+    newer = [path for path in step_directories(folder) if whole is None or step_of(path) > step_of(whole)]
     for directory in newer:
         if is_committed(directory):
             shutil.rmtree(directory.with_name(f"damaged_{directory.name}"), ignore_errors=True)
@@ -154,7 +160,7 @@ def _choose(out: Path) -> int:
             shutil.rmtree(directory)
     if skipped and whole is None:
         log.warning("no whole checkpoint is left in %s: starting from step 0", folder)
-    return -1 if whole is None else int(whole.name.removeprefix("step_"))
+    return -1 if whole is None else step_of(whole)
 
 
 @torch.no_grad()
