@@ -183,12 +183,3 @@ def read_last_record(path: Path) -> tuple[dict[str, Any], int]:
             lines = data[: data.rfind(b"\n") + 1].splitlines()
             if start == 0 or len(lines) > 1:
                 return json.loads(lines[-1]), start + data.rfind(b"\n") + 1
-
-
-def last_metrics(path: Path) -> dict[str, float]:
-    """Every metric of a journal at its newest value."""
-    values: dict[str, float] = {}
-    for record in read_journal(path)[0]:
-        if record["kind"] == "metrics":
-            values.update(record["values"])
-    return values
