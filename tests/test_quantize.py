@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
 from gptcore.config import ExperimentConfig, ModelConfig, UserError
 from gptcore.generate import generate
+from gptcore.journal import FILE_NAME
 from gptcore.models import build_model
 from gptcore.models.quantized import KINDS, Int4Linear, Int8Linear, QuantizedLinear, layout_of
 from gptcore.quantize import METHODS, Method, quantize, quantize_checkpoint
+from gptcore.quantize import __main__ as quantize_process
 from gptcore.quantize.gptq import gptq_groups
-from gptcore.quantize.model import quantized_layer
+from gptcore.quantize.model import origin_id, quantized_layer
 from gptcore.quantize.qat import feel_int4
 from gptcore.quantize.rounding import fake_quantize, group_scales, pack_pairs, quantize_groups, quantize_rows
 from gptcore.vocab.kinds import CharVocab
@@ -168,6 +170,23 @@ def test_mistakes_are_said_before_anything_is_written(checkpoint, tmp_path):
     with pytest.raises(UserError, match="quantized already"):
         quantize_checkpoint(made, METHODS["int8"], tmp_path / "smaller")
     assert not (tmp_path / "smaller").exists()
+
+
+def test_another_method_does_not_get_what_lies_there(checkpoint, tmp_path):
+    """int4 into the folder of int8 was given the int8 copy; GPTQ's has the layout of int4 by rounding."""
+    _, path = checkpoint
+    out = tmp_path / "small"
+    first = quantize_process.main([str(path), "--method", "int8", "--out", str(out)])
+    journal = (out / FILE_NAME).read_bytes()
+    for method in ("int4", "int8-dynamic"):
+        with pytest.raises(UserError, match=r"--out: .*step_000003 is another checkpoint"):
+            quantize_process.main([str(path), "--method", method, "--out", str(out)])
+    assert (out / FILE_NAME).read_bytes() == journal
+    again = quantize_process.main([str(path), "--method", "int8", "--out", str(out)])
+    assert again["checkpoint"] == first["checkpoint"]
+    with pytest.raises(UserError, match="another checkpoint"):  # the trained one itself
+        quantize_checkpoint(path, METHODS["int4"], path.parent)
+    assert origin_id(path, METHODS["int4"], None, 64, 100) != origin_id(path, METHODS["int4-gptq"], None, 64, 100)
 
 
 def test_head_and_embedding_are_chosen_apart():
