@@ -21,6 +21,7 @@ from gptcore.device import Device, choose_device, seed_everything
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.models import LanguageModel
 from gptcore.ranks import ALONE, Ranks
+from gptcore.resampling import resampled_sums
 from gptcore.shards import ShardSet
 from gptcore.store import write_json
 
@@ -139,9 +140,8 @@ def bootstrap_bpb(
     sizes = np.bincount(cluster, evaluation.record_bytes)
     if len(nats) < FEWEST_CLUSTERS or not resamples:
         return None
-    draws = np.random.default_rng(seed).integers(0, len(nats), (resamples, len(nats)))
-    bpb = nats[draws].sum(1) / (math.log(2) * sizes[draws].sum(1))
-    low, high = np.quantile(bpb, [0.025, 0.975])
+    drawn_nats, drawn_sizes = resampled_sums((nats, sizes), resamples, seed)
+    low, high = np.quantile(drawn_nats / (math.log(2) * drawn_sizes), [0.025, 0.975])
     return float(low), float(high), unit
 
 

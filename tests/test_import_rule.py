@@ -21,6 +21,7 @@ SIDE = (
     "parallel",
     "ranks",
     "usage",
+    "resampling",
     "launch",
     "forkserver",
 )  # may be imported from anywhere

@@ -7,15 +7,18 @@ import torch
 from safetensors.torch import load_file
 
 from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
-from gptcore.config import ExperimentConfig, ModelConfig, UserError
+from gptcore.config import ExperimentConfig, ModelConfig, UserError, check_config
 from gptcore.generate import generate
-from gptcore.models import build_model
+from gptcore.journal import FILE_NAME
+from gptcore.models import build_model, losses
 from gptcore.models.quantized import KINDS, Int4Linear, Int8Linear, QuantizedLinear, layout_of
-from gptcore.quantize import METHODS, Method, quantize, quantize_checkpoint
+from gptcore.quantize import METHODS, Method, qat, quantize, quantize_checkpoint
+from gptcore.quantize import __main__ as quantize_process
 from gptcore.quantize.gptq import gptq_groups
-from gptcore.quantize.model import quantized_layer
+from gptcore.quantize.model import origin_id, quantized_layer
 from gptcore.quantize.qat import feel_int4
 from gptcore.quantize.rounding import fake_quantize, group_scales, pack_pairs, quantize_groups, quantize_rows
+from gptcore.shards import ShardSet, prepare
 from gptcore.vocab.kinds import CharVocab
 
 V, T = 29, 16
@@ -122,8 +125,6 @@ def test_a_quantized_model_keeps_the_contract_and_the_original(preset, method):
 
 def test_a_large_batch_in_pieces_goes_through_the_quantized_head(monkeypatch):
     """The pieces read the head's float weights where it has some: bytes of int8 would be taken for them."""
-    from gptcore.models import losses
-
     small, idx = quantize(make(), METHODS["int8"]), ids()
     whole = small(idx, idx.roll(-1, 1), reduction="none")[1]
     monkeypatch.setitem(losses.PIECE_LOGITS, "cpu", 5 * V)
@@ -170,6 +171,23 @@ def test_mistakes_are_said_before_anything_is_written(checkpoint, tmp_path):
     assert not (tmp_path / "smaller").exists()
 
 
+def test_another_method_does_not_get_what_lies_there(checkpoint, tmp_path):
+    """int4 into the folder of int8 was given the int8 copy; GPTQ's has the layout of int4 by rounding."""
+    _, path = checkpoint
+    out = tmp_path / "small"
+    first = quantize_process.main([str(path), "--method", "int8", "--out", str(out)])
+    journal = (out / FILE_NAME).read_bytes()
+    for method in ("int4", "int8-dynamic"):
+        with pytest.raises(UserError, match=r"--out: .*step_000003 is another checkpoint"):
+            quantize_process.main([str(path), "--method", method, "--out", str(out)])
+    assert (out / FILE_NAME).read_bytes() == journal
+    again = quantize_process.main([str(path), "--method", "int8", "--out", str(out)])
+    assert again["checkpoint"] == first["checkpoint"]
+    with pytest.raises(UserError, match="another checkpoint"):  # the trained one itself
+        quantize_checkpoint(path, METHODS["int4"], path.parent)
+    assert origin_id(path, METHODS["int4"], None, 64, 100) != origin_id(path, METHODS["int4-gptq"], None, 64, 100)
+
+
 def test_head_and_embedding_are_chosen_apart():
     small = quantize(make(), Method("int4", head="int8", embedding="bf16"))
     kinds = {name: module.kind for name, module in small.named_modules() if isinstance(module, QuantizedLinear)}
@@ -190,3 +208,40 @@ def test_fine_tuning_multiplies_with_rounded_weights_and_moves_the_exact_ones():
     loss.backward()
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert weight.grad.abs().sum() > 0  # through the rounding, as if it were not there
+
+
+def test_fine_tuning_rounds_the_head_of_a_large_batch_too(monkeypatch):
+    """The loss in pieces reads the head's weights itself, and read the exact ones."""
+    model, idx = make(), ids()
+    assert feel_int4(model, 32)
+    whole = model(idx, idx.roll(-1, 1))[1]
+    (grad,) = torch.autograd.grad(whole, model.lm_head.weight)
+    monkeypatch.setitem(losses.PIECE_LOGITS, "cpu", 32 * V)
+    logits, loss = model(idx, idx.roll(-1, 1))
+    assert logits is None
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.lm_head.weight)[0], grad)
+
+
+def test_fine_tuning_after_a_run_in_fp8_whose_beginning_is_gone(small_text, tmp_path, monkeypatch):
+    """Fp8Linear is not what int4 rounds, a head in fp8 is not rounded either, and the weights come from the checkpoint."""
+    tree = {
+        "data": {"source": str(small_text)},
+        "model": {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": T},
+        "train": {"precision": "fp8", "init_from": str(tmp_path / "gone"), "global_batch_size": 4, "device": "cpu"},
+        "studies": {"accumulation": False},
+    }
+    config = check_config(tree)
+    shards = ShardSet.open(prepare(config, tmp_path).shards)
+    weights = build_model(config.model, shards.vocab_size).weights()
+    felt, step = [], qat.train_step
+    kinds = lambda model: [type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)]  # noqa: E731
+    monkeypatch.setattr(
+        qat,
+        "train_step",
+        lambda trainer: (felt.append((kinds(trainer.model), trainer.model.head_in_fp8)), step(trainer)),
+    )
+    model = qat.fine_tune(weights, config, shards, 2, 32)
+    assert felt == [([qat.FakeInt4Linear] * 5, False)] * 2
+    assert kinds(model) == [torch.nn.Linear] * 5
+    assert not torch.equal(model.lm_head.weight, weights["lm_head.weight"])

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from gptcore.checkpoint import Snapshot, save_checkpoint
 from gptcore.config import check_config, dump_yaml
 from gptcore.entry import StopFlag, recording
 from gptcore.journal import read_journal
@@ -12,6 +13,7 @@ from gptcore.models import build_model
 from gptcore.shards import ShardSet, prepare
 from gptcore.studies import accumulation, quantization, timing
 from gptcore.studies.rnn_sizes import baseline_config, floor_config
+from gptcore.studies.short import Subject
 from gptcore.timing import PhaseClock, format_seconds, measure_ms
 from gptcore.train import build_trainer, train_loop
 
@@ -77,6 +79,26 @@ def test_accumulation_gives_the_same_gradient_in_less_memory(trained, tmp_path):
     assert one["grad_difference"] == 0
     assert four["grad_difference"] < 1e-5
     assert four["peak_mib"] == pytest.approx(one["peak_mib"] / 4, rel=0.2)
+
+
+def test_accumulation_reads_a_tied_head(small_text, tmp_path):
+    """A checkpoint holds a tied matrix once, so lm_head.weight was found missing after the training."""
+    tree = {
+        "data": {"source": str(small_text)},
+        "model": {"preset": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16},
+        "train": {"global_batch_size": 8, "device": "cpu"},
+        "studies": {"repeats": 3},
+    }
+    config = check_config(tree)
+    prepared = prepare(config, tmp_path)
+    shards = ShardSet.open(prepared.shards)
+    model = build_model(config.model, shards.vocab_size)
+    state = {"vocab_size": shards.vocab_size, "vocab_fingerprint": shards.fingerprint, "tokens_seen": 0}
+    tokenizer = prepared.vocab / "tokenizer.json"
+    path = save_checkpoint(tmp_path, Snapshot(1, model.weights(), {}, state, config, tokenizer))
+    subject = Subject(config, shards, path, tmp_path)
+    _, four = accumulation.measure(subject).rows
+    assert four["grad_difference"] < 1e-5
 
 
 def test_the_baseline_has_the_parameters_of_the_gpt():

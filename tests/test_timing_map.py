@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
+from gptcore.config.study import load_study
+from gptcore.studies.engine import CELL_FILE
 from gptcore.studies.timing_advice import advise_pipeline, advise_step
-from gptcore.studies.timing_difference import compare, conclude
+from gptcore.studies.timing_difference import compare, conclude, main, section_times
 from gptcore.studies.timing_peaks import _covered
 from gptcore.studies.timing_pipeline import check_sum
 from gptcore.studies.timing_sections import trains
@@ -76,7 +81,7 @@ def test_advice_speaks_only_when_its_number_is_reached() -> None:
 
 def test_the_difference_names_what_became_slower() -> None:
     rows = [
-        {"arm": "base", "section": s, "seed": n, "ms": ms + n}
+        {"arm": "base", "point": "", "section": s, "seed": n, "ms": ms + n}
         for s, ms in (("backward", 10.0), ("data", 1.0))
         for n in range(5)
     ]
@@ -86,6 +91,36 @@ def test_the_difference_names_what_became_slower() -> None:
     assert list(frame["section"]) == ["backward", "data"]
     assert "backward of base became slower most" in conclude(frame, "a", "b")
     assert "Nothing became slower" in conclude(compare(before, before), "a", "a")
+
+
+def test_points_of_a_grid_are_compared_each_with_itself(tmp_path: Path) -> None:
+    """One seed at two points was four pairs, and an interval that nobody measured."""
+    study = {
+        "study": "timing",
+        "question": "Which is slower?",
+        "base": "config.yaml",
+        "grid": {"model.n_layer": [1, 2]},
+        "seeds": [1],
+    }
+    runs = tmp_path / "a", tmp_path / "b"
+    for run, slower in zip(runs, (0.0, 1.0), strict=True):
+        run.mkdir()
+        (run / "config.yaml").write_text("{}")
+        (run / "study.yaml").write_text(yaml.safe_dump(study))
+        for cell in load_study(run / "study.yaml").cells:
+            rows = [{"section": "backward", "ms": 10 * cell.factors["model.n_layer"] + slower}]
+            record = {"name": cell.name, "arm": cell.arm, "factors": cell.factors, "seed": cell.seed, "status": "done"}
+            record |= {"rows": [{"kind": "step"}], "tables": {"sections": rows}}
+            folder = run / "cells" / "0" / cell.name
+            folder.mkdir(parents=True)
+            (folder / CELL_FILE).write_text(json.dumps(record))
+    frame = compare(*map(section_times, runs))
+    assert list(frame["point"]) == ["model.n_layer=1", "model.n_layer=2"]
+    assert list(frame["n"]) == [1, 1]
+    assert list(frame["change"]) == [1, 1]
+    result = main([*map(str, runs), str(tmp_path / "page.html")])
+    assert result["sections"] == 2
+    assert "base, model.n_layer=1: backward" in (tmp_path / "page.html").read_text()
 
 
 def test_overlapping_kernels_count_once() -> None:

@@ -7,18 +7,22 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gptcore import resampling
 from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model, newest_whole, read_state
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
 from gptcore.device import choose_device
 from gptcore.entry import NonFinite, StopFlag, Stopped, recording
 from gptcore.evaluate import Evaluation, bootstrap_bpb, evaluate_loss
 from gptcore.journal import read_journal
+from gptcore.nights.gate import compare
+from gptcore.nights.scores import Scores
 from gptcore.ranks import ALONE
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import accumulate_gradients, build_trainer, resume, train_loop, train_step
@@ -196,6 +200,28 @@ def test_the_interval_resamples_documents_and_needs_enough_of_them():
     assert bootstrap_bpb(evaluation, np.zeros(24), 500, 0)[2] == "sections"  # one document says nothing about others
     few = Evaluation(6.0, 3, nats[:3], sizes[:3], np.zeros(1))
     assert bootstrap_bpb(few, np.zeros(3), 500, 0) is None
+
+
+@pytest.mark.parametrize("clusters", [37, 501])
+def test_resampling_in_chunks_draws_what_it_drew_at_once(clusters, monkeypatch):
+    """All draws at once were gigabytes for a corpus of 400,000 documents. 501: more than a chunk has."""
+    nats, sizes = np.random.default_rng(1).random((2, clusters))
+    draws = np.random.default_rng(2).integers(0, clusters, (1001, clusters))
+    monkeypatch.setattr(resampling, "DRAWS_AT_ONCE", 260)
+    for drawn, column in zip(resampling.resampled_sums((nats, sizes), 1001, 2), (nats, sizes), strict=True):
+        assert np.array_equal(drawn, column[draws].sum(1))
+
+
+def test_both_intervals_need_little_memory():
+    nats, sizes = np.random.default_rng(1).random((2, 100_000))
+    documents = np.arange(100_000)
+    scores = Scores(nats, sizes, documents, np.zeros(100_000))
+    tracemalloc.start()
+    assert bootstrap_bpb(Evaluation(nats.sum(), 100_000, nats, sizes, np.zeros(1)), documents, 100, 0) is not None
+    assert compare(scores, scores, 100).high == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 2**20  # at once: 150 MiB
 
 
 def test_a_loaded_model_is_the_saved_one(config, shards, tmp_path):

@@ -195,7 +195,9 @@ class GPT(LanguageModel):
             fp8 = self.head_in_fp8 and self.training
             if not isinstance(self.lm_head, nn.Linear):  # quantized
                 return None, piecewise_cross_entropy(x, self.lm_head, targets, reduction, cap, self.vocab_size)
-            return None, head_cross_entropy(x, self.lm_head.weight, targets, reduction, cap, fp8)
+            # Fine-tuning for int4 learns on rounded weights (gptcore.quantize.qat).
+            weight = getattr(self.lm_head, "rounded_weight", self.lm_head.weight)
+            return None, head_cross_entropy(x, weight, targets, reduction, cap, fp8)
         logits = soft_cap(self.lm_head(x), cap)  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets, reduction)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gptcore.nights.scores import Scores, pool
 from gptcore.nights.settings import NightlySettings
+from gptcore.resampling import resampled_sums
 
 FEWEST_DOCUMENTS = 10  # with fewer, sections are resampled
 FEWEST_CLUSTERS = 5  # with fewer than that, no interval would mean anything
@@ -65,8 +66,7 @@ def compare(champion: Scores, challenger: Scores, resamples: int, error: float =
     sums = [np.bincount(cluster, values) for values in (champion.nats, challenger.nats, champion.bytes)]
     low = high = None
     if len(sums[0]) >= FEWEST_CLUSTERS:
-        draws = np.random.default_rng(SEED).integers(0, len(sums[0]), (resamples, len(sums[0])))
-        old, new, size = (values[draws].sum(1) for values in sums)
+        old, new, size = resampled_sums(sums, resamples, SEED)
         low, high = map(float, np.quantile((new - old) / (math.log(2) * size), [error / 2, 1 - error / 2]))
     unit = "documents" if is_by_document else "sections"
     return Comparison(champion.bpb, challenger.bpb, low, high, unit, len(sums[0]))

@@ -12,7 +12,7 @@ from gptcore.checkpoint import load_checkpoint
 from gptcore.config import UserError
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
-from gptcore.quantize.model import METHODS, quantize_checkpoint
+from gptcore.quantize.model import METHODS, find_made, quantize_checkpoint
 from gptcore.shards import ShardSet
 
 
@@ -37,16 +37,11 @@ def main(argv: list[str]) -> dict[str, Any]:
     shards = None if args.shards is None else ShardSet.open(args.shards)
     source = load_checkpoint(args.checkpoint)
     device = choose_device(source.config.train.device, "fp32")
+    what = (args.checkpoint, METHODS[args.method], args.out / "checkpoints", shards)
+    options = {"calibration_windows": args.windows, "qat_steps": args.qat_steps}
+    find_made(*what, **options)  # refuses a place that is taken before that place's journal says that this failed
     with recording(args.out, args.run, args.parent) as journal:
-        made = quantize_checkpoint(
-            args.checkpoint,
-            METHODS[args.method],
-            args.out / "checkpoints",
-            shards,
-            device=device.torch,
-            calibration_windows=args.windows,
-            qat_steps=args.qat_steps,
-        )
+        made = quantize_checkpoint(*what, device=device.torch, **options)
         before, after = ((path / "model.safetensors").stat().st_size for path in (args.checkpoint, made))
         result = {
             "checkpoint": str(made),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore.batches import BatchSampler
-from gptcore.checkpoint import Snapshot, load_checkpoint, load_model, save_checkpoint
+from gptcore.checkpoint import Snapshot, checkpoint_path, load_checkpoint, load_model, read_state, save_checkpoint
 from gptcore.config import UserError
 from gptcore.models import LanguageModel
 from gptcore.models.quantized import (
@@ -30,6 +30,7 @@ from gptcore.quantize.gptq import collect_hessians, gptq_groups
 from gptcore.quantize.qat import fine_tune
 from gptcore.quantize.rounding import pack_pairs, quantize_groups, quantize_rows, quantize_rows_fp8
 from gptcore.shards import ShardSet
+from gptcore.store import content_id, is_committed, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -174,13 +175,18 @@ def quantize_checkpoint(
 ) -> Path:
     """Commit the quantized copy as a checkpoint under `out`; returns its directory. Its optimizer state is empty.
 
-    Raises UserError for a checkpoint that is quantized already, and where GPTQ or fine-tuning miss the shards they read.
+    The same copy is found again, not made again. Raises UserError for a checkpoint that is quantized already, where GPTQ or
+    fine-tuning miss the shards they read, and where another checkpoint is in the copy's place.
     """
     source = load_checkpoint(checkpoint, device)
     if "quantization" in source.state:
         raise UserError(f"checkpoint {checkpoint}: quantized already; give the trained one it was made from")
     if method.algorithm != "nearest" and shards is None:
         raise UserError(f"--method with {method.algorithm} reads the training split: give --shards DIR")
+    made = find_made(checkpoint, method, out, shards, calibration_windows=calibration_windows, qat_steps=qat_steps)
+    if made is not None:
+        return made
+    origin = origin_id(checkpoint, method, shards, calibration_windows, qat_steps)
     if method.algorithm == "qat":
         assert shards is not None
         model = fine_tune(source.model, source.config, shards, qat_steps, method.group_size).to(device)
@@ -192,6 +198,37 @@ def quantize_checkpoint(
         assert shards is not None
         ids = calibration_ids(shards, model.block_size, calibration_windows)
     small = quantize(model, method, ids)
-    state = {**source.state, "quantization": layout_of(small)}
+    state = {**source.state, "quantization": layout_of(small), "origin": origin}
     tokenizer = checkpoint / "tokenizer.json"
     return save_checkpoint(out, Snapshot(state["step"], small.weights(), {}, state, source.config, tokenizer))
+
+
+def find_made(
+    checkpoint: Path,
+    method: Method,
+    out: Path,
+    shards: ShardSet | None = None,
+    *,
+    calibration_windows: int = 64,
+    qat_steps: int = 100,
+) -> Path | None:
+    """What `quantize_checkpoint` committed for the same arguments earlier. Raises UserError where another checkpoint lies there."""
+    directory = checkpoint_path(out, read_manifest(checkpoint)["step"])
+    if not is_committed(directory):
+        return None
+    if read_state(directory).get("origin") != origin_id(checkpoint, method, shards, calibration_windows, qat_steps):
+        raise UserError(
+            f"--out: {directory} is another checkpoint, or quantized in another way; give another --out, or delete it"
+        )
+    return directory
+
+
+def origin_id(
+    checkpoint: Path, method: Method, shards: ShardSet | None, calibration_windows: int, qat_steps: int
+) -> str:
+    """Stands for all that a quantized copy is made from; int4 by rounding and by GPTQ cannot be told apart by their layouts."""
+    parts = {"source": read_manifest(checkpoint)["files"], "method": asdict(method)}
+    if method.algorithm != "nearest" and shards is not None:
+        parts["shards"] = shards.id
+        parts["amount"] = calibration_windows if method.algorithm == "gptq" else qat_steps
+    return content_id(parts)

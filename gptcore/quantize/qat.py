@@ -38,8 +38,12 @@ class FakeInt4Linear(nn.Linear):
 
     group_size: int
 
+    @property
+    def rounded_weight(self) -> Tensor:
+        return _StraightThrough.apply(self.weight, self.group_size)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _StraightThrough.apply(self.weight, self.group_size), self.bias)
+        return F.linear(x, self.rounded_weight, self.bias)
 
 
 def feel_int4(model: LanguageModel, group_size: int) -> int:
@@ -58,10 +62,13 @@ def fine_tune(
 ) -> LanguageModel:
     """The model of a checkpoint after `steps` further steps on the training split with rounded weights, ready to be rounded.
 
-    Its learning rates are a tenth of the run's and fall to zero; batches are the run's, from seed + 1.
+    Its learning rates are a tenth of the run's and fall to zero; batches are the run's, from seed + 1. A run in fp8 goes on in the
+    device's 16 bits: products of its own would round the rounded weights again.
     """
     train = config.train
     changes = {
+        "init_from": None,  # where the run itself began, and that may be gone
+        "precision": "auto" if train.precision == "fp8" else train.precision,
         "max_steps": steps,
         "max_tokens": None,
         "minutes": None,

@@ -47,7 +47,7 @@ def measure(subject: Subject) -> Outcome:
             model={"dropout": 0.0},  # random masks differ between arms; without them only rounding does
         )
         trainer = build_trainer(config, subject.shards)
-        trainer.model.load_state_dict(weights)
+        trainer.model.load_weights(weights)
         timed = measure_ms(lambda trainer=trainer: accumulate_gradients(trainer), trainer.device.synchronize, repeats)  # type: ignore[misc]
         peak, grads = saved_mib(trainer), gradients(trainer)
         reference = grads if reference is None else reference

@@ -67,7 +67,7 @@ def measure(subject: Subject) -> Outcome:
     return Outcome(rows, conclusion, metrics, files=("model_int8.safetensors",))
 
 
-STUDY = Study("Quantization", QuantizationOptions, measure_cell, summarize)
+STUDY = Study("Quantization", QuantizationOptions, measure_cell, summarize, version=2)
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python -m gptcore.studies.timing_difference RUN_A RUN_B [OUT.html]
 
-Compares every section of every cell that both have, arm by arm, seeds paired; writes a page (default: RUN_B/difference.html).
+Compares every section of every cell that both have, by arm and point of the grid, seeds paired; writes a page (default: RUN_B/difference.html).
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ SHOWN = 20
 
 
 def section_times(directory: Path) -> pd.DataFrame:
-    """Columns arm, section, seed, ms: of the map and of the steps. Raises UserError for what is no run of the timing study."""
+    """Columns arm, point, section, seed, ms: of the map and of the steps; point is the grid's, "" without one.
+
+    Raises UserError for what is no run of the timing study.
+    """
     if not (directory / "study.yaml").is_file():
         raise UserError(f"{directory}: not a study's run (no study.yaml in it); give two folders of runs/")
     plan = load_study(directory / "study.yaml")
@@ -40,19 +43,25 @@ def section_times(directory: Path) -> pd.DataFrame:
         frames.append(steps)
     if not frames:
         raise UserError(f"{directory}: has no finished cell; run the study again")
-    return pd.concat([frame[["arm", "section", "seed", "ms"]] for frame in frames], ignore_index=True)
+    times = pd.concat([frame[["cell", "arm", "section", "seed", "ms"]] for frame in frames], ignore_index=True)
+    points = {
+        cell["name"]: ", ".join(f"{key}={value}" for key, value in sorted(cell["factors"].items()))
+        for cell in results.cells
+    }
+    return times.assign(point=times["cell"].map(points)).drop(columns="cell")
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """Columns arm, section, before, after, change, low, high (ms, B − A), n: largest change first."""
-    keys = ["arm", "section"]
+    """Columns arm, point, section, before, after, change, low, high (ms, B − A), n: largest change first."""
+    keys = ["arm", "point", "section"]
     both = a.merge(b, on=[*keys, "seed"], suffixes=("_a", "_b"))
     rows: list[dict[str, Any]] = []
-    for (arm, section), own in both.groupby(keys, sort=False):
+    for (arm, point, section), own in both.groupby(keys, sort=False):
         change = mean_interval(own["ms_b"] - own["ms_a"])
         rows.append(
             {
                 "arm": arm,
+                "point": point,
                 "section": section,
                 "before": float(own["ms_a"].mean()),
                 "after": float(own["ms_b"].mean()),
@@ -62,8 +71,13 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
                 "n": change.n,
             }
         )
-    frame = pd.DataFrame(rows, columns=["arm", "section", "before", "after", "change", "low", "high", "n"])
+    frame = pd.DataFrame(rows, columns=[*keys, "before", "after", "change", "low", "high", "n"])
     return frame.reindex(frame["change"].abs().sort_values(ascending=False).index).reset_index(drop=True)
+
+
+def place(row: pd.Series) -> str:
+    """The arm and, with a grid, its point."""
+    return f"{row['arm']}, {row['point']}" if row["point"] else str(row["arm"])
 
 
 def conclude(frame: pd.DataFrame, a: str, b: str) -> str:
@@ -75,7 +89,7 @@ def conclude(frame: pd.DataFrame, a: str, b: str) -> str:
         return f"Nothing became slower from {a} to {b} beyond its 95 % interval ({len(frame)} sections compared)."
     worst = sure.sort_values("change", ascending=False).iloc[0]
     return (
-        f"From {a} to {b}, {worst['section']} of {worst['arm']} became slower most: {worst['before']:.2f} to {worst['after']:.2f} ms "
+        f"From {a} to {b}, {worst['section']} of {place(worst)} became slower most: {worst['before']:.2f} to {worst['after']:.2f} ms "
         f"(+{worst['change']:.2f} ms, n={worst['n']}, 95 % interval {worst['low']:.2f} to {worst['high']:.2f})."
     )
 
@@ -87,7 +101,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     frame = compare(section_times(first), section_times(second))
     conclusion = conclude(frame, first.name, second.name)
     top = frame.head(SHOWN)
-    shown = top.assign(what=top["arm"] + ": " + top["section"])
+    shown = top.assign(what=[f"{place(row)}: {row['section']}" for _, row in top.iterrows()])
+    listed = frame if frame["point"].any() else frame.drop(columns="point")
     blocks = []
     if len(frame):
         plot = interval_figure(
@@ -101,7 +116,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         )
         blocks = [
             figure(plot, "The largest changes", "Seeds paired, 95 % intervals.", alt="Change of each section in ms", height=120 + 30 * len(top)),
-            table("Sections", frame, "milliseconds, B minus A", styles=dict.fromkeys(("before", "after", "change", "low", "high"), ".3f")),
+            table("Sections", listed, "milliseconds, B minus A", styles=dict.fromkeys(("before", "after", "change", "low", "high"), ".3f")),
         ]  # fmt: skip
     out = Path(argv[2]) if len(argv) == 3 else second / "difference.html"
     page.write_page(out, page.page(f"{first.name} → {second.name}", conclusion, blocks, kind="Difference"))
