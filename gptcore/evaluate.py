@@ -64,7 +64,8 @@ def evaluate_loss(
     *,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Evaluate on the validation split: its first `max_tokens` tokens, or all of it when 0; several processes share the work.
+    """Evaluate on the validation split: its first `max_tokens` tokens in whole batches, or all of it when 0; several processes share
+    the work.
 
     Each process makes the same number of passes, also where there is nothing left for it: the weights may be spread over all.
     Windows of `block_size` tokens do not overlap, so the first token of a window is predicted from one token of context,

@@ -238,6 +238,16 @@ def test_comparison_has_the_promised_columns_and_no_invented_numbers(whole_run: 
     assert format_comparison(comparison_table(whole_run)).iloc[1].to_dict()["val_loss"] == "–"
 
 
+def test_another_precision_is_not_called_other_tokens(whole_run: Path) -> None:
+    """The study reads the whole split, as the evaluation does; it computes in fp32."""
+    result = json.loads((whole_run / "evaluate" / "result.json").read_text())
+    write_result(whole_run / "evaluate", result | {"val_bpb": 2.339})
+    html = write_report(whole_run).read_text()
+    assert (
+        "int8 was compared with the unquantized model in fp32 on the same tokens: 2.3372 bits per byte there." in html
+    )
+
+
 def test_failed_step_is_shown_with_its_reason_and_without_numbers(whole_run: Path) -> None:
     # A resumed study left an older result behind: the journal's last word counts.
     train_step(whole_run / "rnn", 1.5, close="FAILED", reason="out of device memory with one sequence")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -322,6 +323,14 @@ def test_every_training_has_a_certificate_that_can_fail(
     wrong = lambda self, x, y=None, *, reduction="mean", **_: forward(self, x, y, reduction="mean")  # noqa: E731
     monkeypatch.setattr(type(trainer.model), "forward", wrong)
     assert not certificate.certify(trainer)["passed"]
+
+
+def test_a_certificate_names_the_precision_it_was_computed_in(shards: ShardSet) -> None:
+    """Evaluation mode turns fp8 off: what was called fp8, and allowed to be off by a half, was bf16."""
+    trainer = build_trainer(check_config({**BASE, "train": {**BASE["train"], "micro_batch_size": 4}}), shards)
+    trainer.device = replace(trainer.device, precision="fp8")
+    found = certificate.certify(trainer)
+    assert (found["precision"], found["limit"]) == ("bf16", certificate.LIMITS["bf16"])
 
 
 @pytest.mark.integration

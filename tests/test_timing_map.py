@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+from gptcore.config import ModelConfig
 from gptcore.config.study import load_study
+from gptcore.models import build_model
 from gptcore.studies.engine import CELL_FILE
 from gptcore.studies.timing_advice import advise_pipeline, advise_step
 from gptcore.studies.timing_difference import compare, conclude, main, section_times
 from gptcore.studies.timing_peaks import _covered
 from gptcore.studies.timing_pipeline import check_sum
-from gptcore.studies.timing_sections import trains
+from gptcore.studies.timing_sections import sections, trains
+from gptcore.studies.timing_step import _section_rows
 from gptcore.studies.timing_summary import inclusive_shares, nodes
 from gptcore.timing import MapClock
 
@@ -42,6 +46,23 @@ def test_the_map_keeps_nested_time_apart_and_adds_up_to_another_clock() -> None:
     check_sum(sum(clock.paths.values()), wall, 0.03)
     with pytest.raises(RuntimeError, match="missing or double"):
         check_sum(0.9, 1.0, 0.03)
+
+
+def test_sections_of_a_step_add_up_to_its_mean() -> None:
+    """Means do; medians, which they were said to be, do not."""
+    maps = [{("rest",): a, ("rest", "forward"): b} for a, b in ((1.0, 5.0), (2.0, 1.0), (9.0, 3.0))]
+    rows = _section_rows(maps)
+    assert sum(row["ms"] for row in rows) == pytest.approx(1e3 * 21 / 3)
+
+
+@pytest.mark.parametrize("family", ["lstm", "gru"])
+def test_the_recurrence_has_its_place_in_the_map(family: str) -> None:
+    """It was looked for under a name that no model has."""
+    model = build_model(ModelConfig(family=family, n_layer=1, n_embd=16, block_size=8), 11)
+    clock = MapClock()
+    with sections(model, clock):
+        model(torch.zeros(1, 8, dtype=torch.int64))
+    assert {path[-1] for path in clock.paths} == {"embedding", "recurrence", "head"}
 
 
 def test_evaluation_trains_nothing() -> None:

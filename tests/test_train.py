@@ -181,6 +181,16 @@ def test_evaluation_is_the_mean_over_every_token_whatever_the_batch(config, shar
     assert evaluate_loss(model, shards, device, 1, max_tokens=16).loss == pytest.approx(first, rel=1e-6)
 
 
+def test_a_part_of_the_split_ends_with_a_batch(config, shards):
+    """So the batch size decides how many tokens select=best compares; the fields say so."""
+    trainer = build_trainer(config, shards)
+    T = config.model.block_size
+    seen = [evaluate_loss(trainer.model, shards, trainer.device, size, 5 * T).tokens for size in (1, 4)]
+    assert seen == [5 * T, 8 * T]
+    said = type(config.evaluate).model_fields["batch_size"].description
+    assert "train.eval_tokens is rounded up to whole batches" in said
+
+
 def test_bits_per_byte_of_a_uniform_guess(config, shards):
     """log2 V bits a character, and characters are bytes in this text: the yardstick on a case one can do by hand."""
     model = build_trainer(config, shards).model

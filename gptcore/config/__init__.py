@@ -78,7 +78,12 @@ UNION_ARMS = ("int", "str", "literal['auto']", "tuple[SourceConfig, ...]")
 class EvaluateConfig(Section):
     """The fixed yardstick: the whole validation split, each token once, in order."""
 
-    batch_size: int = Field(64, ge=1, description="Sequences per forward pass; does not change the result.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Sequences per forward pass; does not change the result on the whole split, but train.eval_tokens is rounded "
+        "up to whole batches.",
+    )
     bootstrap: int = Field(1000, ge=0, description="Resamples for the 95 % interval of bits per byte; 0: no interval.")
     samples: int = Field(3, ge=0, le=100, description="Texts to sample from the trained model.")
     sample_tokens: int = Field(400, ge=1, description="Length of a sample, in tokens.")

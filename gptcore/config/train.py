@@ -115,7 +115,10 @@ class TrainConfig(Section):
     log_interval: int = Field(10, ge=1, description="Steps between two lines of the journal.")
     eval_interval: int = Field(250, ge=1, description="Steps between two evaluations; one is always made at the end.")
     eval_tokens: int = Field(
-        65_536, ge=0, description="Validation tokens of an evaluation during training, the first ones in order; 0: all."
+        65_536,
+        ge=0,
+        description="Validation tokens of an evaluation during training, the first ones in order, up to the end of a batch of "
+        "evaluate.batch_size sequences; 0: all.",
     )
     select: Literal["last", "best"] = Field(
         "last", description="Which weights the run hands on: the last, or those of the evaluation with the best bpb."

@@ -178,7 +178,7 @@ def learning_section(run: RunRecord) -> Markup:
         eval_tokens = run.section("train").get("eval_tokens")
         caption = "Thick: held-out text. Thin: training batches. Click a name to hide it, drag to zoom, double-click to return."
         if isinstance(eval_tokens, int) and eval_tokens > 0:
-            caption += f" Held-out points on the way use at most the first {eval_tokens:,} validation tokens, the last one all of them."
+            caption += f" Held-out points on the way use the first {eval_tokens:,} validation tokens, up to the end of a batch, the last one all of them."
         blocks.append(
             page.figure_block(figure, "Loss over tokens", caption, alt=_curves_alt(curves), scale_toggle=True)
         )
@@ -358,13 +358,15 @@ def _gap(run: RunRecord, bpb: float, step_name: str, name: str) -> str:
 
 
 def _int8_note(run: RunRecord) -> list[str]:
-    """Say so if the quantization study measured on other tokens than the table's first row."""
+    """Say so if the quantization study, which computes in fp32 on the same tokens, has another loss than the table's first row."""
     rows = {row.get("weights"): row.get("val_bpb") for row in study_rows(run.steps["quantization"])}
     evaluation = run.done("evaluate")
     full, plain = (evaluation.number("val_bpb") if evaluation else None), rows.get("fp32")
     if full is None or not isinstance(plain, (int, float)) or abs(plain - full) < 5e-4:
         return []
-    return [f"int8 was measured on the study's own tokens, where the unquantized model has {plain:.4f}."]
+    return [
+        f"int8 was compared with the unquantized model in fp32 on the same tokens: {plain:.4f} bits per byte there."
+    ]
 
 
 def _chip_values(run: RunRecord) -> list[tuple[str, str, str]]:

@@ -20,8 +20,6 @@ from gptcore.report import page
 from gptcore.report.figures import COLOURS, PARTS, lay_out
 from gptcore.report.wording import MISSING, duration
 
-CELL_STATES = {"done": "done", "cached": "done", "failed": "failed", "not run": "absent"}
-
 
 def table(
     name: str, frame: pd.DataFrame, caption: str, *, styles: Mapping[str, str] | None = None, notes: Sequence[str] = ()

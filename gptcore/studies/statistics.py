@@ -38,10 +38,6 @@ class Interval:
         """`name`, `name_low`, `name_high`: how a table holds an interval (gptcore.report.study shows the three as one)."""
         return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.n > 1 and (self.low > 0 or self.high < 0)
-
 
 def mean_interval(values: object, level: float = 0.95) -> Interval:
     """Mean of independent values (seeds, repeats) with its interval. All must be finite; at least one."""

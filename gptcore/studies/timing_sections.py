@@ -19,7 +19,7 @@ MODULES = {
     "lm_head": "head",
     "wte": "embedding",
     "wpe": "embedding",
-    "lstm": "recurrence",
+    "rnn": "recurrence",
     "ln_1": "norm",
     "ln_2": "norm",
     "ln_f": "norm",

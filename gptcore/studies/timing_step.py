@@ -90,7 +90,7 @@ def _timed_step(trainer: Trainer) -> float:
 
 
 def _section_rows(maps: list[dict[Path, float]]) -> list[dict[str, Any]]:
-    """Median milliseconds of every path over the clocked steps, with its share of the mean step."""
+    """Mean milliseconds of every path over the clocked steps, which add up as medians would not, with its share of the mean step."""
     whole = statistics.mean(sum(paths.values()) for paths in maps)
     rows = []
     for path in dict.fromkeys(path for paths in maps for path in paths):
