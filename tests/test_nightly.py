@@ -23,7 +23,7 @@ from prefect.logging import disable_run_logger
 
 from gptcore.config import UserError, load_config
 from gptcore.nights.gate import compare, decide
-from gptcore.nights.ledger import Generation, Ledger, Matrix, draw_matrix, explain
+from gptcore.nights.ledger import Generation, KnownModel, Ledger, Matrix, draw_matrix, explain
 from gptcore.nights.night import _long_runs
 from gptcore.nights.scores import Scores, load_scores, pool, save_scores
 from gptcore.nights.settings import NightlySettings
@@ -186,6 +186,46 @@ def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect
     assert "cannot be read" in received[1]["message"]
     assert received[0]["title"] == "gptloom words: promoted"
     assert "champion: 3" in received[0]["message"]
+
+
+@pytest.mark.parametrize("trouble", ["a damaged score file", "a full disk"])
+def test_trouble_after_a_night_leaves_its_outcome_and_is_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """The alias had moved, and the ledger knew nothing of it; a damaged file did that in every night to come."""
+    from flows.nightly import Night
+    from gptcore.nights import page
+    from tasks import nightly as steps
+    from tasks import registry
+
+    folder, told = home / "nightly" / "words", []
+    Ledger(generations=[Generation("night-1", [], 5)], models=[KnownModel("old", "1", "")]).save(folder)
+    if trouble == "a full disk":
+        words = "no report: [Errno 28] full"
+
+        def write_night(*_: Any) -> None:
+            assert len(Ledger.load(folder).nights) == 1
+            raise OSError(28, "full")
+
+        monkeypatch.setattr(page, "write_night", write_night)
+    else:
+        damaged = folder / "scores" / "old" / "night-1.npz"
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(b"PK")
+        words = f"no drift ledger: {damaged}: damaged"
+    monkeypatch.setattr(registry, "champion", lambda _: None)
+    monkeypatch.setattr(steps, "retire_nights", lambda *_: {"nights": []})
+    monkeypatch.setattr(steps, "notify", lambda night, *_: told.append(night["outcome"]))
+    monkeypatch.setattr(Night, "_work", lambda _: ("promoted", "planted"))
+    experiment = tmp_path / "words.yaml"
+    experiment.write_text("")
+    night = Night(load_config(experiment), folder, SETTINGS).run("words-nightly-1")
+    assert (night["outcome"], told) == ("promoted", ["promoted"])
+    (kept,) = Ledger.load(folder).nights
+    assert kept["outcome"] == "promoted"
+    assert words in kept["trouble"]
+    if trouble != "a full disk":
+        assert str(damaged) in Path(night["report"]).read_text()
 
 
 def test_arms_need_equal_tokens(home: Path, tmp_path: Path) -> None:
