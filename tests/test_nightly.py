@@ -350,11 +350,16 @@ def test_old_nights_go_and_what_is_needed_stays(mlflow_store: str, home: Path, p
         (home / "data" / "shards" / f"shards-{i}").mkdir(parents=True)
     register_champion(mlflow_store, home)
     registry.open_client().set_model_version_tag("words", "1", "gptloom.run", "words-1/warm")
-    retired = retire_nights("words", Ledger(nights=nights), NightlySettings(keep_nights=1), home)
-    assert retired["nights"] == ["words-0", "words-1", "words-2"]
+    settings = NightlySettings(keep_nights=1)
+    retired = retire_nights("words", Ledger(nights=nights), settings, home)
+    assert retired["nights"] == ["words-0", "words-2"]
     left = sorted(path.parent.parent.parent.name for path in (home / "runs").glob("*/arms/*/checkpoints"))
     assert left == ["words-1", "words-3"]  # the champion's, and last night's
     assert [path.name for path in (home / "data" / "shards").iterdir()] == ["shards-3"]
+    registry.open_client().delete_registered_model_alias("words", "champion")
+    nights = [night | {"retired": night["run"] in retired["nights"]} for night in nights]
+    assert retire_nights("words", Ledger(nights=nights), settings, home)["nights"] == ["words-1"], "needed no more"
+    assert not (home / "runs" / "words-1" / "arms" / "warm" / "checkpoints").exists()
 
 
 # --- whole nights ------------------------------------------------------------------------------------------------------------
