@@ -10,6 +10,8 @@ moves the alias `champion`. A night that fires while the one before still runs i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,11 +31,11 @@ from gptcore.store import content_id, home_dir, read_manifest
 from tasks.data import ingest
 from tasks.process import run_logger
 from tasks.reporting import data_url, links
-from tasks.tracking import NOTE_TAG, check_store, find_run
+from tasks.tracking import NOTE_TAG, check_store, find_run, first_line
 
 if TYPE_CHECKING:
     from gptcore.nights.gate import Decision
-    from gptcore.nights.ledger import Generation, Ledger
+    from gptcore.nights.ledger import Generation, Ledger, Matrix
     from tasks.registry import Version
 
 DEFAULTS = NightlySettings()
@@ -322,31 +324,54 @@ class Night:
         return now.version if now else None
 
     def _finish(self, night: dict[str, Any]) -> None:
-        """Ledger, picture, report, artifacts, clean-up, messages. Trouble here is told and changes no outcome."""
+        """Ledger, picture, report, artifacts, clean-up, messages. Trouble after the ledger is told and changes no outcome."""
+        try:
+            self.ledger.save(
+                self.folder
+            )  # before all that may break: the alias may have moved, and the next night has to know
+        finally:
+            self._tell(night)
+
+    def _tell(self, night: dict[str, Any]) -> None:
         from gptcore.nights.page import write_night
         from tasks import nightly as steps
 
-        matrix, sentences, row = self._matrix()
-        for folder in (self.folder / "reports", self.folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        matrix: Matrix | None = None
+        sentences: list[str] = []
+        row: int | None = None
+        with self._going_on(night, "drift ledger"):
+            matrix, sentences, row = self._matrix()
         report = self.folder / "reports" / f"{self.name}.html"
         night["report"] = str(report)
         shown = {key: value for key, value in night.items() if key not in ("made", "report", "error")}
         shown["val_bpb"] = None if self.val_bpb is None else f"{self.val_bpb:.4f}"
-        write_night(report, shown, self.ledger.nights, self.arms, self.decision, matrix, sentences)
-        try:
+        with self._going_on(night, "report"):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            write_night(report, shown, self.ledger.nights, self.arms, self.decision, matrix, sentences)
+        with self._going_on(night, "artifacts"):
             self._leave_artifacts(night, matrix, sentences, row)
+        with self._going_on(night, "clean-up"):
             retired = steps.retire_nights(self.config.name, self.ledger, self.settings, self.home)
             if retired["nights"]:
                 for old in self.ledger.nights:
                     old["retired"] = old.get("retired", False) or old["run"] in retired["nights"]
                 run_logger().info("retired %s: %s MiB freed", ", ".join(retired["nights"]), retired["freed_mib"])
+        with self._going_on(night, "messages"):
             steps.notify(night, self.settings, self.config.name)
-        except Exception as error:
-            run_logger().warning("after the night: %s", error)
-        self.ledger.save(self.folder)
+        with self._going_on(night, "trouble and clean-up in the ledger"):
+            self.ledger.save(self.folder)
 
-    def _matrix(self) -> tuple[Any, list[str], int | None]:
+    @contextmanager
+    def _going_on(self, night: dict[str, Any], what: str) -> Iterator[None]:
+        """Whatever breaks in the block is said in the log, in the night's record and on its page; the night goes on."""
+        try:
+            yield
+        except Exception as error:
+            trouble = f"no {what}: {first_line(error)}"
+            night["trouble"] = f"{night['trouble']}; {trouble}" if "trouble" in night else trouble
+            run_logger().warning("after the night: %s", trouble)
+
+    def _matrix(self) -> tuple[Matrix | None, list[str], int | None]:
         """The ledger's matrix, what it says, and the champion's row."""
         from gptcore.nights.ledger import explain, read_matrix
 

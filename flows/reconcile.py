@@ -61,7 +61,7 @@ ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 OWN_FLOWS = (
     "budget", "data", "nightly", "nightly-simulation", "pipeline", "promote", "reconcile", "rollback", "study",
 )  # fmt: skip
-LEFTOVER_FOLDERS = ("data/*", "runs/*/*/checkpoints")
+LEFTOVER_FOLDERS = ("data/*", "runs/*/*/checkpoints", "registry")
 
 
 @dataclass

@@ -246,8 +246,8 @@ def run_arms(
 def retire_nights(name: str, ledger: Ledger, settings: NightlySettings, home: Path) -> dict[str, Any]:
     """Delete what older nights left, by policy: {"nights": names, "freed_mib"}. Nothing an alias, a rollback or the ledger needs.
 
-    Of nights before the last `keep_nights`: their checkpoints, their runs in MLflow and their versions, unless one of these is,
-    or was, champion or challenger; shard sets that strung together an older training text. Segments, their ids and all
+    Of nights before the last `keep_nights`: their checkpoints, their runs in MLflow and their versions, unless one of these is
+    champion or challenger, or a rollback may need it; shard sets that strung together an older training text. Segments, their ids and all
     scores and reports stay.
     """
     from tasks.tracking import delete_runs
@@ -262,13 +262,14 @@ def retire_nights(name: str, ledger: Ledger, settings: NightlySettings, home: Pa
         for made in night.get("made", []):
             if made not in kept_shards:
                 freed += _remove(home / "data" / "shards" / made)
-        if night["run"] not in needed:
-            for folder in (home / "runs" / night["run"]).glob("arms/*/checkpoints"):
-                freed += _remove(folder)
-            delete_runs(name, night["run"])
-            for version in registry.versions(name):
-                if version.facts.get("run", "").startswith(f"{night['run']}/"):
-                    registry.delete_version(version)
+        if night["run"] in needed:  # asked again every night: a challenger is so for a while only
+            continue
+        for folder in (home / "runs" / night["run"]).glob("arms/*/checkpoints"):
+            freed += _remove(folder)
+        delete_runs(name, night["run"])
+        for version in registry.versions(name):
+            if version.facts.get("run", "").startswith(f"{night['run']}/"):
+                registry.delete_version(version)
         gone.append(night["run"])
     return {"nights": gone, "freed_mib": round(freed / 2**20, 1)}
 

@@ -23,7 +23,7 @@ from typing import Any
 from prefect import task
 
 from gptcore.config import ExperimentConfig, UserError, hide_password
-from gptcore.store import MANIFEST, home_dir, is_committed, read_manifest
+from gptcore.store import MANIFEST, MARKER, commit_dir, home_dir, is_committed, read_manifest
 from tasks.process import run_logger
 from tasks.tracking import first_line, is_store_trouble, open_client, save_servable, tracking_uri
 
@@ -266,9 +266,9 @@ def checkpoint_of(version: Version) -> Path:
             with tempfile.TemporaryDirectory(prefix="gptloom-model-") as folder:
                 found = Path(open_client().download_artifacts(version.run_id, "model/artifacts", folder))
                 whole = next(found.rglob(MANIFEST)).parent
-                read_manifest(whole, verify=True)
-                fetched.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copytree(whole, fetched, dirs_exist_ok=True)
+                with commit_dir(fetched, read_manifest(whole, verify=True)) as tmp:
+                    # Its marker stays behind: a copy has one of its own, once it is whole.
+                    shutil.copytree(whole, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, MARKER))
         except Exception as error:
             raise UserError(
                 f"model {version.label}: its checkpoint is neither at {local} nor whole among the artifacts of run "

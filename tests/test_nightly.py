@@ -23,7 +23,7 @@ from prefect.logging import disable_run_logger
 
 from gptcore.config import UserError, load_config
 from gptcore.nights.gate import compare, decide
-from gptcore.nights.ledger import Generation, Ledger, Matrix, draw_matrix, explain
+from gptcore.nights.ledger import Generation, KnownModel, Ledger, Matrix, draw_matrix, explain
 from gptcore.nights.night import _long_runs
 from gptcore.nights.scores import Scores, load_scores, pool, save_scores
 from gptcore.nights.settings import NightlySettings
@@ -188,6 +188,46 @@ def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect
     assert "champion: 3" in received[0]["message"]
 
 
+@pytest.mark.parametrize("trouble", ["a damaged score file", "a full disk"])
+def test_trouble_after_a_night_leaves_its_outcome_and_is_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """The alias had moved, and the ledger knew nothing of it; a damaged file did that in every night to come."""
+    from flows.nightly import Night
+    from gptcore.nights import page
+    from tasks import nightly as steps
+    from tasks import registry
+
+    folder, told = home / "nightly" / "words", []
+    Ledger(generations=[Generation("night-1", [], 5)], models=[KnownModel("old", "1", "")]).save(folder)
+    if trouble == "a full disk":
+        words = "no report: [Errno 28] full"
+
+        def write_night(*_: Any) -> None:
+            assert len(Ledger.load(folder).nights) == 1
+            raise OSError(28, "full")
+
+        monkeypatch.setattr(page, "write_night", write_night)
+    else:
+        damaged = folder / "scores" / "old" / "night-1.npz"
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(b"PK")
+        words = f"no drift ledger: {damaged}: damaged"
+    monkeypatch.setattr(registry, "champion", lambda _: None)
+    monkeypatch.setattr(steps, "retire_nights", lambda *_: {"nights": []})
+    monkeypatch.setattr(steps, "notify", lambda night, *_: told.append(night["outcome"]))
+    monkeypatch.setattr(Night, "_work", lambda _: ("promoted", "planted"))
+    experiment = tmp_path / "words.yaml"
+    experiment.write_text("")
+    night = Night(load_config(experiment), folder, SETTINGS).run("words-nightly-1")
+    assert (night["outcome"], told) == ("promoted", ["promoted"])
+    (kept,) = Ledger.load(folder).nights
+    assert kept["outcome"] == "promoted"
+    assert words in kept["trouble"]
+    if trouble != "a full disk":
+        assert str(damaged) in Path(night["report"]).read_text()
+
+
 def test_arms_need_equal_tokens(home: Path, tmp_path: Path) -> None:
     from tasks.nightly import plan_arms
 
@@ -310,11 +350,16 @@ def test_old_nights_go_and_what_is_needed_stays(mlflow_store: str, home: Path, p
         (home / "data" / "shards" / f"shards-{i}").mkdir(parents=True)
     register_champion(mlflow_store, home)
     registry.open_client().set_model_version_tag("words", "1", "gptloom.run", "words-1/warm")
-    retired = retire_nights("words", Ledger(nights=nights), NightlySettings(keep_nights=1), home)
-    assert retired["nights"] == ["words-0", "words-1", "words-2"]
+    settings = NightlySettings(keep_nights=1)
+    retired = retire_nights("words", Ledger(nights=nights), settings, home)
+    assert retired["nights"] == ["words-0", "words-2"]
     left = sorted(path.parent.parent.parent.name for path in (home / "runs").glob("*/arms/*/checkpoints"))
     assert left == ["words-1", "words-3"]  # the champion's, and last night's
     assert [path.name for path in (home / "data" / "shards").iterdir()] == ["shards-3"]
+    registry.open_client().delete_registered_model_alias("words", "champion")
+    nights = [night | {"retired": night["run"] in retired["nights"]} for night in nights]
+    assert retire_nights("words", Ledger(nights=nights), settings, home)["nights"] == ["words-1"], "needed no more"
+    assert not (home / "runs" / "words-1" / "arms" / "warm" / "checkpoints").exists()
 
 
 # --- whole nights ------------------------------------------------------------------------------------------------------------

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from prefect.logging import disable_run_logger
 
-from gptcore.checkpoint import Snapshot, save_checkpoint
+from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
 from gptcore.config import UserError, check_config
 from gptcore.models import build_model
+from gptcore.store import home_dir, read_manifest
 from gptcore.vocab import CharVocab
 from tasks import registry
 
@@ -93,6 +95,26 @@ def test_registered_model_needs_nothing_else(store: Store) -> None:
     assert first == again
     assert first[0].startswith("ab")
     assert len(first[0]) > 2
+
+
+def test_a_fetch_that_is_interrupted_leaves_no_torn_checkpoint(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The marker copied before the weights made half a model look whole for ever, and fit to be promoted."""
+    made, copytree = store.register(), shutil.copytree
+    shutil.rmtree(made.facts["checkpoint"])
+
+    def die_early(source: Path, target: Path, **kwargs: Any) -> None:
+        copytree(source, target, **kwargs)
+        if (home_dir() / "registry") in Path(target).parents:
+            (Path(target) / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", die_early)
+        with pytest.raises(KeyboardInterrupt):
+            registry.checkpoint_of(made)
+    fetched = registry.checkpoint_of(made)
+    assert read_manifest(fetched, verify=True)["files"].keys() >= {"model.safetensors", "tokenizer.json"}
+    assert load_model(fetched)[1].state["step"] == 1
 
 
 def test_what_is_gone_is_said_and_the_champion_stays(store: Store) -> None:

@@ -10,6 +10,6 @@ class UserError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values are frozen once checked."""
+    """Base of every section: unknown keys are refused, and inf and nan; values are frozen once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

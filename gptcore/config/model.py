@@ -123,7 +123,8 @@ class ModelConfig(Section):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return PRESETS.get(values.get("preset", "modern"), {}) | values
+        preset = values.get("preset", "modern")
+        return (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | values
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:

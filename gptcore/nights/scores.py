@@ -6,8 +6,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
+
+from gptcore.store import DamagedError
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,12 @@ def save_scores(path: Path, scores: Scores) -> None:
 
 
 def load_scores(path: Path) -> Scores:
-    with np.load(path, allow_pickle=False) as arrays:
-        return Scores(**{name: arrays[name] for name in ("nats", "bytes", "documents", "sources")})
+    """Raises DamagedError for a file that cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Scores(**{name: arrays[name] for name in ("nats", "bytes", "documents", "sources")})
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise DamagedError(f"{path}: damaged ({error}); delete it, and the next night measures it again") from None
 
 
 def pool(parts: list[Scores]) -> Scores:

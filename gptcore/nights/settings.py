@@ -12,7 +12,7 @@ Outcome = Literal["promoted", "kept", "skipped", "refused", "failed"]
 class NightlySettings(BaseModel):
     """When tonight's model replaces the champion, what is kept, and who is told."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     min_effect: float = Field(
         0.002,
