@@ -161,7 +161,7 @@ def draw_matrix(matrix: Matrix, path: Path, marked: int | None = None) -> Path:
     figure = Figure(figsize=(2.6 + 0.95 * len(matrix.holdouts), 1.5 + 0.42 * len(matrix.models)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(z, cmap="YlOrBr", aspect="auto")
-    middle = (np.nanmin(z) + np.nanmax(z)) / 2
+    middle = 0.0 if np.isnan(z).all() else (np.nanmin(z) + np.nanmax(z)) / 2
     for (i, j), value in np.ndenumerate(z):
         text = "–" if np.isnan(value) else f"{value:.3f}"
         axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if value > middle else "black")
