@@ -1,17 +1,19 @@
 """Fewer bits: what rounding may change, what GPTQ gains, what kernels compute, what a checkpoint keeps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
-from gptcore.config import ExperimentConfig, ModelConfig, UserError
+from gptcore.config import ExperimentConfig, ModelConfig, UserError, load_config, with_changes
 from gptcore.generate import generate
 from gptcore.models import build_model
 from gptcore.models.quantized import KINDS, Int4Linear, Int8Linear, QuantizedLinear, layout_of
 from gptcore.quantize import METHODS, Method, quantize, quantize_checkpoint
+from gptcore.quantize.__main__ import main
 from gptcore.quantize.gptq import gptq_groups
 from gptcore.quantize.model import quantized_layer
 from gptcore.quantize.qat import feel_int4
@@ -168,6 +170,22 @@ def test_mistakes_are_said_before_anything_is_written(checkpoint, tmp_path):
     with pytest.raises(UserError, match="quantized already"):
         quantize_checkpoint(made, METHODS["int8"], tmp_path / "smaller")
     assert not (tmp_path / "smaller").exists()
+
+
+def test_a_checkpoint_from_a_gpu_is_quantized_where_there_is_none(checkpoint, tmp_path, monkeypatch):
+    """The way out that the refusal named could not be given to this command."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, path = checkpoint
+    state = load_model(path)[1].state
+    config = with_changes(load_config(path / "config.yaml"), train={"device": "cuda"})
+    path = save_checkpoint(tmp_path / "gpu", Snapshot(4, model.weights(), {}, state, config, path / "tokenizer.json"))
+    call = [str(path), "--out", str(tmp_path / "small")]
+    with pytest.raises(UserError, match=r"train\.device=cuda: .*use train\.device=auto"):
+        main(call)
+    with pytest.raises(UserError, match=r"'model\.n_layer=2': .*only train\.field=value"):
+        main([*call, "model.n_layer=2"])
+    made = main([*call, "train.device=auto"])["checkpoint"]
+    assert load_model(Path(made))[1].config == config, "how the weights were trained stays what it was"
 
 
 def test_head_and_embedding_are_chosen_apart():

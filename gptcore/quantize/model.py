@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gptcore.batches import BatchSampler
 from gptcore.checkpoint import Snapshot, load_checkpoint, load_model, save_checkpoint
-from gptcore.config import UserError
+from gptcore.config import ExperimentConfig, UserError
 from gptcore.models import LanguageModel
 from gptcore.models.quantized import (
     Float8Linear,
@@ -171,9 +171,11 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     calibration_windows: int = 64,
     qat_steps: int = 100,
+    config: ExperimentConfig | None = None,
 ) -> Path:
     """Commit the quantized copy as a checkpoint under `out`; returns its directory. Its optimizer state is empty.
 
+    config: what fine-tuning goes by, the checkpoint's own by default; the copy keeps that in any case.
     Raises UserError for a checkpoint that is quantized already, and where GPTQ or fine-tuning miss the shards they read.
     """
     source = load_checkpoint(checkpoint, device)
@@ -183,7 +185,7 @@ def quantize_checkpoint(
         raise UserError(f"--method with {method.algorithm} reads the training split: give --shards DIR")
     if method.algorithm == "qat":
         assert shards is not None
-        model = fine_tune(source.model, source.config, shards, qat_steps, method.group_size).to(device)
+        model = fine_tune(source.model, config or source.config, shards, qat_steps, method.group_size).to(device)
         method = method.by_rounding()
     else:
         model = load_model(checkpoint, device)[0]
