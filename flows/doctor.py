@@ -154,12 +154,20 @@ def check_devices() -> Iterator[Check]:
 
 
 def check_compiler() -> Iterator[Check]:
-    found = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if found:
-        yield Check("compiler", OK, found)
+    """What the trainer looks for before it compiles; on a GPU also the C compiler with which Triton builds its launchers."""
+    from gptcore.device import choose_device
+    from gptcore.train.trainer import missing_compiler
+
+    device = choose_device()
+    lacking, package = missing_compiler(device), "triton (pip)" if device.is_cuda else "g++ (apt-get)"
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not lacking and device.is_cuda and not any(map(shutil.which, names)):
+        lacking, package = f"there is no C compiler here ({' or '.join(names)})", "gcc and libc6-dev (apt-get)"
+    if lacking:
+        remedy = f"install {package}, or set train.compile=off"
+        yield Check("compiler", WARN, f"{lacking}; torch.compile cannot be used", remedy)
     else:
-        remedy = "apt-get install gcc libc6-dev (or the like), or set train.compile=off"
-        yield Check("compiler", WARN, "no C compiler; torch.compile cannot be used", remedy)
+        yield Check("compiler", OK, f"torch.compile has what it needs on {device.name}")
 
 
 def check_disk(home: Path) -> Iterator[Check]:

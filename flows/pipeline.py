@@ -341,7 +341,7 @@ class PipelineRun:
         values = {
             f"val/{key}": evaluation[f"val_{key}"]
             for key in ("loss", "ppl", "bpb", "bpb_low", "bpb_high")
-            if f"val_{key}" in evaluation
+            if evaluation.get(f"val_{key}") is not None
         }
         self.journal.metrics(
             values | {"parameters": trained["parameters"]}, tokens_seen=trained["tokens_seen"], step=trained["steps"]

@@ -42,8 +42,12 @@ class Evaluation:
         return self.nats / self.tokens
 
     @property
-    def ppl(self) -> float:
-        return math.exp(self.loss)
+    def ppl(self) -> float | None:
+        """Perplexity; None for a loss whose exponential no number holds: 709.8 nats and more."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return None
 
     @property
     def bpb(self) -> float:
@@ -51,7 +55,8 @@ class Evaluation:
         return float(self.record_nats.sum() / (math.log(2) * self.record_bytes.sum()))
 
     def metrics(self) -> dict[str, float]:
-        return {"val/loss": self.loss, "val/ppl": self.ppl, "val/bpb": self.bpb}
+        values = {"val/loss": self.loss, "val/ppl": self.ppl, "val/bpb": self.bpb}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @torch.no_grad()

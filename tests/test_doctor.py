@@ -97,6 +97,22 @@ def test_other_versions_than_pinned_are_named(tmp_path: Path) -> None:
     assert "constraints.txt" in checks[0].remedy
 
 
+def test_a_c_compiler_does_not_compile_for_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor was content with gcc, and the trainer, which needs C++ on a CPU, then ran uncompiled."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("cc", "gcc", "g++"):
+        (tmp_path / name).touch(mode=0o700)
+    assert [check.status for check in doctor.check_compiler()] == [OK]
+    (tmp_path / "g++").unlink()
+    (check,) = doctor.check_compiler()
+    assert check.status == WARN
+    assert "no C++ compiler here (g++ or clang++)" in check.message
+    assert "install g++" in check.remedy
+
+
 def test_home_open_to_others(home: Path, committed: Path) -> None:
     home.chmod(0o777)
     assert of(home, "permissions")[0].status == FAIL

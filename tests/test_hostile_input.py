@@ -332,6 +332,7 @@ def test_paths_that_are_no_text(tmp_path: Path) -> None:
     assert "only http://" in refusal("ftp://127.0.0.1/a.txt", home)
     assert "expected hf://" in refusal("hf://models/x", home)
     assert "expected http" in refusal("http:///a.txt", home)
+    assert "data.source='http://[::1/x': expected http" in refusal("http://[::1/x?q", home)
     assert "expected http" in refusal("http://127.0.0.1/a.txt#md5=0", home)
 
 

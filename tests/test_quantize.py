@@ -1,19 +1,20 @@
 """Fewer bits: what rounding may change, what GPTQ gains, what kernels compute, what a checkpoint keeps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
-from gptcore.config import ExperimentConfig, ModelConfig, UserError, check_config
+from gptcore.config import ExperimentConfig, ModelConfig, UserError, check_config, load_config, with_changes
 from gptcore.generate import generate
 from gptcore.journal import FILE_NAME
 from gptcore.models import build_model, losses
 from gptcore.models.quantized import KINDS, Int4Linear, Int8Linear, QuantizedLinear, layout_of
 from gptcore.quantize import METHODS, Method, qat, quantize, quantize_checkpoint
-from gptcore.quantize import __main__ as quantize_process
+from gptcore.quantize.__main__ import main
 from gptcore.quantize.gptq import gptq_groups
 from gptcore.quantize.model import origin_id, quantized_layer
 from gptcore.quantize.qat import feel_int4
@@ -175,17 +176,35 @@ def test_another_method_does_not_get_what_lies_there(checkpoint, tmp_path):
     """int4 into the folder of int8 was given the int8 copy; GPTQ's has the layout of int4 by rounding."""
     _, path = checkpoint
     out = tmp_path / "small"
-    first = quantize_process.main([str(path), "--method", "int8", "--out", str(out)])
+    first = main([str(path), "--method", "int8", "--out", str(out)])
     journal = (out / FILE_NAME).read_bytes()
     for method in ("int4", "int8-dynamic"):
         with pytest.raises(UserError, match=r"--out: .*step_000003 is another checkpoint"):
-            quantize_process.main([str(path), "--method", method, "--out", str(out)])
+            main([str(path), "--method", method, "--out", str(out)])
     assert (out / FILE_NAME).read_bytes() == journal
-    again = quantize_process.main([str(path), "--method", "int8", "--out", str(out)])
+    again = main([str(path), "--method", "int8", "--out", str(out)])
     assert again["checkpoint"] == first["checkpoint"]
     with pytest.raises(UserError, match="another checkpoint"):  # the trained one itself
         quantize_checkpoint(path, METHODS["int4"], path.parent)
-    assert origin_id(path, METHODS["int4"], None, 64, 100) != origin_id(path, METHODS["int4-gptq"], None, 64, 100)
+    assert origin_id(path, METHODS["int4"], None, None, 64, 100) != origin_id(
+        path, METHODS["int4-gptq"], None, None, 64, 100
+    )
+
+
+def test_a_checkpoint_from_a_gpu_is_quantized_where_there_is_none(checkpoint, tmp_path, monkeypatch):
+    """The way out that the refusal named could not be given to this command."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, path = checkpoint
+    state = load_model(path)[1].state
+    config = with_changes(load_config(path / "config.yaml"), train={"device": "cuda"})
+    path = save_checkpoint(tmp_path / "gpu", Snapshot(4, model.weights(), {}, state, config, path / "tokenizer.json"))
+    call = [str(path), "--out", str(tmp_path / "small")]
+    with pytest.raises(UserError, match=r"train\.device=cuda: .*use train\.device=auto"):
+        main(call)
+    with pytest.raises(UserError, match=r"'model\.n_layer=2': .*only train\.field=value"):
+        main([*call, "model.n_layer=2"])
+    made = main([*call, "train.device=auto"])["checkpoint"]
+    assert load_model(Path(made))[1].config == config, "how the weights were trained stays what it was"
 
 
 def test_head_and_embedding_are_chosen_apart():

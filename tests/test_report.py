@@ -334,6 +334,14 @@ def test_broken_files_are_missing_numbers_not_crashes(whole_run: Path) -> None:
     assert "nan" not in visible(write_report(whole_run).read_text(encoding="utf-8")).lower().replace("financ", "")
 
 
+def test_loss_without_a_perplexity_has_a_page(whole_run: Path) -> None:
+    """exp(800) is no number in 64 bits: the page ended in an OverflowError."""
+    result = json.loads((whole_run / "evaluate" / "result.json").read_text())
+    write_result(whole_run / "evaluate", result | {"val_loss": 800.0, "val_ppl": None})
+    assert "perplexity –" in visible(write_report(whole_run).read_text(encoding="utf-8"))
+    assert comparison_table(whole_run).set_index("model")["val_ppl"].isna().loc["GPT"]
+
+
 def test_untrained_check_fails_when_the_first_guess_is_confident(whole_run: Path) -> None:
     result = json.loads((whole_run / "train" / "result.json").read_text())
     write_result(whole_run / "train", result | {"untrained_loss": UNIFORM + 0.2})

@@ -234,6 +234,14 @@ def test_both_intervals_need_little_memory():
     assert peak < 40 * 2**20  # at once: 150 MiB
 
 
+def test_a_loss_too_large_for_a_perplexity_is_still_a_loss():
+    """The evaluation of a bad model ended in an OverflowError."""
+    evaluation = Evaluation(8000.0, 10, np.array([8000.0]), np.array([10.0]), np.zeros(1))
+    assert evaluation.ppl is None
+    assert evaluation.metrics().keys() == {"val/loss", "val/bpb"}
+    assert Evaluation(20.0, 10, np.array([20.0]), np.array([10.0]), np.zeros(1)).ppl == pytest.approx(math.e**2)
+
+
 def test_a_loaded_model_is_the_saved_one(config, shards, tmp_path):
     result = run(config, shards, tmp_path)
     model, _ = load_model(Path(result["checkpoint"]))

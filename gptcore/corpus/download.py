@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from gptcore.config import DataConfig, UserError
+from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.corpus.containers import Kind
 from gptcore.store import content_id, hash_file, write_json
 
@@ -57,7 +57,7 @@ def fetch_address(source: str, data: DataConfig, home: Path) -> tuple[Path, str]
     """
     url, _, fragment = source.partition("#")
     pin = SHA256.fullmatch(fragment)
-    if (fragment and not pin) or not urlsplit(url).hostname:
+    if (fragment and not pin) or not _has_host(url):
         raise UserError(
             f"data.source={shown(source)!r}: expected http(s)://HOST/PATH, with #sha256=HEX or nothing after it"
         )
@@ -69,8 +69,18 @@ def fetch_address(source: str, data: DataConfig, home: Path) -> tuple[Path, str]
 
 def shown(url: str) -> str:
     """An address for a message: without the password, the query and the fragment it may hold."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no address at all, such as one with half a pair of brackets
+        return hide_password(url).partition("#")[0].partition("?")[0]
     return urlunsplit((parts.scheme, (parts.netloc.rpartition("@")[2]), parts.path, "", ""))
+
+
+def _has_host(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).hostname)
+    except ValueError:
+        return False
 
 
 class _Fetch:

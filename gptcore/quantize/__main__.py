@@ -1,6 +1,8 @@
 """A quantized copy of a checkpoint, which loads, generates and is evaluated like any other.
 
-python -m gptcore.quantize CHECKPOINT --method int8|int8-dynamic|int4|int4-gptq|int4-qat|int4-head8|fp8|bf16 [--shards DIR] --out DIR
+python -m gptcore.quantize CHECKPOINT --method int8|int8-dynamic|int4|int4-gptq|int4-qat|int4-head8|fp8|bf16 [--shards DIR] --out DIR [train.field=value …]
+
+Overrides say how the work is done here, such as train.device=cpu; the copy keeps the config that its weights were trained with.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import time
 from typing import Any
 
 from gptcore.checkpoint import load_checkpoint
-from gptcore.config import UserError
+from gptcore.config import UserError, with_overrides
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.quantize.model import METHODS, find_made, quantize_checkpoint
@@ -25,7 +27,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument(
         "--qat-steps", type=int, default=100, help="steps of fine-tuning before int4-qat (default: 100)"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="train.field=value", help="changes to the checkpoint's own config"
+    )
+    args = parser.parse_intermixed_args(argv)
     if args.out is None:
         raise UserError("quantize needs --out DIR, where the new checkpoint goes")
     if args.method not in METHODS:
@@ -33,12 +38,22 @@ def main(argv: list[str]) -> dict[str, Any]:
     for name in ("windows", "qat_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for override in args.overrides:
+        if not override.startswith("train."):
+            raise UserError(
+                f"override {override!r}: the weights are there already; only train.field=value can be changed"
+            )
     start = time.perf_counter()
     shards = None if args.shards is None else ShardSet.open(args.shards)
     source = load_checkpoint(args.checkpoint)
-    device = choose_device(source.config.train.device, "fp32")
+    config = with_overrides(source.config, args.overrides, f"checkpoint {args.checkpoint}")
+    device = choose_device(config.train.device, "fp32")
     what = (args.checkpoint, METHODS[args.method], args.out / "checkpoints", shards)
-    options = {"calibration_windows": args.windows, "qat_steps": args.qat_steps}
+    options = {
+        "config": config if args.overrides else None,
+        "calibration_windows": args.windows,
+        "qat_steps": args.qat_steps,
+    }
     find_made(*what, **options)  # refuses a place that is taken before that place's journal says that this failed
     with recording(args.out, args.run, args.parent) as journal:
         made = quantize_checkpoint(*what, device=device.torch, **options)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gptcore.batches import BatchSampler
 from gptcore.checkpoint import Snapshot, checkpoint_path, load_checkpoint, load_model, read_state, save_checkpoint
-from gptcore.config import UserError
+from gptcore.config import ExperimentConfig, UserError
 from gptcore.models import LanguageModel
 from gptcore.models.quantized import (
     Float8Linear,
@@ -172,9 +172,11 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     calibration_windows: int = 64,
     qat_steps: int = 100,
+    config: ExperimentConfig | None = None,
 ) -> Path:
     """Commit the quantized copy as a checkpoint under `out`; returns its directory. Its optimizer state is empty.
 
+    config: what fine-tuning goes by, the checkpoint's own by default; the copy keeps that in any case.
     The same copy is found again, not made again. Raises UserError for a checkpoint that is quantized already, where GPTQ or
     fine-tuning miss the shards they read, and where another checkpoint is in the copy's place.
     """
@@ -183,13 +185,14 @@ def quantize_checkpoint(
         raise UserError(f"checkpoint {checkpoint}: quantized already; give the trained one it was made from")
     if method.algorithm != "nearest" and shards is None:
         raise UserError(f"--method with {method.algorithm} reads the training split: give --shards DIR")
-    made = find_made(checkpoint, method, out, shards, calibration_windows=calibration_windows, qat_steps=qat_steps)
+    amounts = {"calibration_windows": calibration_windows, "qat_steps": qat_steps}
+    made = find_made(checkpoint, method, out, shards, config=config, **amounts)
     if made is not None:
         return made
-    origin = origin_id(checkpoint, method, shards, calibration_windows, qat_steps)
+    origin = origin_id(checkpoint, method, shards, config, **amounts)
     if method.algorithm == "qat":
         assert shards is not None
-        model = fine_tune(source.model, source.config, shards, qat_steps, method.group_size).to(device)
+        model = fine_tune(source.model, config or source.config, shards, qat_steps, method.group_size).to(device)
         method = method.by_rounding()
     else:
         model = load_model(checkpoint, device)[0]
@@ -209,6 +212,7 @@ def find_made(
     out: Path,
     shards: ShardSet | None = None,
     *,
+    config: ExperimentConfig | None = None,
     calibration_windows: int = 64,
     qat_steps: int = 100,
 ) -> Path | None:
@@ -216,7 +220,9 @@ def find_made(
     directory = checkpoint_path(out, read_manifest(checkpoint)["step"])
     if not is_committed(directory):
         return None
-    if read_state(directory).get("origin") != origin_id(checkpoint, method, shards, calibration_windows, qat_steps):
+    if read_state(directory).get("origin") != origin_id(
+        checkpoint, method, shards, config, calibration_windows, qat_steps
+    ):
         raise UserError(
             f"--out: {directory} is another checkpoint, or quantized in another way; give another --out, or delete it"
         )
@@ -224,11 +230,18 @@ def find_made(
 
 
 def origin_id(
-    checkpoint: Path, method: Method, shards: ShardSet | None, calibration_windows: int, qat_steps: int
+    checkpoint: Path,
+    method: Method,
+    shards: ShardSet | None,
+    config: ExperimentConfig | None,
+    calibration_windows: int,
+    qat_steps: int,
 ) -> str:
     """Stands for all that a quantized copy is made from; int4 by rounding and by GPTQ cannot be told apart by their layouts."""
     parts = {"source": read_manifest(checkpoint)["files"], "method": asdict(method)}
     if method.algorithm != "nearest" and shards is not None:
         parts["shards"] = shards.id
         parts["amount"] = calibration_windows if method.algorithm == "gptq" else qat_steps
+    if method.algorithm == "qat" and config is not None:
+        parts["config"] = config.model_dump(mode="json")
     return content_id(parts)

@@ -171,6 +171,14 @@ def training_speed(step: StepRecord) -> float | None:
     return float(speeds.median()) if len(speeds) else None
 
 
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss), where there is a loss and a number holds it."""
+    try:
+        return None if loss is None else math.exp(loss)
+    except OverflowError:
+        return None
+
+
 def _model_row(name: str, step: StepRecord, evaluation: StepRecord | None = None) -> dict[str, Any] | None:
     if step.status in ("absent", "off"):
         return None
@@ -182,7 +190,7 @@ def _model_row(name: str, step: StepRecord, evaluation: StepRecord | None = None
         "parameters": step.number("parameters"),
         "val_loss": loss,
         "val_bpb": evaluation.number("val_bpb") if evaluation else step.number("val_bpb"),
-        "val_ppl": math.exp(loss) if loss is not None and loss < 700 else None,
+        "val_ppl": perplexity(loss),
         "tok_per_sec": training_speed(step),
         "seconds": step.number("seconds"),
     }
@@ -216,7 +224,7 @@ def _uniform_row(run: RunRecord) -> dict[str, Any] | None:
         "parameters": 0,
         "val_loss": loss,
         "val_bpb": bpb,
-        "val_ppl": math.exp(loss),
+        "val_ppl": perplexity(loss),
     }
 
 

@@ -17,6 +17,7 @@ from gptcore.report.record import (
     StepRecord,
     compare_models,
     format_comparison,
+    perplexity,
     read_run,
     study_rows,
     training_speed,
@@ -107,7 +108,7 @@ def summary(run: RunRecord) -> Markup:
             (
                 "validation loss",
                 number(loss, ".3f"),
-                f"nats per token · perplexity {math.exp(loss):.2f}" if loss is not None else "",
+                f"nats per token · perplexity {number(perplexity(loss), '.2f')}" if loss is not None else "",
             ),
             ("parameters", number(train.number("parameters"), ",.0f"), str(train.result.get("precision") or "")),
             ("tokens seen", short_count(train.number("tokens_seen")), f"{number(train.number('steps'), ',.0f')} steps"),
