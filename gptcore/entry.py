@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gptcore.config import UserError
 from gptcore.journal import Journal
@@ -187,9 +187,19 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
 def process_parser(description: str | None, positional: str, help_text: str) -> argparse.ArgumentParser:
-    """The arguments that all device processes share: what to do first, then where."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The arguments that all device processes share: what to do first, then where. A mistake in them is a UserError."""
+    module = sys.modules["__main__"].__spec__
+    parser = _Parser(
+        prog=f"python -m {module.name.removesuffix('.__main__')}" if module else None,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(positional, type=Path, help=help_text)
     parser.add_argument("--shards", type=Path, help="directory of a shard set")
     parser.add_argument("--out", type=Path, help="directory for journal and results")

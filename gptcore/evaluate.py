@@ -23,7 +23,7 @@ from gptcore.models import LanguageModel
 from gptcore.ranks import ALONE, Ranks
 from gptcore.resampling import resampled_sums
 from gptcore.shards import ShardSet
-from gptcore.store import write_json
+from gptcore.store import read_manifest, write_json
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise UserError("evaluate needs --shards DIR and --out DIR; `gptloom run` prints both kinds of directory")
     start = time.perf_counter()
     shards = ShardSet.open(args.shards)
+    read_manifest(args.checkpoint)
     config = load_config(args.config or args.checkpoint / "config.yaml")
     device = choose_device(config.train.device, config.train.precision)
     seed_everything(config.evaluate.seed)

@@ -5,6 +5,7 @@ python -m gptcore.generate CHECKPOINT [--prompt TEXT] [--out DIR]
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.journal import Journal
 from gptcore.models import LanguageModel
-from gptcore.store import write_json
+from gptcore.store import read_manifest, write_json
 from gptcore.vocab import Vocab
 
 
@@ -90,9 +91,13 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--prompt", help="start of the text (default: evaluate.prompt)")
     args = parser.parse_args(argv)
+    read_manifest(args.checkpoint)
     config = load_config(args.config or args.checkpoint / "config.yaml")
     with recording(args.out, args.run, args.parent) if args.out else nullcontext() as journal:
-        return write_samples(config, args.checkpoint, args.prompt, args.out, journal)
+        result = write_samples(config, args.checkpoint, args.prompt, args.out, journal)
+    for sample in result["samples"]:
+        print(sample, end="\n\n", file=sys.stderr)
+    return result
 
 
 def write_samples(

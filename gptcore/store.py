@@ -105,7 +105,10 @@ def claim(directory: Path, patience_s: float = 5.0) -> Iterator[None]:
     The lock is the kernel's, so it falls with its holder, however that ends; a holder that was just killed is waited for. Raises
     UserError naming the process that holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{directory}: a file is in the way; give a directory") from None
     path = directory / LOCK
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + patience_s
@@ -147,9 +150,12 @@ def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
 
     Raises DamagedError, a UserError, naming the file that is missing or changed.
     """
-    if not is_committed(directory):
+    if not directory.is_dir():
+        raise DamagedError(f"{directory}: no such directory; correct the path, or run again to make it")
+    if not is_committed(directory):  # whatever it is: someone's run, or what a killed process left
         raise DamagedError(
-            f"{directory}: not a committed directory (no {MARKER} in it); delete it and run again to remake it"
+            f"{directory}: not a committed directory (no {MARKER} in it); correct the path, or, if that is a checkpoint, corpus, "
+            "vocabulary or shard set that was cut short, delete it and run again to remake it"
         )
     try:
         manifest = read_json(directory / MANIFEST)

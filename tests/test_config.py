@@ -45,6 +45,7 @@ def test_dumped_yaml_reads_back_equal(tmp_path):
         ("train.warmup_steps=5000", ["train.warmup_steps=5000", "train.max_steps"]),
         ("lr", ["section.field=value"]),
         ("a.b.c=1", ["section.field=value"]),
+        ("train.max_steps=", ["train.max_steps=", "empty", "train.max_steps=null"]),
     ],
 )
 def test_a_wrong_override_is_one_sentence_that_names_the_field(tmp_path, override, words):
@@ -55,7 +56,7 @@ def test_a_wrong_override_is_one_sentence_that_names_the_field(tmp_path, overrid
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["- a\n", "train: [", "train: 3\n", "train: {lr: {x: 1}}\n"])
+@pytest.mark.parametrize("text", ["- a\n", "train: [", "train: 3\n", "train: {lr: {x: 1}}\n", "train: {}\ntrain: {}\n"])
 def test_a_broken_file_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"toy\.yaml"):
         load_config(write(tmp_path, text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -303,3 +304,14 @@ def test_failure_is_told_with_code_and_log_in_mlflow(out: Path, mlflow_store: st
     assert "exit code 1" in reason
     assert "ZeroDivisionError: oh no" in reason
     assert [file.path for file in client.list_artifacts(found.info.run_id)] == [process.LOG_NAME]
+
+
+def test_a_wrong_argument_of_a_device_process_is_told_as_any_mistake() -> None:
+    call = [sys.executable, "-m", "gptcore.evaluate"]
+    done = subprocess.run(
+        [*call, "nowhere", "--shard", "x", "--depth", "3"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    assert json.loads(done.stdout)["error"].startswith(
+        "python -m gptcore.evaluate: unrecognized arguments: --depth 3; see "
+    )

@@ -165,7 +165,8 @@ def test_a_quantized_checkpoint_loads_like_any_other(checkpoint, method, tmp_pat
 def test_mistakes_are_said_before_anything_is_written(checkpoint, tmp_path):
     _, path = checkpoint
     with pytest.raises(UserError, match="--shards"):
-        quantize_checkpoint(path, METHODS["int4-gptq"], tmp_path / "small")
+        main([str(path), "--method", "int4-gptq", "--out", str(tmp_path / "small")])
+    assert not (tmp_path / "small").exists()
     made = quantize_checkpoint(path, METHODS["int8"], tmp_path / "small")
     with pytest.raises(UserError, match="quantized already"):
         quantize_checkpoint(made, METHODS["int8"], tmp_path / "smaller")

@@ -197,7 +197,7 @@ def test_directories_that_are_not_shards_are_refused(copied: Path, made: shards.
     (copied / "COMMITTED").unlink()
     for directory, words in [
         (copied, "not a committed directory"),
-        (tmp_path / "no", "not a committed"),
+        (tmp_path / "no", "no such directory; correct the path"),
         (made.corpus, "holds 'corpus'"),
     ]:
         with pytest.raises(UserError, match=words):

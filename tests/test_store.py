@@ -6,7 +6,7 @@ import json
 import pytest
 
 from gptcore.config import UserError
-from gptcore.store import commit_dir, content_id, is_committed, read_manifest
+from gptcore.store import DamagedError, claim, commit_dir, content_id, is_committed, read_manifest
 
 
 def commit(directory, text="hello"):
@@ -55,3 +55,19 @@ def test_a_changed_file_is_named(tmp_path, text, verify):
 def test_content_id_does_not_depend_on_key_order():
     assert content_id({"a": 1, "b": 2}) == content_id(json.loads('{"b": 2, "a": 1}'))
     assert content_id({"a": 1}) != content_id({"a": 2})
+
+
+def test_a_file_where_a_directory_is_to_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="a file is in the way; give a directory"), claim(path):
+            pass
+
+
+def test_what_is_no_committed_directory_is_not_simply_to_be_deleted(tmp_path):
+    with pytest.raises(DamagedError, match=r"no such directory; correct the path"):
+        read_manifest(tmp_path / "no")
+    with pytest.raises(
+        DamagedError, match=r"not a committed directory .*; correct the path, or, if that is a checkpoint"
+    ):
+        read_manifest(tmp_path)

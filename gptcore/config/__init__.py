@@ -48,7 +48,13 @@ __all__ = [
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's idea of scalars: `on` and `off` are words, `1e-3` is a number."""
+    """YAML 1.2's idea of scalars: `on` and `off` are words, `1e-3` is a number. A key that is there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"{min(twice)!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.yaml_implicit_resolvers = {
@@ -277,6 +283,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         ("evaluate", "prompt"),
     }
     is_list_of_sources = (section, field) == ("data", "source") and isinstance(value, list)
+    if not text and not is_text:
+        raise UserError(f"override {override!r}: empty; give a value, or {key}=null for none")
     if not is_list_of_sources and (is_text or not isinstance(value, (int, float, bool, type(None), list))):
         value = text
     branch = tree.setdefault(section, {})

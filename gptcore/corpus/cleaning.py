@@ -37,7 +37,7 @@ def clean(name: str, title: str, raw: bytes | NotText, is_html: bool, data: Data
             counts["invalid"] += 1
             return title, b""
         raise UserError(
-            f"{name}: not UTF-8 text ({problem}); {problem.way_out}, or set data.invalid_text=skip"
+            f"data.source: {name}: not UTF-8 text ({problem}); {problem.way_out}, or set data.invalid_text=skip"
         ) from None
     if data.strip_gutenberg:
         title, text = _strip_gutenberg(title, text, counts)

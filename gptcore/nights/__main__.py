@@ -3,4 +3,5 @@
 from gptcore.entry import run_process
 from gptcore.nights.night import main
 
-raise SystemExit(run_process(main))
+if __name__ == "__main__":  # the fork server imports this file as well
+    raise SystemExit(run_process(main))

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "calibration_windows": args.windows,
         "qat_steps": args.qat_steps,
     }
-    find_made(*what, **options)  # refuses a place that is taken before that place's journal says that this failed
+    find_made(*what, **options)  # refuses what cannot be, before a journal says that it failed
     with recording(args.out, args.run, args.parent) as journal:
         made = quantize_checkpoint(*what, device=device.torch, **options)
         before, after = ((path / "model.safetensors").stat().st_size for path in (args.checkpoint, made))

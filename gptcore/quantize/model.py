@@ -181,10 +181,6 @@ def quantize_checkpoint(
     fine-tuning miss the shards they read, and where another checkpoint is in the copy's place.
     """
     source = load_checkpoint(checkpoint, device)
-    if "quantization" in source.state:
-        raise UserError(f"checkpoint {checkpoint}: quantized already; give the trained one it was made from")
-    if method.algorithm != "nearest" and shards is None:
-        raise UserError(f"--method with {method.algorithm} reads the training split: give --shards DIR")
     amounts = {"calibration_windows": calibration_windows, "qat_steps": qat_steps}
     made = find_made(checkpoint, method, out, shards, config=config, **amounts)
     if made is not None:
@@ -216,7 +212,11 @@ def find_made(
     calibration_windows: int = 64,
     qat_steps: int = 100,
 ) -> Path | None:
-    """What `quantize_checkpoint` committed for the same arguments earlier. Raises UserError where another checkpoint lies there."""
+    """What `quantize_checkpoint` committed for the same arguments earlier. Raises UserError as that does, before any work."""
+    if "quantization" in read_state(checkpoint):
+        raise UserError(f"checkpoint {checkpoint}: quantized already; give the trained one it was made from")
+    if method.algorithm != "nearest" and shards is None:
+        raise UserError(f"--method with {method.algorithm} reads the training split: give --shards DIR")
     directory = checkpoint_path(out, read_manifest(checkpoint)["step"])
     if not is_committed(directory):
         return None

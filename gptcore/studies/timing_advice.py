@@ -75,7 +75,7 @@ def advise_pipeline(shares: Mapping[str, float], not_training: float) -> list[st
         ("train / save", SAVE, "raise train.save_interval"),
         ("train / report", REPORT, "raise train.log_interval"),
         ("train / garbage collection", COLLECT, "evaluate less often: collections wait for evaluations"),
-        ("train / preflight, compile", COMPILE, "train.compile=off for runs this short"),
+        ("train / preflight and compile", COMPILE, "train.compile=off for runs this short"),
     ):
         if shares.get(key, 0.0) > limit:
             told.append(f"{key} takes {_p(shares[key])} of the whole (rule: {_p(limit)}): {way}.")

@@ -98,7 +98,7 @@ def _run(cell: Cell, home: Path, clock: MapClock, note: Callable[[], None]) -> N
     with clock.phase("train"):
         with clock.phase("build the model"):
             trainer = build_trainer(config, shards)
-        with clock.phase("preflight, compile"):
+        with clock.phase("preflight and compile"):
             preflight(trainer)
         trainer.clock = clock
         with sections(trainer.model, clock):

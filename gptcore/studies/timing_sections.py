@@ -87,4 +87,4 @@ def label(path: Path) -> str:
 
 def trains(path: Path) -> bool:
     """Is this part of the map the training itself? Evaluation has a forward pass too, but teaches nothing."""
-    return any(part in TRAINING for part in path) and "evaluate" not in path and "preflight, compile" not in path
+    return any(part in TRAINING for part in path) and "evaluate" not in path and "preflight and compile" not in path
