@@ -55,14 +55,15 @@ def test_sections_of_a_step_add_up_to_its_mean() -> None:
     assert sum(row["ms"] for row in rows) == pytest.approx(1e3 * 21 / 3)
 
 
-@pytest.mark.parametrize("family", ["lstm", "gru"])
-def test_the_recurrence_has_its_place_in_the_map(family: str) -> None:
-    """It was looked for under a name that no model has."""
+@pytest.mark.parametrize("family", ["lstm", "gru", "mingru"])
+def test_recurrence_and_loss_have_their_place_in_the_map(family: str) -> None:
+    """The one was looked for under a name that no model has, the other in the wrong file."""
     model = build_model(ModelConfig(family=family, n_layer=1, n_embd=16, block_size=8), 11)
     clock = MapClock()
     with sections(model, clock):
-        model(torch.zeros(1, 8, dtype=torch.int64))
-    assert {path[-1] for path in clock.paths} == {"embedding", "recurrence", "head"}
+        model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))
+    rest = {"norm", "convolution"} if family == "mingru" else set()
+    assert {path[-1] for path in clock.paths} == {"embedding", "recurrence", "head", "loss"} | rest
 
 
 def test_evaluation_trains_nothing() -> None:

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,8 @@ MODULES = {
     "wte": "embedding",
     "wpe": "embedding",
     "rnn": "recurrence",
+    "gru": "recurrence",
+    "conv": "convolution",
     "ln_1": "norm",
     "ln_2": "norm",
     "ln_f": "norm",
@@ -38,8 +41,8 @@ def sections(model: LanguageModel, clock: PhaseClock) -> Iterator[None]:
             section = MODULES.get(name.rsplit(".", 1)[-1])
             if section is not None:
                 _hook(stack, module, section, clock)
-        home = sys.modules[type(model).__module__]
-        for name, section in LOSSES.items():
+        ours = (kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("gptcore."))
+        for home, (name, section) in product(map(sys.modules.get, dict.fromkeys(ours)), LOSSES.items()):
             if hasattr(home, name):
                 original = getattr(home, name)
                 setattr(home, name, _timed(original, section, clock))
