@@ -278,6 +278,10 @@ def _print_results(directory: Path) -> None:
 
 
 def start_servers(args: argparse.Namespace, _result: dict[str, Any]) -> int:
+    from flows.listening import check_port_number
+
+    check_port_number(args.prefect_port, "--prefect-port")
+    check_port_number(args.mlflow_port, "--mlflow-port")
     prepare_home()
     from flows import servers
 
