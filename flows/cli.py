@@ -222,6 +222,8 @@ def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
     if args.words and "=" not in args.words[0]:
         experiment = args.words.pop(0)
     load_config(experiment, args.words)
+    if is_simulation and args.simulate < 1:
+        raise UserError(f"--simulate {args.simulate}: there is no night in that; give 1 or more, e.g. --simulate 7")
     prepare_home()
     use_servers()
     start_prefect_server()

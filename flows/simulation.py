@@ -57,7 +57,7 @@ def simulate_nights(
     """
     from tasks import registry
 
-    config = load_config(experiment, (overrides or Overrides()).as_list())
+    config, plan = load_config(experiment, (overrides or Overrides()).as_list()), plan_nights(nights)
     check_store()
     texts = read_texts(config.data)
     run = flow_run.get_name() or new_run_name(f"{config.name}-simulated")
@@ -67,7 +67,7 @@ def simulate_nights(
     simulated = with_changes(simulated_name(config), data={"source": str(inbox), "formats": ["txt"]})
     registry.forget_model(simulated.name)
     records = []
-    for number, planted in enumerate(plan_nights(nights), 1):
+    for number, planted in enumerate(plan, 1):
         deliver(inbox, number, planted, texts, nights)
         run_logger().info("night %d: %s", number, planted)
         night = Night(simulated, folder, settings)
