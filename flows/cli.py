@@ -105,6 +105,7 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     from tasks.launcher import warm_up
 
     warm_up("gptcore.train")
+    from tasks.process import check_device
     from tasks.runs import run_named
     from tasks.tracking import check_store
 
@@ -115,6 +116,7 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
     if config is None:
         config = load_run(resume, overrides)
+    check_device(config.train)  # meanwhile the server comes up
     start_prefect_server()
     quiet_expected_errors()
     result["run"] = resume or new_run_name(config.name)

@@ -20,7 +20,7 @@ from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.store import commit_dir
 from tasks import process
-from tasks.process import ProcessDied, run_device_process
+from tasks.process import ProcessDied, check_device, run_device_process
 from tasks.training import run_step
 
 pytestmark = pytest.mark.integration
@@ -303,3 +303,20 @@ def test_failure_is_told_with_code_and_log_in_mlflow(out: Path, mlflow_store: st
     assert "exit code 1" in reason
     assert "ZeroDivisionError: oh no" in reason
     assert [file.path for file in client.list_artifacts(found.info.run_id)] == [process.LOG_NAME]
+
+
+@pytest.mark.parametrize(
+    ("train", "word"),
+    [({"device": "cuda"}, "train.device=cuda"), ({"device": "cpu", "precision": "fp8"}, "train.precision=fp8")],
+)
+def test_a_device_that_is_not_there_is_refused_before_a_run_begins(train: dict[str, str], word: str) -> None:
+    if train["device"] == "cuda" and shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU here")
+    with pytest.raises(UserError, match=word):
+        check_device(check_config({"name": "toy", "train": train}).train)
+
+
+def test_a_device_that_is_always_there_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual run does not wait for the answer."""
+    monkeypatch.setattr(process, "start_process", lambda *_: pytest.fail("a process for nothing"))
+    check_device(check_config({"name": "toy", "train": {"device": "auto", "precision": "fp32"}}).train)
