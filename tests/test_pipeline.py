@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -257,6 +258,18 @@ def test_form_and_page_say_what_is_read_of_a_folder() -> None:
     for extension in ExperimentConfig(name="toy").data.formats:
         assert f".{extension}" in line
         assert f" {extension}" in said
+
+
+def test_page_names_a_command_that_generates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gptcore import generate
+
+    (line,) = (
+        text for text in (ROOT / "README.md").read_text().splitlines() if "-m gptcore.generate CHECKPOINT" in text
+    )
+    (tmp_path / "config.yaml").write_text("name: toy\n")
+    monkeypatch.setattr(generate, "write_samples", lambda *args: {"told": args[1:3]})
+    words = shlex.split(line.partition("gptcore.generate ")[2].replace("CHECKPOINT", str(tmp_path)))
+    assert generate.main(words) == {"told": (tmp_path, "ROMEO:")}
 
 
 def test_form_shows_typed_inputs() -> None:
