@@ -26,4 +26,4 @@ def cancelled(stop: BaseException) -> Any:
         if FLOW_RUN_VARIABLE in os.environ:
             raise stop
         return Cancelled(message="stopped by SIGTERM")
-    return Cancelled(message="stopped by the user")
+    return Cancelled(message=str(stop) or "stopped by the user")  # a flow called by this one has said why

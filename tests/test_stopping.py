@@ -82,4 +82,5 @@ def test_a_budget_whose_pipeline_was_stopped_is_cancelled(tmp_path: Path, monkey
     monkeypatch.setattr(budget, "check_store", lambda: None)
     monkeypatch.setattr(budget, "ingest", work)
     (tmp_path / "toy.yaml").write_text("name: toy\n")
-    assert budget.budget.fn(experiment=str(tmp_path / "toy.yaml")).is_cancelled()
+    state = budget.budget.fn(experiment=str(tmp_path / "toy.yaml"))
+    assert (state.is_cancelled(), state.message) == (True, "stopped by SIGTERM")
