@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
+from prefect.exceptions import CancelledRun
 
 from flows.forms import Experiment, titled
 from flows.pipeline import Overrides, pipeline
+from flows.stopping import STOPS, cancelled
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.store import home_dir
 from tasks.data import build_vocabulary, ingest, write_shards
@@ -45,26 +47,29 @@ def budget(
     overrides = [f"train.device={device}", *([f"data.source={corpus}"] if corpus else [])]
     config, home = load_config(experiment, overrides), home_dir()
     check_store()
-    found = ingest(config.data, home, return_state=True).result()
-    vocab = build_vocabulary(config.vocab, found, home, config.data.dask_address, return_state=True).result()
-    shards = write_shards(found, vocab, home, 32, config.data.dask_address, return_state=True).result()
-    began = time.monotonic()
-    plan = calibrate(config, shards, minutes, home / "budgets" / f"{time.time_ns()}")
-    overhead = time.monotonic() - began - plan["seconds"]  # what a process costs before and after its work
-    left = 60 * minutes - (time.monotonic() - start) - rest_seconds(plan, overhead)
-    if left < 0.3 * 60 * minutes:
-        raise UserError(
-            f"minutes={minutes:g}: data, calibration and evaluation leave {max(left, 0):.0f} s to train in; give more minutes or less text"
+    try:
+        found = ingest(config.data, home, return_state=True).result()
+        vocab = build_vocabulary(config.vocab, found, home, config.data.dask_address, return_state=True).result()
+        shards = write_shards(found, vocab, home, 32, config.data.dask_address, return_state=True).result()
+        began = time.monotonic()
+        plan = calibrate(config, shards, minutes, home / "budgets" / f"{time.time_ns()}")
+        overhead = time.monotonic() - began - plan["seconds"]  # what a process costs before and after its work
+        left = 60 * minutes - (time.monotonic() - start) - rest_seconds(plan, overhead)
+        if left < 0.3 * 60 * minutes:
+            raise UserError(
+                f"minutes={minutes:g}: data, calibration and evaluation leave {max(left, 0):.0f} s to train in; give more minutes or less text"
+            )
+        show_estimate(plan, minutes, left)
+        sizes = [f"{s}.{k}={v}" for s, fields in plan["changes"].items() for k, v in fields.items()]
+        studies = [f"studies.{name}=false" for name in ("floor", "timing", "quantization", "accumulation", "rnn")]
+        result = pipeline(
+            experiment=experiment,
+            overrides=Overrides(
+                more=[*overrides, *sizes, *studies, f"train.minutes={left / 60:.4f}", "evaluate.samples=1"]
+            ),
         )
-    show_estimate(plan, minutes, left)
-    sizes = [f"{s}.{k}={v}" for s, fields in plan["changes"].items() for k, v in fields.items()]
-    studies = [f"studies.{name}=false" for name in ("floor", "timing", "quantization", "accumulation", "rnn")]
-    result = pipeline(
-        experiment=experiment,
-        overrides=Overrides(
-            more=[*overrides, *sizes, *studies, f"train.minutes={left / 60:.4f}", "evaluate.samples=1"]
-        ),
-    )
+    except (*STOPS, CancelledRun) as stop:  # the last one: what the pipeline raises here that was stopped itself
+        return cancelled(stop)
     taken = (time.monotonic() - start) / 60
     run_logger().info("%.2f of %g minutes taken (%+.0f %%)", taken, minutes, 100 * (taken / minutes - 1))
     return {**result, "minutes": minutes, "minutes_taken": round(taken, 3), "parameters": plan["parameters"]}

@@ -105,6 +105,7 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     from tasks.launcher import warm_up
 
     warm_up("gptcore.train")
+    from tasks.process import check_device
     from tasks.runs import run_named
     from tasks.tracking import check_store
 
@@ -115,6 +116,7 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
     if config is None:
         config = load_run(resume, overrides)
+    check_device(config.train)  # meanwhile the server comes up
     start_prefect_server()
     quiet_expected_errors()
     result["run"] = resume or new_run_name(config.name)
@@ -222,6 +224,8 @@ def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
     if args.words and "=" not in args.words[0]:
         experiment = args.words.pop(0)
     load_config(experiment, args.words)
+    if is_simulation and args.simulate < 1:
+        raise UserError(f"--simulate {args.simulate}: there is no night in that; give 1 or more, e.g. --simulate 7")
     prepare_home()
     use_servers()
     start_prefect_server()
@@ -278,6 +282,10 @@ def _print_results(directory: Path) -> None:
 
 
 def start_servers(args: argparse.Namespace, _result: dict[str, Any]) -> int:
+    from flows.listening import check_port_number
+
+    check_port_number(args.prefect_port, "--prefect-port")
+    check_port_number(args.mlflow_port, "--mlflow-port")
     prepare_home()
     from flows import servers
 

@@ -11,10 +11,10 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
-from prefect.states import Cancelled
 
 from flows.forms import Experiment
 from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment
+from flows.stopping import STOPS, cancelled
 from gptcore.config import load_config
 from gptcore.shards import ShardSet
 from gptcore.store import home_dir, read_manifest
@@ -37,8 +37,8 @@ def data(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Cha
         corpus = ingest(config.data, home, return_state=True).result()
         vocab = build_vocabulary(config.vocab, corpus, home, cluster, return_state=True).result()
         shards = write_shards(corpus, vocab, home, config.model.block_size, cluster, return_state=True).result()
-    except KeyboardInterrupt:
-        return Cancelled(message="stopped by the user")  # type: ignore[return-value]
+    except STOPS as stop:
+        return cancelled(stop)
     manifest, tokens = read_manifest(corpus), ShardSet.open(shards).n_tokens
     if FlowRunContext.get() is not None:
         said = (

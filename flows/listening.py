@@ -1,6 +1,7 @@
 """Where a server may listen: checked before anything is started, so that a refusal names the way out.
 
 check_host("127.0.0.1")
+check_port_number(4200, "--prefect-port")
 check_port("127.0.0.1", 4200, "Prefect", "--prefect-port")
 """
 
@@ -31,6 +32,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def check_port_number(port: int, option: str) -> None:
+    """Raises UserError for what no port is; 0, any free one, neither: nobody could be told where the server is."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"{option} {port}: there is no such port; choose one from 1 to 65535")
+
+
 def check_port(host: str, port: int, server: str, option: str) -> None:
     """Raises UserError when something listens on the port, or the host is not an address of this machine."""
     try:
@@ -38,7 +45,7 @@ def check_port(host: str, port: int, server: str, option: str) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
             probe.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(
                 f"port {port} on {host} is in use, {server} cannot have it; if it is an earlier `gptloom up`, stop that "

@@ -25,6 +25,7 @@ from prefect.states import Completed
 
 from flows.forms import Experiment, titled
 from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment, new_run_name, open_run
+from flows.stopping import STOPS, cancelled
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import content_id, home_dir, read_manifest
@@ -66,7 +67,10 @@ def nightly(
         raise
     name = flow_run.get_name() if FlowRunContext.get() else None
     night = Night(config, home_dir() / "nightly" / config.name, settings, force)
-    result = night.run(name or new_run_name(f"{config.name}-nightly"))
+    try:
+        result = night.run(name or new_run_name(f"{config.name}-nightly"))
+    except STOPS as stop:
+        return cancelled(stop)
     return Completed(name=result["outcome"].capitalize(), message=result["reason"], data=result)
 
 

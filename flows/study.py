@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.forms import StudyName, titled
 from flows.pipeline import new_run_name, open_run
+from flows.stopping import STOPS, cancelled
 from gptcore.config import ExperimentConfig, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.store import home_dir
@@ -92,8 +92,8 @@ def study(name: StudyName = "timing", smoke: Smoke = False, changes: Changes = N
             counts = {f"study/{key}": float(result[key]) for key in ("cells", "failed", "not_run")}
             run.journal.metrics(counts, tokens_seen=0)
             run.keep("study.yaml", "config.yaml", "report.html", "tables", "log_entry.md")
-    except KeyboardInterrupt:
-        return Cancelled(message="stopped by the user")  # type: ignore[return-value]
+    except STOPS as stop:
+        return cancelled(stop)
     return {**result, "flow_run_id": flow_run.get_id(), "mlflow_run_id": run.mlflow_run_id}
 
 

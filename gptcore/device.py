@@ -1,6 +1,7 @@
 """The device a process computes on: which one, in which arithmetic, from which seed, and for whom it is reserved.
 
-python -m gptcore.device        # what this machine has
+python -m gptcore.device                # what this machine has
+python -m gptcore.device cuda fp8       # has it this device, and on it this precision? Exit code 2 and a sentence if not
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def _cpu_name() -> str:
 
 
 def main(argv: list[str]) -> dict[str, object]:
-    device = choose_device()
+    device = choose_device(*argv[:2])
     return {"device": device.torch.type, "name": device.name, "precision": device.precision, "torch": torch.__version__}
 
 

@@ -156,7 +156,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--config", type=Path, help="experiment file (default: the checkpoint's own)")
     args = parser.parse_args(argv)
     if args.shards is None or args.out is None:
-        raise UserError("evaluate needs --shards DIR and --out DIR; `gptloom run` prints both kinds of directory")
+        raise UserError(
+            "evaluate needs --shards DIR, which `gptloom data EXPERIMENT.yaml` prints (a checkpoint's config.yaml will do), and --out DIR "
+            "for its results"
+        )
     start = time.perf_counter()
     shards = ShardSet.open(args.shards)
     read_manifest(args.checkpoint)

@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from contextvars import copy_context
@@ -30,7 +31,7 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import CancelledRun, MissingContextError
 from prefect.logging import get_run_logger
 
-from gptcore.config import UserError
+from gptcore.config import TrainConfig, UserError
 from gptcore.entry import (
     EXIT_MEMORY,
     EXIT_NON_FINITE,
@@ -87,6 +88,23 @@ def run_device_process(
             except OSError as trouble:  # a full disk: what went wrong first is the news
                 run_logger().warning("the journals below %s could not be closed: %s", directory, trouble)
             raise
+
+
+def check_device(train: TrainConfig) -> None:
+    """Raises UserError when this machine lacks the device or the precision that a training asks for. torch is asked, in a process of its
+    own: it alone knows. Where that process fails in another way, the training will say how."""
+    if train.device != "cuda" and train.precision in ("auto", "fp32"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / LOG_NAME
+        with open(log, "wb") as output:
+            child = start_process(["gptcore.device", train.device, train.precision], output)
+        try:
+            code = child.wait()
+        finally:
+            _end(child)
+        if code == EXIT_USER:
+            raise UserError((_last_json(log) or {})["error"])
 
 
 class ProcessDied(RuntimeError):

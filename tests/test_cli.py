@@ -61,6 +61,11 @@ def test_mistakes_cost_exit_2_and_write_nothing(
         ("run", experiment, f"data.source={tmp_path}/binary.txt"): "UTF-8",
         ("run", experiment, f"data.source={tmp_path}/folder"): "folder",
         ("run",): "EXPERIMENT.yaml",
+        ("up", "--prefect-port", "-1"): "--prefect-port -1: ",
+        ("up", "--prefect-port", "0"): "--prefect-port 0: ",
+        ("up", "--mlflow-port", "99999"): "--mlflow-port 99999: ",
+        ("nightly", "--simulate", "0"): "--simulate 0: ",
+        ("nightly", "--simulate", "-3"): "--simulate -3: ",
         ("fly",): "fly",
     }
     for argv, word in mistakes.items():

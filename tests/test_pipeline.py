@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -165,9 +166,9 @@ def test_failing_step_closes_its_runs(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("number", "state"), [(signal.SIGINT, "Cancelled"), (signal.SIGTERM, "Crashed")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_leaves_nothing_running(
-    first: tuple[Path, dict[str, Any], str], small_text: Path, number: signal.Signals, state: str
+    first: tuple[Path, dict[str, Any], str], small_text: Path, number: signal.Signals
 ) -> None:
     """As a terminal's Ctrl-C is, and a supervisor's SIGTERM: Prefect's temporary server must still note how the run ended."""
     home = first[0]
@@ -201,7 +202,7 @@ def test_a_signal_to_the_whole_group_leaves_nothing_running(
         f"{result['run']}/train": "KILLED",
     }
     assert "checkpoint" in runs[f"{result['run']}/train"].data.tags["gptloom.reason"]
-    assert prefect_states(home, "flow_run")[result["run"]] == state
+    assert prefect_states(home, "flow_run")[result["run"]] == "Cancelled"
 
 
 # --- parts of the flow, without servers ---------------------------------------------------------------------------------
@@ -249,6 +250,28 @@ def test_form_becomes_overrides(tmp_path: Path) -> None:
         assert getattr(getattr(config, section), field) == value, name
     assert config.train.warmup_steps == 1
     assert load_config(path, Overrides().as_list()) == ExperimentConfig(name="toy")
+
+
+def test_form_and_page_say_what_is_read_of_a_folder() -> None:
+    (line,) = (text for text in (ROOT / "README.md").read_text().splitlines() if "data.source=my_folder/" in text)
+    said = Overrides.model_fields["data_source"].description or ""
+    for extension in ExperimentConfig(name="toy").data.formats:
+        assert f".{extension}" in line
+        assert f" {extension}" in said
+
+
+def test_page_names_a_command_that_generates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gptcore import generate
+
+    (line,) = (
+        text for text in (ROOT / "README.md").read_text().splitlines() if "-m gptcore.generate CHECKPOINT" in text
+    )
+    checkpoint = tmp_path / "step_000001"
+    with commit_dir(checkpoint, {}) as tmp:
+        (tmp / "config.yaml").write_text("name: toy\n")
+    monkeypatch.setattr(generate, "write_samples", lambda *args: {"told": args[1:3], "samples": []})
+    words = shlex.split(line.partition("gptcore.generate ")[2].replace("CHECKPOINT", str(checkpoint)))
+    assert generate.main(words)["told"] == (checkpoint, "ROMEO:")
 
 
 def test_form_shows_typed_inputs() -> None:

@@ -21,7 +21,7 @@ from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.store import commit_dir
 from tasks import process
-from tasks.process import ProcessDied, run_device_process
+from tasks.process import ProcessDied, check_device, run_device_process
 from tasks.training import run_step
 
 pytestmark = pytest.mark.integration
@@ -315,3 +315,20 @@ def test_a_wrong_argument_of_a_device_process_is_told_as_any_mistake() -> None:
     assert json.loads(done.stdout)["error"].startswith(
         "python -m gptcore.evaluate: unrecognized arguments: --depth 3; see "
     )
+
+
+@pytest.mark.parametrize(
+    ("train", "word"),
+    [({"device": "cuda"}, "train.device=cuda"), ({"device": "cpu", "precision": "fp8"}, "train.precision=fp8")],
+)
+def test_a_device_that_is_not_there_is_refused_before_a_run_begins(train: dict[str, str], word: str) -> None:
+    if train["device"] == "cuda" and shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU here")
+    with pytest.raises(UserError, match=word):
+        check_device(check_config({"name": "toy", "train": train}).train)
+
+
+def test_a_device_that_is_always_there_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual run does not wait for the answer."""
+    monkeypatch.setattr(process, "start_process", lambda *_: pytest.fail("a process for nothing"))
+    check_device(check_config({"name": "toy", "train": {"device": "auto", "precision": "fp32"}}).train)

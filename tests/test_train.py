@@ -20,6 +20,7 @@ from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml,
 from gptcore.device import choose_device
 from gptcore.entry import NonFinite, StopFlag, Stopped, recording
 from gptcore.evaluate import Evaluation, bootstrap_bpb, evaluate_loss
+from gptcore.evaluate import main as evaluate
 from gptcore.journal import read_journal
 from gptcore.nights.gate import compare
 from gptcore.nights.scores import Scores
@@ -375,3 +376,8 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path):
     ):
         pass
     assert not store.is_claimed(tmp_path)
+
+
+def test_evaluate_says_where_shards_are_found(tmp_path):
+    with pytest.raises(UserError, match=r"--shards DIR, which `gptloom data EXPERIMENT\.yaml` prints"):
+        evaluate([str(tmp_path)])
