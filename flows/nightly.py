@@ -330,9 +330,8 @@ class Night:
     def _finish(self, night: dict[str, Any]) -> None:
         """Ledger, picture, report, artifacts, clean-up, messages. Trouble after the ledger is told and changes no outcome."""
         try:
-            self.ledger.save(
-                self.folder
-            )  # before all that may break: the alias may have moved, and the next night has to know
+            # Before all that may break: the alias may have moved, and the next night has to know.
+            self.ledger.save(self.folder)
         finally:
             self._tell(night)
 
