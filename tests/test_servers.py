@@ -260,7 +260,7 @@ def test_run_form_describes_its_fields(stack, tmp_path):
         "Length (optimizer steps)",
         "Depth (layers)",
         "Path of an experiment file",
-        "a folder of .txt files",
+        "a folder (all its files of data.formats",
     ):
         assert words in form
 
