@@ -108,8 +108,12 @@ def test_stopped_at_a_random_moment(whole: Training, tmp_path: Path, seed: int) 
     """SIGTERM: a checkpoint of the very step, exit code 75 within seconds, and the rest to the bit."""
     training = Training(whole.config, whole.shards, tmp_path / "run")
     process = training.start()
-    wait_until(training.is_stepping, process)
-    time.sleep(random.Random(seed).uniform(0.0, 0.6 * seconds_of(whole)))
+    rng, points = random.Random(seed), len(whole.curve())
+    reached = rng.randrange(
+        int(0.6 * points)
+    )  # by the run's own progress: its speed depends on what else the machine does
+    wait_until(lambda: len(training.curve()) > reached, process)
+    time.sleep(rng.uniform(0.0, 0.02))
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
     out, said = process.communicate(timeout=30)
