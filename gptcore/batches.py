@@ -184,9 +184,8 @@ class ChunkSampler:
             )
         self.tokens, self.block_size, self.rows = tokens, block_size, rows
         self.chunk = min(rows * block_size + 1, len(tokens))
-        digest = hashlib.sha256(
-            f"{seed}:random".encode()
-        ).digest()  # or neighbouring seeds would draw the same, shifted
+        # Hashed: neighbouring numbers as keys would draw the same places, shifted.
+        digest = hashlib.sha256(f"{seed}:random".encode()).digest()
         self._keys = np.frombuffer(digest[:16], dtype="<u8")
         self._windows = _Windows(tokens, block_size + 1)
 
