@@ -12,8 +12,8 @@ RUN apt-get update \
 WORKDIR /app
 # The packages first: this layer is rebuilt only when they change.
 COPY pyproject.toml constraints.txt LICENSE README.md ./
-RUN mkdir gptcore tasks flows \
-    && pip install --no-cache-dir -c constraints.txt -e .
+RUN mkdir gptcore gptloom \
+    && pip install --no-cache-dir -c constraints.txt -e '.[dask,postgres]'
 COPY . .
 
 USER gptloom

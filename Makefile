@@ -10,7 +10,7 @@ test: lint
 	.venv/bin/pytest -n 2 -m "not integration" && .venv/bin/pytest -n 2 --dist loadfile -m integration
 
 # The long form of the tests that kill, stop, cancel and starve: about 50 minutes on 2 cores.
-test-faults: .venv/.installed
+test-faults: .venv/.dev
 	GPTLOOM_FAULTS=long .venv/bin/pytest -s tests/faults
 
 up: .venv/.installed
@@ -19,7 +19,7 @@ up: .venv/.installed
 down: .venv/.installed
 	.venv/bin/gptloom down
 
-lint: .venv/.installed
+lint: .venv/.dev
 	.venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 
 bench: .venv/.installed
@@ -39,8 +39,13 @@ clean:
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("gptloom needs Python 3.11 to 3.13, found " + v + "; choose another one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	-.venv/bin/python -m gptloom.flows.servers.databases
+	@touch $@
+
+# What tests and linters need beside it.
+.venv/.dev: .venv/.installed
 	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	-.venv/bin/python -m flows.databases
 	@touch $@
 
 .PHONY: run test test-faults up down lint bench audit clean

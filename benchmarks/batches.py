@@ -69,9 +69,7 @@ def build_figure(B: int, T: int, ours: list[float], peer: list[float]) -> dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tokens", type=int, default=100_000_000, help="ids in the file (2 bytes each), one shard at most"
-    )
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="ids in the file (2 bytes each), one shard at most")
     parser.add_argument("--repeats", type=int, default=7, help="rounds per shape")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of one side in one round")
     args = parser.parse_args()
@@ -93,9 +91,7 @@ def main() -> int:
                 ours.append(measure(lambda i: sampler.batch(i * B, B), B * T, args.seconds))  # noqa: B023
             figures.append(build_figure(B, T, ours, peer))
             print(figures[-1], file=sys.stderr)
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}"
     print(json.dumps({"figures": figures, "machine": machine, "command": " ".join(sys.argv)}), flush=True)
     return 0
 

@@ -35,8 +35,22 @@ from gptcore.parallel import run_apart
 
 ROOTS = (sys.prefix, sys.base_prefix, "/usr", "/opt")
 KINDS = {".py", ".pyi", ".md", ".rst", ".txt", ".html", ".js", ".ts", ".css", ".h", ".hpp", ".c", ".cc", ".cpp", ".json"} | {
-    ".xml", ".pl", ".pm", ".tcl", ".sh", ".yaml", ".yml", ".cmake", ".cu", ".cuh", ".svg", ".java", ".rb", ".rs", ".go"
-}  # fmt: skip
+    ".xml",
+    ".pl",
+    ".pm",
+    ".tcl",
+    ".sh",
+    ".yaml",
+    ".yml",
+    ".cmake",
+    ".cu",
+    ".cuh",
+    ".svg",
+    ".java",
+    ".rb",
+    ".rs",
+    ".go",
+}
 LARGEST = 4 << 20  # larger files are data, not text
 VOCAB_SIZE = 32_000
 TRAIN_BYTES, PEER_BYTES = 150_000_000, 30_000_000
@@ -45,9 +59,7 @@ VOWELS = "aeiouAEIOU"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--megabytes", type=int, default=1000, help="text of the large run; the small one has a quarter"
-    )
+    parser.add_argument("--megabytes", type=int, default=1000, help="text of the large run; the small one has a quarter")
     parser.add_argument("--repeats", type=int, default=3, help="runs of the large size; the median counts")
     parser.add_argument("--work", type=Path, help="folder for text and results (default: a temporary one)")
     parser.add_argument("--worker", nargs=4, metavar=("SOURCE", "HOME", "KIND", "VOCAB"), help=argparse.SUPPRESS)
@@ -92,13 +104,7 @@ def measure_all(folder: Path, n_bytes: int, repeats: int) -> tuple[list[dict[str
 
 
 def figure(
-    name: str,
-    unit: str,
-    values: list[float],
-    *,
-    goal: float | None = None,
-    peer: float | None = None,
-    at_most: bool = False,
+    name: str, unit: str, values: list[float], *, goal: float | None = None, peer: float | None = None, at_most: bool = False
 ) -> dict[str, Any]:
     """One figure from repeated values. With a peer the goal is a ratio, else a value (`at_most`: an upper one)."""
     ours = statistics.median(values)
@@ -286,9 +292,7 @@ def prepare_once(source: str, home: str, kind: str, vocab: str) -> dict[str, Any
     seconds["all"] = time.perf_counter() - start
     seconds["shards"] = seconds["all"] - seconds["corpus"] - seconds["vocab"]
     n_bytes = read_manifest(corpus_dir)["bytes"]
-    assert sum(shards.ShardSet.open(shard_dir).n_bytes.values()) == n_bytes, (
-        "every byte of the corpus must be in the shards"
-    )
+    assert sum(shards.ShardSet.open(shard_dir).n_bytes.values()) == n_bytes, "every byte of the corpus must be in the shards"
     return {"bytes": n_bytes, "seconds": {name: round(value, 3) for name, value in seconds.items()}}
 
 

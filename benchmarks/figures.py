@@ -51,9 +51,7 @@ def figure(
 
 
 def machine() -> str:
-    name = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
     return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
 
 

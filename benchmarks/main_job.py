@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "flows.cli", "run", "experiments/shakespeare.yaml"]
+COMMAND = [sys.executable, "-m", "gptloom.flows.command.cli", "run", "experiments/shakespeare.yaml"]
 GOAL_SECONDS, GOAL_LOSS = 600.0, 1.75  # on 2 CPU cores
 
 

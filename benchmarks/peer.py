@@ -24,9 +24,19 @@ CHARACTERS = "config/train_shakespeare_char.py"
 # README of nanoGPT, "I only have a macbook"
 CPU_SETTING = [
     CHARACTERS,
-    "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4",
-    "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
-]  # fmt: skip
+    "--device=cpu",
+    "--compile=False",
+    "--eval_iters=20",
+    "--log_interval=1",
+    "--block_size=64",
+    "--batch_size=12",
+    "--n_layer=4",
+    "--n_head=4",
+    "--n_embd=128",
+    "--max_iters=2000",
+    "--lr_decay_iters=2000",
+    "--dropout=0.0",
+]
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,7 @@ class Peer:
         start = time.perf_counter()
         losses, step_ms, lines = [], [], []
         process = subprocess.Popen(
-            command,
-            cwd=self.directory,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(card),
+            command, cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(card)
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -112,9 +117,7 @@ class Peer:
         for x, y in val_batches(self.val, model.config.block_size, 64):
             logits, _ = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
             targets = torch.from_numpy(y).to(device).flatten()
-            loss = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), targets, ignore_index=-1, reduction="sum"
-            )
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-1, reduction="sum")
             nats, count = nats + loss.item(), count + int((y >= 0).sum())
         assert count == len(self.val) - 1
         assert math.isfinite(nats)

@@ -5,7 +5,7 @@
 Minutes on 2 cores. From an empty home, with a temporary Prefect server and MLflow in SQLite, as `make run` does. Work is, for a step
 that is a process of its own, the time from the opening to the closing of its journal; for the others (data, report) the step's seconds in
 timing.json. All the rest counts as overhead: starting Prefect and every process, importing, tracking (the model's registration too), waiting. What the
-installation has prepared is not in it: the line names the empty databases that were copied (flows/databases.py; `prepared`, [] without). Imports for the steps
+installation has prepared is not in it: the line names the empty databases that were copied (flows/servers/databases.py; `prepared`, [] without). Imports for the steps
 run beside the data steps in a process of their own; where those wait for them it counts as overhead, where they only share the cores with them it does not
 (about 3 CPU seconds). The last line on stdout is one JSON object.
 """
@@ -23,8 +23,8 @@ from pathlib import Path
 
 from figures import figure, print_figures
 
-from flows.databases import PLACES, prepared
 from gptcore.journal import FILE_NAME, read_journal
+from gptloom.flows.servers.databases import PLACES, prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL_PERCENT = 5.0
@@ -54,7 +54,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as home:
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "run", args.experiment, *args.overrides],
+            [sys.executable, "-m", "gptloom.flows.command.cli", "run", args.experiment, *args.overrides],
             cwd=ROOT,
             env={**os.environ, "GPTLOOM_HOME": home},
             stdout=subprocess.PIPE,

@@ -65,10 +65,18 @@ def main() -> int:
 
         def theirs(rate: float, seed: int) -> float:
             settings = [
-                "--dataset=sources", f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--warmup_iters={steps // 10}",
-                f"--learning_rate={rate}", f"--min_lr={rate / 10}", "--batch_size=32", "--gradient_accumulation_steps=2",
-                f"--eval_interval={steps}", "--eval_iters=20", "--always_save_checkpoint=True",
-            ]  # fmt: skip
+                "--dataset=sources",
+                f"--max_iters={steps}",
+                f"--lr_decay_iters={steps}",
+                f"--warmup_iters={steps // 10}",
+                f"--learning_rate={rate}",
+                f"--min_lr={rate / 10}",
+                "--batch_size=32",
+                "--gradient_accumulation_steps=2",
+                f"--eval_interval={steps}",
+                "--eval_iters=20",
+                "--always_save_checkpoint=True",
+            ]
             with cards.lent() as card:
                 run = peer.train(f"peer-{rate}-{seed}", *settings, script=scripts[seed], card=card)
                 device = f"cuda:{visible_cards().index(card)}"
@@ -80,9 +88,13 @@ def main() -> int:
             changes = [f"train.lr={committed.lr * factor}", f"train.adamw_lr={committed.adamw_lr * factor}"]
             changes += [
                 "data.invalid_text=skip",
-                f"train.global_batch_size={BATCH}", f"train.max_tokens={steps * BATCH * CONTEXT}", f"train.precision={args.precision}",
-                f"train.eval_tokens={MAX_VAL_TOKENS}", f"train.eval_interval={steps}", f"train.seed={seed}",
-            ]  # fmt: skip
+                f"train.global_batch_size={BATCH}",
+                f"train.max_tokens={steps * BATCH * CONTEXT}",
+                f"train.precision={args.precision}",
+                f"train.eval_tokens={MAX_VAL_TOKENS}",
+                f"train.eval_interval={steps}",
+                f"train.seed={seed}",
+            ]
             with cards.lent() as card:
                 out = folder / f"ours-{factor}-{seed}"
                 run = train(EXPERIMENT, text, directory, out, *changes, shared_card=card)
@@ -93,12 +105,8 @@ def main() -> int:
             our_side = {factor: [pool.submit(ours, factor, seed) for seed in seeds] for factor in OUR_FACTORS}
             our_losses, peer_losses = mean_by_rate(our_side), mean_by_rate(peer_side)
     ours_best, peer_best = (next(iter(losses.values())) for losses in (our_losses, peer_losses))
-    found = figure(
-        "validation loss after equal tokens", "nats per token", ours_best, peer=peer_best, goal=1.0, of="ratio"
-    )
-    print_figures(
-        [found], tokens=steps * BATCH * CONTEXT, our_losses_by_factor=our_losses, peer_losses_by_rate=peer_losses
-    )
+    found = figure("validation loss after equal tokens", "nats per token", ours_best, peer=peer_best, goal=1.0, of="ratio")
+    print_figures([found], tokens=steps * BATCH * CONTEXT, our_losses_by_factor=our_losses, peer_losses_by_rate=peer_losses)
     return 0
 
 

@@ -82,9 +82,7 @@ def main() -> int:
         goal = SPEED_GOALS.get(name) if args.batch == 1 and args.device == "cpu" else None
         goals = {} if goal is None else {"goal": goal, "goal_is": "at least", "of": "ratio"}
         found.append(
-            figure(
-                f"{name}: decoding, batch {args.batch}", "tok/s", speeds[name], peer=speeds["fp32"], digits=1, **goals
-            )
+            figure(f"{name}: decoding, batch {args.batch}", "tok/s", speeds[name], peer=speeds["fp32"], digits=1, **goals)
         )
         size = [100 * sizes[name] / sizes["fp32"]]
         found.append(figure(f"{name}: file size", "% of fp32", size, goal=SIZE_GOALS.get(name), digits=2))

@@ -34,9 +34,15 @@ from gptcore.train import build_trainer, train_step
 EXPERIMENT = "tinyshakespeare-gpu.yaml"
 # What has a state of its own stays in: dropout, a moving average, Muon and AdamW.
 SETTINGS = (
-    "train.device=auto", "train.cuda_graph=off", "train.select=last", "train.max_steps=600", "train.save_interval=30",
-    "train.log_interval=5", "train.eval_interval=200", "train.eval_tokens=65536",
-)  # fmt: skip
+    "train.device=auto",
+    "train.cuda_graph=off",
+    "train.select=last",
+    "train.max_steps=600",
+    "train.save_interval=30",
+    "train.log_interval=5",
+    "train.eval_interval=200",
+    "train.eval_tokens=65536",
+)
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -171,17 +177,13 @@ def main() -> int:
                 break
             attempt_s = time.perf_counter() - start
             kills.append(kill)
-            say(
-                f"killed after step {kill['step']}{', in a save' if kill['in_a_save'] else ''}; {attempt_s:.1f} s an attempt"
-            )
+            say(f"killed after step {kill['step']}{', in a save' if kill['in_a_save'] else ''}; {attempt_s:.1f} s an attempt")
         killed.finish()
         is_same = whole.sha256() == killed.sha256()
         say(f"killed {len(kills)} times: {killed.sha256()[0][:16]}…, {'the same bits' if is_same else 'OTHER BITS'}")
         stalls, writes = whole.values("perf/save_stall_ms"), whole.values("perf/save_ms")
         totals = [sum(both) for both in zip(stalls, writes, strict=True)]
-        say(
-            f"a save: {statistics.median(stalls):.1f} ms of standstill, {statistics.median(totals):.0f} until committed"
-        )
+        say(f"a save: {statistics.median(stalls):.1f} ms of standstill, {statistics.median(totals):.0f} until committed")
         survived = figure(
             "kills after which weights and optimizer state ended as the uninterrupted run's",
             "kills",
@@ -198,9 +200,7 @@ def main() -> int:
         if args.pairs:
             ms = step_ms(config, shards, args.pairs, args.steps)
             normal = [round(value, 3) for value in ms[False]]
-            say(
-                f"a step: {statistics.median(ms[True]):.2f} ms deterministic, {statistics.median(ms[False]):.2f} normal"
-            )
+            say(f"a step: {statistics.median(ms[True]):.2f} ms deterministic, {statistics.median(ms[False]):.2f} normal")
             figures.append(figure("a step in deterministic mode, against normal mode", "ms", ms[True], peer=ms[False]))
         print_figures(
             figures,

@@ -84,8 +84,13 @@ def launch(plan: Record, count: int, folder: Path, limit_s: float) -> tuple[list
     start, told, lines = time.perf_counter(), [], []
     process = subprocess.Popen(
         [*command, str(HERE / "scaling_process.py"), str(path)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+    )
     timer = threading.Timer(limit_s, process.terminate)  # torchrun passes it on
     timer.start()
     assert process.stdout is not None
@@ -159,9 +164,7 @@ def build_figures(records: list[Record]) -> list[Record]:
                 goal = WEAK_GOAL.get(count) if (kind, parallel) == ("weak", "ddp") else None
                 shares = [100 * speed / base for speed in speeds(record)]
                 found.append(
-                    figure(
-                        f"{kind} efficiency: {label}", "%", shares, goal=goal, goal_is="at least", of="mean", digits=2
-                    )
+                    figure(f"{kind} efficiency: {label}", "%", shares, goal=goal, goal_is="at least", of="mean", digits=2)
                 )
             if silent is not None:
                 alone = statistics.median(silent["step_ms"])
@@ -186,19 +189,13 @@ def build_figures(records: list[Record]) -> list[Record]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--counts", type=int, nargs="+", help="numbers of GPUs (default: 1, 2, 4, 8 as far as there are)"
-    )
+    parser.add_argument("--counts", type=int, nargs="+", help="numbers of GPUs (default: 1, 2, 4, 8 as far as there are)")
     parser.add_argument("--parallel", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
     parser.add_argument("--shards", type=Path, help="a shard set to read (default: random tokens)")
-    parser.add_argument(
-        "--memory-fraction", type=float, default=0.1, help="of a GPU, for the large model; 0: leave it out"
-    )
+    parser.add_argument("--memory-fraction", type=float, default=0.1, help="of a GPU, for the large model; 0: leave it out")
     parser.add_argument("--steps", type=int, help="steps of a repeat")
     parser.add_argument("--repeats", type=int)
-    parser.add_argument(
-        "--limit", type=float, default=400.0, help="seconds for everything; what does not fit is left out"
-    )
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds for everything; what does not fit is left out")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.field=value", help="changes to the config")
     parser.add_argument("--smoke", action="store_true", help="a toy on the CPU, 1 and 2 processes")
     args = parser.parse_args()

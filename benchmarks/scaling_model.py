@@ -128,9 +128,14 @@ class Step:
 
 
 def predict(
-    job: Job, machine: Machine, p: int, tokens: int, parallel: str = "ddp",
-    compute: float | None = None, other: float | None = None,
-) -> Step:  # fmt: skip
+    job: Job,
+    machine: Machine,
+    p: int,
+    tokens: int,
+    parallel: str = "ddp",
+    compute: float | None = None,
+    other: float | None = None,
+) -> Step:
     """One step of p GPUs with `tokens` tokens each. compute: measured seconds of forward and backward; other: of the optimizer without
     Newton-Schulz; without them the data sheet's."""
     if compute is None:
@@ -199,9 +204,7 @@ def from_records(records: Sequence[Record]) -> tuple[Machine, dict[str, float]]:
     if links:
         most = max(links, key=lambda r: r["processes"])
         machine = replace(
-            machine,
-            link=1e9 * most["bus_gb_per_second"],
-            link_latency=1e-6 * most["tiny_us"] / (2 * (most["processes"] - 1)),
+            machine, link=1e9 * most["bus_gb_per_second"], link_latency=1e-6 * most["tiny_us"] / (2 * (most["processes"] - 1))
         )
     muon = GPT2.muon_seconds(machine, 1)
     facts = {"compute": compute, "tokens": one["weak"]["tokens_per_step"], "other": max(0.0, small - compute - muon)}
@@ -211,15 +214,19 @@ def from_records(records: Sequence[Record]) -> tuple[Machine, dict[str, float]]:
 def measured_points(records: Sequence[Record]) -> list[tuple[str, int, str, int, float]]:
     """(weak or strong, GPUs, ddp or fsdp, tokens a GPU, seconds) of every speed with several GPUs."""
     return [
-        (r["kind"], r["processes"], r["parallel"], r["tokens_per_step"] // r["processes"], statistics.median(r["step_ms"]) / 1e3)
+        (
+            r["kind"],
+            r["processes"],
+            r["parallel"],
+            r["tokens_per_step"] // r["processes"],
+            statistics.median(r["step_ms"]) / 1e3,
+        )
         for r in records
         if r["kind"] in ("weak", "strong") and r["processes"] > 1
-    ]  # fmt: skip
+    ]
 
 
-def fit_contention(
-    machine: Machine, facts: dict[str, float], points: Sequence[tuple[str, int, str, int, float]]
-) -> Machine:
+def fit_contention(machine: Machine, facts: dict[str, float], points: Sequence[tuple[str, int, str, int, float]]) -> Machine:
     """The one number that is fitted, to the weak DDP point of the most GPUs; all other points check it."""
     weak = [point for point in points if point[0] == "weak" and point[2] == "ddp"]
     if not weak:
@@ -243,11 +250,20 @@ def tables(machine: Machine, counts: Sequence[int]) -> str:
         cells = [weak_efficiency(GPT2, machine, p, 64 * 1024, parallel) for parallel in ("ddp", "fsdp")]
         cells += [strong_efficiency(GPT2, machine, p, 512 * 1024, parallel) for parallel in ("ddp", "fsdp")]
         needs = [break_even_tokens(machine, p, parallel) for parallel in ("ddp", "fsdp")]
-        lines.append(f"| {p} | " + " | ".join(f"{100 * c:.1f} %" for c in cells) + " | " + " | ".join(f"{n:,.0f}" for n in needs) + " |")  # fmt: skip
-    lines += ["", f"Newton-Schulz of GPT-2 124M: {1e3 * GPT2.muon_seconds(machine, 1):.1f} ms on one GPU, " + ", ".join(
-        f"{1e3 * GPT2.muon_seconds(machine, p):.1f} ms on {p}" for p in counts if p > 1
-    ) + f". Sharing it pays from width {smallest_width(machine, 8):.0f} on within a host."]  # fmt: skip
-    lines += ["", "| model | parameters | GPUs that hold it: DDP | FSDP | 64 GPUs, FSDP, 8 × 1024 tokens each: forward and backward | waited for |", "|---|---|---|---|---|---|"]  # fmt: skip
+        lines.append(
+            f"| {p} | " + " | ".join(f"{100 * c:.1f} %" for c in cells) + " | " + " | ".join(f"{n:,.0f}" for n in needs) + " |"
+        )
+    lines += [
+        "",
+        f"Newton-Schulz of GPT-2 124M: {1e3 * GPT2.muon_seconds(machine, 1):.1f} ms on one GPU, "
+        + ", ".join(f"{1e3 * GPT2.muon_seconds(machine, p):.1f} ms on {p}" for p in counts if p > 1)
+        + f". Sharing it pays from width {smallest_width(machine, 8):.0f} on within a host.",
+    ]
+    lines += [
+        "",
+        "| model | parameters | GPUs that hold it: DDP | FSDP | 64 GPUs, FSDP, 8 × 1024 tokens each: forward and backward | waited for |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, job in MODELS.items():
         needed = -(-job.parameters // largest_parameters(machine, 1, "ddp"))
         step = predict(job, machine, 64, 8 * 1024, "fsdp")

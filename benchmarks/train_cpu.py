@@ -26,14 +26,17 @@ AROUND_SECONDS = 5.5  # start, preflight and the last evaluation of a run: what 
 # What learns most in that time, of the sizes and rates tried (experiments/LOG.md); the long run is the experiment as committed.
 SETTINGS = {
     "sooner": (
-        "model.n_layer=1", "model.block_size=64", "train.lr=0.05", "train.adamw_lr=0.03", "train.warmup_steps=5",
-        "train.decay_fraction=1", "train.weight_decay=0",
+        "model.n_layer=1",
+        "model.block_size=64",
+        "train.lr=0.05",
+        "train.adamw_lr=0.03",
+        "train.warmup_steps=5",
+        "train.decay_fraction=1",
+        "train.weight_decay=0",
     ),
-    "better": (
-        "model.n_layer=2", "train.lr=0.03", "train.adamw_lr=0.02", "train.warmup_steps=10", "train.decay_fraction=1",
-    ),
+    "better": ("model.n_layer=2", "train.lr=0.03", "train.adamw_lr=0.02", "train.warmup_steps=10", "train.decay_fraction=1"),
     "long": (),
-}  # fmt: skip
+}
 EVALUATION = ("train.eval_tokens=2048", "evaluate.batch_size=64")  # the last one is of all tokens whatever this says
 
 
@@ -53,25 +56,15 @@ def main() -> int:
         peer, shards = Peer.of_characters(args.peer_dir, text, folder), make_shards(EXPERIMENT, text, folder)
         for number in range(args.runs):
             iterations = f"--max_iters={args.peer_iterations}"
-            theirs = peer.train(
-                f"out{number}", *CPU_SETTING, iterations, iterations.replace("max_iters", "lr_decay_iters")
-            )
+            theirs = peer.train(f"out{number}", *CPU_SETTING, iterations, iterations.replace("max_iters", "lr_decay_iters"))
             peer_seconds.append(theirs.seconds)
             peer_losses.append(peer.evaluate(peer.load(theirs.checkpoint)))
             sys.stderr.write(f"peer: {theirs.seconds:.1f} s, val {peer_losses[-1]:.4f}\n")
-            budgets = {
-                "sooner": theirs.seconds * SAME_LOSS_SHARE,
-                "better": theirs.seconds,
-                "long": GPU_LOSS_SECONDS,
-            }
+            budgets = {"sooner": theirs.seconds * SAME_LOSS_SHARE, "better": theirs.seconds, "long": GPU_LOSS_SECONDS}
             for part in parts:
                 minutes = max(3.0, budgets[part] - AROUND_SECONDS) / 60
                 out = folder / f"{part}{number}"
-                settings = (
-                    f"train.minutes={minutes:.4f}",
-                    f"train.seed={1337 + number}",
-                    f"train.precision={precision}",
-                )
+                settings = (f"train.minutes={minutes:.4f}", f"train.seed={1337 + number}", f"train.precision={precision}")
                 runs[part].append(train(EXPERIMENT, text, shards, out, *SETTINGS[part], *EVALUATION, *settings))
     print_figures(build_figures(peer_seconds, peer_losses, runs), precision=precision)
     return 0
@@ -96,9 +89,7 @@ def build_figures(
         losses = [run.result["val_loss"] for run in runs[part]]
         found.append(figure(f"{part}: wall time", "s", seconds, peer=peer_seconds, goal=seconds_goal, of=of, digits=1))
         goal = max(peer_losses) if loss_goal is None else loss_goal
-        found.append(
-            figure(f"{part}: validation loss", "nats per token", losses, peer=peer_losses, goal=round(goal, 4))
-        )
+        found.append(figure(f"{part}: validation loss", "nats per token", losses, peer=peer_losses, goal=round(goal, 4)))
 
     if "sooner" in runs:
         add("sooner", round(SAME_LOSS_SHARE, 4), "ratio", None)

@@ -32,10 +32,23 @@ TIMES_SOONER, BEST_LOSS, PUBLISHED_LOSS = 10.0, 1.42, 1.4697
 SOONER = ("model.dropout=0", "train.max_steps=240", "train.eval_interval=20")
 # config/train_shakespeare_char.py of nanoGPT, in our words
 PUBLISHED_SETTINGS = (
-    "data.order=random", "model.preset=gpt2", "model.bias=false", "model.dropout=0.2", "train.optimizer=adamw", "train.lr=0.001", "train.min_lr=0.0001",
-    "train.schedule=cosine", "train.warmup_steps=100", "train.beta2=0.99", "train.weight_decay=0.1", "train.ema_decay=0",
-    "train.max_steps=5000", "train.eval_interval=250", "train.patience=6", "train.save_interval=5000",
-)  # fmt: skip
+    "data.order=random",
+    "model.preset=gpt2",
+    "model.bias=false",
+    "model.dropout=0.2",
+    "train.optimizer=adamw",
+    "train.lr=0.001",
+    "train.min_lr=0.0001",
+    "train.schedule=cosine",
+    "train.warmup_steps=100",
+    "train.beta2=0.99",
+    "train.weight_decay=0.1",
+    "train.ema_decay=0",
+    "train.max_steps=5000",
+    "train.eval_interval=250",
+    "train.patience=6",
+    "train.save_interval=5000",
+)
 
 
 def seconds_until(run: OurRun, loss: float) -> float:
@@ -57,12 +70,8 @@ def compare_speed(peer: Peer, args: argparse.Namespace, run: Callable[[int], Our
     assert all(any(loss <= target for _, loss, _ in run.evaluations) for run in runs), "not every run got there"
     seconds, whole = [seconds_until(run, target) for run in runs], [run.seconds for run in runs]
     return [
-        figure(
-            "training time to nanoGPT's best loss", "s", seconds, peer=[training], goal=1 / TIMES_SOONER, of="ratio"
-        ),
-        figure(
-            "total time of those runs, start and compiling included", "s", whole, peer=[total], goal=1.0, of="ratio"
-        ),
+        figure("training time to nanoGPT's best loss", "s", seconds, peer=[training], goal=1 / TIMES_SOONER, of="ratio"),
+        figure("total time of those runs, start and compiling included", "s", whole, peer=[total], goal=1.0, of="ratio"),
         figure("nanoGPT's best loss, by our rule", "nats per token", [target]),
     ]
 
@@ -89,9 +98,7 @@ def main() -> int:
 
         seeds = range(FIRST_SEED, FIRST_SEED + args.runs)
         against_clock = (
-            []
-            if args.losses_only
-            else compare_speed(peer, args, lambda seed: run("sooner", seed, (*SOONER, *args.set)))
+            [] if args.losses_only else compare_speed(peer, args, lambda seed: run("sooner", seed, (*SOONER, *args.set)))
         )
         # Of the others only the losses count, so they share the cards.
         cards = itertools.cycle(visible_cards())

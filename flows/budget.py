@@ -1,6 +1,6 @@
 """A budget in minutes instead of a model size: the worker calibrates itself, says what it will do, and does it.
 
-python -c "from flows.budget import budget; print(budget(minutes=3))"        # or the form `budget` in the Prefect UI
+python -c "from gptloom.flows.budget import budget; print(budget(minutes=3))"        # or the form `budget` in the Prefect UI
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.exceptions import CancelledRun
 
-from flows.forms import Experiment, titled
-from flows.pipeline import Overrides, pipeline
-from flows.stopping import STOPS, cancelled
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.store import home_dir
-from tasks.data import build_vocabulary, ingest, write_shards
-from tasks.process import run_device_process, run_logger
-from tasks.tracking import check_store, common_tags
+from gptloom.flows.forms import Experiment, Overrides, titled
+from gptloom.flows.pipeline import pipeline
+from gptloom.flows.run import STOPS, cancelled
+from gptloom.tasks.data import build_vocabulary, ingest, write_shards
+from gptloom.tasks.records.tracking import check_store, common_tags
+from gptloom.tasks.runtime.process import run_device_process, run_logger
 
 Minutes = Annotated[float, titled("Budget (minutes)", ge=1, le=100_000)]
 Corpus = Annotated[str, titled("Corpus")]
@@ -64,9 +64,7 @@ def budget(
         studies = [f"studies.{name}=false" for name in ("floor", "timing", "quantization", "accumulation", "rnn")]
         result = pipeline(
             experiment=experiment,
-            overrides=Overrides(
-                more=[*overrides, *sizes, *studies, f"train.minutes={left / 60:.4f}", "evaluate.samples=1"]
-            ),
+            overrides=Overrides(more=[*overrides, *sizes, *studies, f"train.minutes={left / 60:.4f}", "evaluate.samples=1"]),
         )
     except (*STOPS, CancelledRun) as stop:  # the last one: what the pipeline raises here that was stopped itself
         return cancelled(stop)
@@ -81,11 +79,20 @@ def calibrate(config: ExperimentConfig, shards: Path, minutes: float, directory:
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     return run_device_process(
-        ["gptcore.train.budget", str(directory / "config.yaml"), "--shards", str(shards), "--out", str(directory), "--minutes", f"{0.8 * minutes:.3f}"],
+        [
+            "gptcore.train.budget",
+            str(directory / "config.yaml"),
+            "--shards",
+            str(shards),
+            "--out",
+            str(directory),
+            "--minutes",
+            f"{0.8 * minutes:.3f}",
+        ],
         directory,
         experiment=config.name,
         tags=common_tags(),
-    )  # fmt: skip
+    )
 
 
 def rest_seconds(plan: dict[str, Any], overhead: float) -> float:
@@ -105,8 +112,7 @@ def show_estimate(plan: dict[str, Any], minutes: float, seconds: float) -> None:
     if FlowRunContext.get() is None:
         return
     rows = "\n".join(
-        f"| {t['parameters']:,} | {t['tok_per_sec']:,.0f} | {t['tokens'] / t['parameters']:.1f} |"
-        for t in plan["tried"]
+        f"| {t['parameters']:,} | {t['tok_per_sec']:,.0f} | {t['tokens'] / t['parameters']:.1f} |" for t in plan["tried"]
     )
     create_markdown_artifact(
         key="estimate",

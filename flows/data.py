@@ -12,14 +12,13 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 
-from flows.forms import Experiment
-from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment
-from flows.stopping import STOPS, cancelled
 from gptcore.config import load_config
 from gptcore.shards import ShardSet
 from gptcore.store import home_dir, read_manifest
-from tasks.data import build_vocabulary, ingest, write_shards
-from tasks.reporting import markdown_table
+from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment
+from gptloom.flows.run import STOPS, cancelled, named_by_experiment
+from gptloom.tasks.data import build_vocabulary, ingest, write_shards
+from gptloom.tasks.reporting import markdown_table
 
 
 @flow(name="data", flow_run_name=named_by_experiment("data"), persist_result=False)
@@ -41,9 +40,7 @@ def data(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Cha
         return cancelled(stop)
     manifest, tokens = read_manifest(corpus), ShardSet.open(shards).n_tokens
     if FlowRunContext.get() is not None:
-        said = (
-            f"{manifest['documents']:,} documents: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out"
-        )
+        said = f"{manifest['documents']:,} documents: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out"
         rows = [["corpus", f"`{corpus}`"], ["vocabulary", f"`{vocab}`"], ["shards", f"`{shards}`"]]
         text = f"{said}; {manifest['skipped']:,} files were left out.\n\n{markdown_table(rows, ['made', 'where'])}\n"
         create_markdown_artifact(text, key="data", description=said)

@@ -23,21 +23,20 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.forms import Experiment, titled
-from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment, new_run_name, open_run
-from flows.stopping import STOPS, cancelled
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import content_id, home_dir, read_manifest
-from tasks.data import ingest
-from tasks.process import run_logger
-from tasks.reporting import data_url, links
-from tasks.tracking import NOTE_TAG, check_store, find_run, first_line
+from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
+from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run
+from gptloom.tasks.data import ingest
+from gptloom.tasks.records.tracking import NOTE_TAG, check_store, find_run, first_line
+from gptloom.tasks.reporting import data_url, links
+from gptloom.tasks.runtime.process import run_logger
 
 if TYPE_CHECKING:
     from gptcore.nights.gate import Decision
     from gptcore.nights.ledger import Generation, Ledger, Matrix
-    from tasks.registry import Version
+    from gptloom.tasks.records.registry import Version
 
 DEFAULTS = NightlySettings()
 Settings = Annotated[NightlySettings, titled("Gate, retention, messages")]
@@ -76,7 +75,7 @@ def nightly(
 
 def tell_failure(name: str, error: UserError, settings: NightlySettings) -> None:
     """The message of a night that could not even begin, and so has no record."""
-    from tasks import nightly as steps
+    from gptloom.tasks import nightly as steps
 
     steps.notify({"outcome": "failed", "reason": str(error), "champion": "as before", "run": "none"}, settings, name)
 
@@ -101,7 +100,7 @@ class Night:
 
     def run(self, name: str) -> dict[str, Any]:
         """The record of the night: night, run, outcome, reason, champion, val_bpb, …; raises what made it fail, recorded too."""
-        from tasks import registry
+        from gptloom.tasks.records import registry
 
         self.name, self.number = name, len(self.ledger.nights) + 1
         failure: BaseException | None = None
@@ -129,8 +128,8 @@ class Night:
     # --- what is done, in order -----------------------------------------------------------------------------------------
 
     def _work(self) -> tuple[str, str]:
-        from tasks import nightly as steps
-        from tasks import registry
+        from gptloom.tasks import nightly as steps
+        from gptloom.tasks.records import registry
 
         steps.check_disk(self.home, self.settings)
         if self.champion is not None:
@@ -156,12 +155,11 @@ class Night:
 
     def _train(self, corpus: Path, tonight: Generation | None) -> tuple[str, str]:
         from gptcore.corpus.selection import select_segments
-        from tasks import nightly as steps
+        from gptloom.tasks import nightly as steps
 
         if (
             tonight
-            and (repeated := steps.measure_repetition(self.ledger, tonight, self.home))
-            > self.settings.memorised_percent
+            and (repeated := steps.measure_repetition(self.ledger, tonight, self.home)) > self.settings.memorised_percent
         ):
             return self._refuse_text(
                 tonight,
@@ -209,11 +207,7 @@ class Night:
                 self.ledger.generations.append(tonight)
             outcome = self._decide(text, winner)
             run.journal.tags(
-                {
-                    "gptloom.outcome": outcome[0],
-                    "gptloom.arm": winner,
-                    NOTE_TAG: f"**{outcome[0]}**: {outcome[1]}",
-                }
+                {"gptloom.outcome": outcome[0], "gptloom.arm": winner, NOTE_TAG: f"**{outcome[0]}**: {outcome[1]}"}
             )
         if outcome[0] != "refused":
             self._register(text, winner, outcome)
@@ -225,7 +219,7 @@ class Night:
         """The arm whose vocabulary is learnt afresh, by its key, its hold-outs added to those of `text`. None where the text has
         taught nothing new: that would be `scratch` once more.
         """
-        from tasks import nightly as steps
+        from gptloom.tasks import nightly as steps
 
         vocab = steps.vocabulary_of(None, self.config.vocab, chosen, self.home)
         if read_manifest(vocab)["fingerprint"] == read_manifest(text.vocab)["fingerprint"]:
@@ -288,13 +282,13 @@ class Night:
         sources = [source.source for source in self.config.data.sources]
         self.decision = decide(
             {name: pairs[name] for name in names}, tonight, sources, tuple(trained["recited"]), self.settings, len(self.arms)
-        )  # fmt: skip
+        )
         return self.decision.outcome, f"{self.decision.reason}; arm {winner} won ({arms})"
 
     def _register(self, text: Any, winner: str, outcome: tuple[str, str]) -> None:
         """The winner becomes the challenger; the champion when the gate said so."""
         from gptcore.nights.ledger import KnownModel
-        from tasks import registry
+        from gptloom.tasks.records import registry
 
         trained, key = self.arms[winner], f"{self.name}/{winner}"
         run_id = find_run(self.config.name, key)
@@ -319,7 +313,7 @@ class Night:
     # --- what is left behind ----------------------------------------------------------------------------------------------
 
     def _champion_now(self) -> str | None:
-        from tasks import registry
+        from gptloom.tasks.records import registry
 
         try:
             now = registry.champion(self.config.name)
@@ -337,7 +331,7 @@ class Night:
 
     def _tell(self, night: dict[str, Any]) -> None:
         from gptcore.nights.page import write_night
-        from tasks import nightly as steps
+        from gptloom.tasks import nightly as steps
 
         matrix: Matrix | None = None
         sentences: list[str] = []
@@ -397,7 +391,7 @@ class Night:
 
     def _leave_artifacts(self, night: dict[str, Any], matrix: Any, sentences: list[str], row: int | None) -> None:
         from gptcore.nights.ledger import draw_matrix
-        from tasks.tracking import keep_files
+        from gptloom.tasks.records.tracking import keep_files
 
         files = [Path(night["report"])]
         if matrix is not None:

@@ -35,17 +35,17 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFi
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed, Scheduled
 
-from flows.forms import titled
 from gptcore.config import UserError, load_config
 from gptcore.entry import Stopped
 from gptcore.journal import FILE_NAME, is_held, last_record, read_journal
 from gptcore.leftovers import find_leftovers, sweep
 from gptcore.store import home_dir
-from tasks.forwarding import forward_tree
-from tasks.liveness import Run, Snapshot, device_locks, end_processes, is_alive, is_dead, unfinished_runs
-from tasks.process import close_journals, run_logger
-from tasks.reporting import markdown_table
-from tasks.tracking import end_run, running_runs
+from gptloom.flows.forms import titled
+from gptloom.tasks.records.forwarding import forward_tree
+from gptloom.tasks.records.tracking import end_run, running_runs
+from gptloom.tasks.reporting import markdown_table
+from gptloom.tasks.runtime.liveness import Run, Snapshot, device_locks, end_processes, is_alive, is_dead, unfinished_runs
+from gptloom.tasks.runtime.process import close_journals, run_logger
 
 log = logging.getLogger("gptloom.reconcile")
 
@@ -58,9 +58,7 @@ RESUME_WITHIN = timedelta(days=7)
 PAGE = 200
 ACTIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 # By hand, and perhaps without a journal. Other projects' flows may be called train or evaluate; ours of these names have one.
-OWN_FLOWS = (
-    "budget", "data", "nightly", "nightly-simulation", "pipeline", "promote", "reconcile", "rollback", "study",
-)  # fmt: skip
+OWN_FLOWS = ("budget", "data", "nightly", "nightly-simulation", "pipeline", "promote", "reconcile", "rollback", "study")
 LEFTOVER_FOLDERS = ("data/*", "runs/*/*/checkpoints", "registry")
 
 
@@ -96,9 +94,7 @@ def reconcile(apply: Apply = False, resume: Resume = False) -> dict[str, Any]:
         findings = Reconciler(client, home_dir(), apply, resume).run()
     counts = dict(Counter(finding.outcome for finding in findings))
     create_markdown_artifact(
-        key="reconcile",
-        markdown=_as_markdown(findings, apply),
-        description="What was wrong, and what was done about it",
+        key="reconcile", markdown=_as_markdown(findings, apply), description="What was wrong, and what was done about it"
     )
     lines = [{key: getattr(f, key) for key in ("what", "subject", "problem", "remedy", "outcome")} for f in findings]
     return {"applied": apply, "findings": lines, "counts": counts, "devices": device_locks()}
@@ -159,24 +155,27 @@ class Reconciler:
             flow_run = self._by_name(run.name) if pid and run.is_here else None
             if flow_run is None or flow_run.state is None or not _is_ended(flow_run.state, self.now):
                 continue
-            problem = (
-                f"Prefect says {flow_run.state.name} since {_age(flow_run.state, self.now)}, process {pid} goes on"
-            )
+            problem = f"Prefect says {flow_run.state.name} since {_age(flow_run.state, self.now)}, process {pid} goes on"
             self._found("process", run.name, problem, "end it", partial(_end_process, pid))
 
     # --- journals and MLflow ---------------------------------------------------------------------------------------
 
     def _close_run(self, run: Run) -> None:
-        is_cancelled = (flow_run := self._by_name(run.name)) is not None and flow_run.state is not None and (
-            flow_run.state.type in (StateType.CANCELLING, StateType.CANCELLED)
-        )  # fmt: skip
+        is_cancelled = (
+            (flow_run := self._by_name(run.name)) is not None
+            and flow_run.state is not None
+            and (flow_run.state.type in (StateType.CANCELLING, StateType.CANCELLED))
+        )
         status = "KILLED" if is_cancelled else "FAILED"
         error: BaseException = Stopped(GONE) if is_cancelled else RuntimeError(GONE)
         steps = ", ".join(str(path.parent.relative_to(self.home / "runs")) for path in run.journals)
         self._found(
-            "journal", run.name, f"{steps}: not closed, {GONE}", f"close as {status}, copy to MLflow",
+            "journal",
+            run.name,
+            f"{steps}: not closed, {GONE}",
+            f"close as {status}, copy to MLflow",
             lambda: self._close_and_forward(run.directory, error),
-        )  # fmt: skip
+        )
 
     def _close_and_forward(self, directory: Path, error: BaseException) -> bool:
         close_journals(directory, error)
@@ -199,17 +198,23 @@ class Reconciler:
                 continue
             if (directory / FILE_NAME).exists():
                 self._found(
-                    "mlflow", name, f"{len(entries)} run(s) RUNNING, their journals are closed", "copy what MLflow misses",
+                    "mlflow",
+                    name,
+                    f"{len(entries)} run(s) RUNNING, their journals are closed",
+                    "copy what MLflow misses",
                     partial(self._forward, directory),
-                )  # fmt: skip
+                )
                 continue
             flow_run = self._by_id(entries[0]["flow_run_id"])
             if flow_run is not None and flow_run.state is not None and flow_run.state.is_final():
                 status = "KILLED" if flow_run.state.is_cancelled() else "FAILED"
                 self._found(
-                    "mlflow", name, f"RUNNING, its files are gone and Prefect says {flow_run.state.name}", f"mark {status}",
+                    "mlflow",
+                    name,
+                    f"RUNNING, its files are gone and Prefect says {flow_run.state.name}",
+                    f"mark {status}",
                     partial(_end_mlflow_runs, entries, status),
-                )  # fmt: skip
+                )
 
     # --- Prefect -----------------------------------------------------------------------------------------------------
 
@@ -228,9 +233,12 @@ class Reconciler:
             return
         final = self._final_state(flow_run, state)
         self._found(
-            "prefect", flow_run.name, f"{state.name} since {_age(state, self.now)}, {GONE}",
-            f"{final.name}, with its task runs; its concurrency slots are freed", lambda: self._end_flow_run(flow_run, final),
-        )  # fmt: skip
+            "prefect",
+            flow_run.name,
+            f"{state.name} since {_age(state, self.now)}, {GONE}",
+            f"{final.name}, with its task runs; its concurrency slots are freed",
+            lambda: self._end_flow_run(flow_run, final),
+        )
         if final.is_crashed():
             self.crashed.append(flow_run)
 
@@ -239,9 +247,7 @@ class Reconciler:
             return False
         if flow_run.parent_task_run_id is not None and (parent := self._parent_of(flow_run)) is not None:
             return (
-                parent.state is not None and parent.state.is_final()
-                if parent not in self.flow_runs
-                else self._is_gone(parent)
+                parent.state is not None and parent.state.is_final() if parent not in self.flow_runs else self._is_gone(parent)
             )
         journal = self.home / "runs" / flow_run.name / FILE_NAME
         if journal.exists():
@@ -320,13 +326,14 @@ class Reconciler:
             elif flow_run.run_count > MOST_RESUMES:
                 self._found("resume", flow_run.name, f"crashed {flow_run.run_count} times", "look into its log")
             elif flow_run.state is not None and self.now - flow_run.state.timestamp < RESUME_WITHIN:
-                again: State[Any] = Scheduled(
-                    name="AwaitingRetry", message=MARK + "resubmitted", scheduled_time=self.now
-                )
+                again: State[Any] = Scheduled(name="AwaitingRetry", message=MARK + "resubmitted", scheduled_time=self.now)
                 self._found(
-                    "resume", flow_run.name, "can go on from its last checkpoint", "resubmit",
+                    "resume",
+                    flow_run.name,
+                    "can go on from its last checkpoint",
+                    "resubmit",
                     partial(self._reschedule, flow_run, again),
-                )  # fmt: skip
+                )
 
     def _died(self, flow_run: FlowRun) -> bool:
         """Without a word, by its journal; what failed with a reason would fail again."""
@@ -347,9 +354,12 @@ class Reconciler:
             for folder in sorted(self.home.glob(pattern)):
                 for path in find_leftovers(folder) if folder.is_dir() else []:
                     self._found(
-                        "files", str(path.relative_to(self.home)), "left half-written by a process that is gone", "delete",
+                        "files",
+                        str(path.relative_to(self.home)),
+                        "left half-written by a process that is gone",
+                        "delete",
                         partial(sweep, folder),
-                    )  # fmt: skip
+                    )
 
     def _by_name(self, name: str) -> FlowRun | None:
         found = self.client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])), limit=2)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.forms import titled
+from gptloom.flows.forms import titled
 
 Model = Annotated[str, titled("Model", min_length=1)]
 Reason = Annotated[str, titled("Why")]
@@ -26,7 +26,7 @@ def promote(model: Model, reason: Reason = "on request") -> dict[str, Any]:
         model: A registered model such as shakespeare; also NAME@ALIAS, NAME/VERSION or the name of a run.
         reason: Kept with the version, for whoever asks later.
     """
-    from tasks import registry
+    from gptloom.tasks.records import registry
 
     start = time.perf_counter()
     now, before = registry.promote(model, reason)
@@ -41,7 +41,7 @@ def rollback(model: Model, reason: Reason = "on request") -> dict[str, Any]:
         model: The registered model's name, such as shakespeare.
         reason: Kept with the version, for whoever asks later.
     """
-    from tasks import registry
+    from gptloom.tasks.records import registry
 
     start = time.perf_counter()
     now, before = registry.rollback(model, reason)

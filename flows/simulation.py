@@ -24,15 +24,14 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.forms import Experiment
-from flows.nightly import DEFAULTS, Night
-from flows.pipeline import Overrides, named_by_experiment, new_run_name
-from flows.stopping import STOPS, cancelled
 from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config, with_changes
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import home_dir
-from tasks.process import run_logger
-from tasks.tracking import check_store
+from gptloom.flows.forms import Experiment, Overrides
+from gptloom.flows.nightly import DEFAULTS, Night
+from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name
+from gptloom.tasks.records.tracking import check_store
+from gptloom.tasks.runtime.process import run_logger
 
 PLANTED = ("good", "good", "duplicates", "corrupted", "another author", "good", "good")
 FIRST_SHARE = 0.4  # of the texts, on the first night
@@ -56,7 +55,7 @@ def simulate_nights(
         nights: How many.
         settings: When a model is promoted, what is kept, who is told.
     """
-    from tasks import registry
+    from gptloom.tasks.records import registry
 
     config, plan = load_config(experiment, (overrides or Overrides()).as_list()), plan_nights(nights)
     check_store()
@@ -102,7 +101,7 @@ def plan_nights(nights: int) -> list[str]:
 
 def roll_back_once(name: str) -> dict[str, Any] | None:
     """Give the champion before its alias back, with the time that took; None where there was only one."""
-    from tasks import registry
+    from gptloom.tasks.records import registry
 
     if len(registry.champions(name)) < 2:
         return None

@@ -1,6 +1,6 @@
 """Training alone and evaluation alone, as flows: for a form in the Prefect UI, and for a model that is already there.
 
-python -c "from flows.steps import train; print(train('experiments/smoke.yaml'))"
+python -c "from gptloom.flows.steps import train; print(train('experiments/smoke.yaml'))"
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
-from flows.forms import Experiment, titled
-from flows.pipeline import NO_OVERRIDES, Changes, named_by_experiment, new_run_name, open_run
-from flows.stopping import STOPS, cancelled
 from gptcore.config import load_config
 from gptcore.store import home_dir
-from tasks.data import build_vocabulary, ingest, short_source, write_shards
-from tasks.evaluation import evaluate_model
-from tasks.tracking import NOTE_TAG, check_store, run_page
-from tasks.training import train_model
+from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
+from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run
+from gptloom.tasks.data import build_vocabulary, ingest, short_source, write_shards
+from gptloom.tasks.evaluation import evaluate_model
+from gptloom.tasks.records.tracking import NOTE_TAG, check_store, run_page
+from gptloom.tasks.training import train_model
 
 AnyModel = Annotated[str, titled("Model", min_length=1)]
 Source = Annotated[str, titled("Source of text")]
@@ -67,7 +66,7 @@ def evaluate(model: AnyModel, data_source: Source = "") -> dict[str, Any]:
         model: A registered model (its champion), NAME@ALIAS, NAME/VERSION, or the name of the run that registered it.
         data_source: Text to measure it on, as in data.source. Empty: the text of its own training.
     """
-    from tasks import registry
+    from gptloom.tasks.records import registry
 
     check_store()
     version, home = registry.find(model), home_dir()
@@ -85,8 +84,7 @@ def evaluate(model: AnyModel, data_source: Source = "") -> dict[str, Any]:
             shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, None)
             result = run.process(evaluate_model, config, Path(checkpoint), shards)
             run.compare(
-                {"parameters": result["parameters"], "tokens_seen": 0, "steps": 0, "device": "", "precision": ""},
-                result,
+                {"parameters": result["parameters"], "tokens_seen": 0, "steps": 0, "device": "", "precision": ""}, result
             )
             said = describe(version.label, short_source(config.data.source_name), result)
             run.journal.tags({NOTE_TAG: said})
@@ -103,9 +101,7 @@ def evaluate(model: AnyModel, data_source: Source = "") -> dict[str, Any]:
 
 def describe(model: str, source: str, result: dict[str, Any]) -> str:
     """An evaluation in a sentence."""
-    interval = (
-        f"95 % interval {result['val_bpb_low']:.3f}–{result['val_bpb_high']:.3f}; " if "val_bpb_low" in result else ""
-    )
+    interval = f"95 % interval {result['val_bpb_low']:.3f}–{result['val_bpb_high']:.3f}; " if "val_bpb_low" in result else ""
     return (
         f"{model} spends {result['val_bpb']:.3f} bits on a byte of held-out text of {source} "
         f"({interval}{result['bytes']:,} bytes)."

@@ -13,15 +13,14 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.forms import StudyName, titled
-from flows.pipeline import new_run_name, open_run
-from flows.stopping import STOPS, cancelled
 from gptcore.config import ExperimentConfig, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.store import home_dir
-from tasks.data import build_vocabulary, ingest, write_shards
-from tasks.studies import report_study, run_part
-from tasks.tracking import NOTE_TAG, check_store
+from gptloom.flows.forms import StudyName, titled
+from gptloom.flows.run import STOPS, cancelled, new_run_name, open_run
+from gptloom.tasks.data import build_vocabulary, ingest, write_shards
+from gptloom.tasks.records.tracking import NOTE_TAG, check_store
+from gptloom.tasks.studies import report_study, run_part
 
 
 class StudyForm(BaseModel):
@@ -29,9 +28,7 @@ class StudyForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    seeds: list[int] = Field(
-        default_factory=list, title="Seeds", description="study.seeds: one cell of each arm a seed."
-    )
+    seeds: list[int] = Field(default_factory=list, title="Seeds", description="study.seeds: one cell of each arm a seed.")
     minutes: float = Field(
         0, ge=0, title="Minutes at most", description="study.minutes: no cell is begun later; 0 keeps the file's."
     )

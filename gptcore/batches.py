@@ -57,8 +57,7 @@ def build_sampler(shards: ShardSet, config: ExperimentConfig) -> Prefetcher:
             sampler = BatchSampler(sources[0].tokens, block_size, seed)
         else:
             samplers = [
-                BatchSampler(source.tokens, block_size, seed, stream, source.name)
-                for stream, source in enumerate(sources)
+                BatchSampler(source.tokens, block_size, seed, stream, source.name) for stream, source in enumerate(sources)
             ]
             sampler = MixtureSampler(samplers, [source.weight for source in sources], seed)
     return Prefetcher(sampler)
@@ -196,9 +195,7 @@ class ChunkSampler:
     def starts(self, start: int, count: int) -> np.ndarray:
         """(count,) int64: the position of each sample's first input token."""
         samples = np.arange(start, start + count, dtype=np.uint64)
-        chunks = _scramble(samples // np.uint64(self.rows) + self._keys[0]) % np.uint64(
-            len(self.tokens) - self.chunk + 1
-        )
+        chunks = _scramble(samples // np.uint64(self.rows) + self._keys[0]) % np.uint64(len(self.tokens) - self.chunk + 1)
         inside = _scramble(samples + self._keys[1]) % np.uint64(self.chunk - self.block_size)
         return (chunks + inside).astype(np.int64)
 
@@ -240,9 +237,7 @@ class DeviceTokens:
     For the samplers that have `starts`. Raises UserError if the ids need more than `max_bytes` there (4 bytes an id).
     """
 
-    def __init__(
-        self, sampler: BatchSampler | ChunkSampler, device: torch.device | str, max_bytes: int = 1 << 30
-    ) -> None:
+    def __init__(self, sampler: BatchSampler | ChunkSampler, device: torch.device | str, max_bytes: int = 1 << 30) -> None:
         import torch
 
         tokens = sampler.tokens

@@ -63,12 +63,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     directory = checkpoint_path(folder, snapshot.step)
     if is_committed(directory):
         return directory
-    manifest = {
-        "kind": "checkpoint",
-        "format": FORMAT,
-        "step": snapshot.step,
-        "vocab_size": snapshot.state["vocab_size"],
-    }
+    manifest = {"kind": "checkpoint", "format": FORMAT, "step": snapshot.step, "vocab_size": snapshot.state["vocab_size"]}
     with commit_dir(directory, manifest) as tmp:
         write_tensors(snapshot.model, tmp / MODEL)
         write_tensors(snapshot.optimizer, tmp / OPTIMIZER)
@@ -129,9 +124,7 @@ def check_checkpoint(directory: Path) -> None:
         raise UserError(f"checkpoint {directory}: no such directory; give the path of a step_NNNNNN directory of a run")
     manifest = read_manifest(directory, verify=True)
     if manifest.get("kind") != "checkpoint" or manifest.get("format") != FORMAT:
-        raise UserError(
-            f"checkpoint {directory}: not a checkpoint of format {FORMAT}; it was written by another version"
-        )
+        raise UserError(f"checkpoint {directory}: not a checkpoint of format {FORMAT}; it was written by another version")
 
 
 def read_state(directory: Path) -> dict[str, Any]:

@@ -126,9 +126,7 @@ def choose_device(device: str = "auto", precision: str = "auto") -> Device:
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" and "bf16" in has else "fp32"
     if precision not in has:
-        raise UserError(
-            f"train.precision={precision}: {name} has no {precision}; use train.precision=auto or {', '.join(has)}"
-        )
+        raise UserError(f"train.precision={precision}: {name} has no {precision}; use train.precision=auto or {', '.join(has)}")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return Device(chosen, precision, name)
 

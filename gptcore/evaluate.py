@@ -61,13 +61,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: LanguageModel,
-    shards: ShardSet,
-    device: Device,
-    batch_size: int,
-    max_tokens: int = 0,
-    *,
-    ranks: Ranks = ALONE,
+    model: LanguageModel, shards: ShardSet, device: Device, batch_size: int, max_tokens: int = 0, *, ranks: Ranks = ALONE
 ) -> Evaluation:
     """Evaluate on the validation split: its first `max_tokens` tokens in whole batches, or all of it when 0; several processes share
     the work.
@@ -132,9 +126,7 @@ def _losses(model: LanguageModel, device: Device, x: np.ndarray, y: np.ndarray) 
 FEWEST_CLUSTERS = 5  # an interval from fewer would say more about luck than about the model
 
 
-def bootstrap_bpb(
-    evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int
-) -> tuple[float, float, str] | None:
+def bootstrap_bpb(evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int) -> tuple[float, float, str] | None:
     """95 % percentile interval of bits per byte, and what was resampled; None where too little can be resampled.
 
     Whole documents are drawn (sections of one text are alike), or sections where fewer than 10 documents have any.
@@ -191,9 +183,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             metrics |= {"val/bpb_low": low, "val/bpb_high": high}
         result["seconds"] = time.perf_counter() - start
         journal.tags(device.tags())
-        journal.params(
-            {"checkpoint_step": checkpoint.state["step"], "tokens": evaluation.tokens, "bytes": result["bytes"]}
-        )
+        journal.params({"checkpoint_step": checkpoint.state["step"], "tokens": evaluation.tokens, "bytes": result["bytes"]})
         journal.metrics(
             metrics | {"evaluate/seconds": result["seconds"]},
             tokens_seen=checkpoint.state["tokens_seen"],

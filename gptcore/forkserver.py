@@ -1,6 +1,6 @@
 """A process that imports torch once and from then on is forked into every step: a step starts in a moment, not in two seconds.
 
-    python -m gptcore.forkserver [MODULE]        # started by tasks/launcher.py, with a socket as stdin; MODULE is imported at once
+    python -m gptcore.forkserver [MODULE]        # started by tasks/runtime/launcher.py, with a socket as stdin; MODULE is imported at once
 
 It does nothing but import and fork: it has one thread, computes nothing and never touches a GPU, so a fork of it is as good as a new
 process. A step is then what `python -m MODULE ARGUMENTS` would be: a session of its own with its own log, environment, signals and
@@ -141,9 +141,7 @@ def show_command(args: list[str]) -> None:
 def main() -> None:
     follow_parent()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # sent to all: whoever started us ends the steps in order, and then we end
+        signal.signal(number, signal.SIG_IGN)  # sent to all: whoever started us ends the steps in order, and then we end
     show_command(["-m", "gptcore.forkserver"])
     for module in sys.argv[1:]:
         if module.strip():

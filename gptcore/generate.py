@@ -115,13 +115,7 @@ def write_samples(
     idx = torch.from_numpy(ids).to(device.torch).repeat(n_samples, 1)[:, -model.block_size :]
     start = time.perf_counter()
     sampled = generate(
-        model,
-        idx,
-        settings.sample_tokens,
-        rng,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        vocab_size=vocab.size,
+        model, idx, settings.sample_tokens, rng, temperature=settings.temperature, top_k=settings.top_k, vocab_size=vocab.size
     )
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {

@@ -8,7 +8,7 @@ A line is `{"seq", "attempt", "time_ms", "kind", …}`; the kinds and their furt
     dataset   name, digest, source, context, profile {…}
     artifact  path (absolute, or relative to the journal's folder), folder (in MLflow)
 
-Whoever measures appends; `tasks/forwarding.py` forwards. Replaying a journal changes nothing that is already there.
+Whoever measures appends; `tasks/records/forwarding.py` forwards. Replaying a journal changes nothing that is already there.
 A writer holds the file's lock, which the kernel frees however it ends: an unclosed journal that nobody holds is a dead run's.
 """
 
@@ -86,13 +86,7 @@ class Journal:
         self._fd = -1
 
     def _append(self, kind: str, **fields: Any) -> None:
-        record = {
-            "seq": self._seq,
-            "attempt": self.attempt,
-            "time_ms": time.time_ns() // 1_000_000,
-            "kind": kind,
-            **fields,
-        }
+        record = {"seq": self._seq, "attempt": self.attempt, "time_ms": time.time_ns() // 1_000_000, "kind": kind, **fields}
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
         written = os.write(self._fd, line)  # one write per line: a reader sees whole lines in order
         if written < len(line):  # the disk is full: take the piece back, so that the next line does not join it
@@ -163,9 +157,7 @@ def _lock(fd: int, path: Path) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"{path.parent}: another process writes this run; stop it, or give another directory"
-                ) from None
+                raise UserError(f"{path.parent}: another process writes this run; stop it, or give another directory") from None
             time.sleep(0.05)
         except OSError:  # a file system without locks
             return

@@ -4,7 +4,7 @@
         for result in map_processes(encode_chunk, jobs):
             progress.add(n_bytes)
 
-A `ChunkMap` runs one function over jobs wherever it likes; `map_processes` is this machine's, `tasks.data` has one for a
+A `ChunkMap` runs one function over jobs wherever it likes; `map_processes` is this machine's, `gptloom.tasks.data` has one for a
 Dask cluster. What a job is never depends on who runs it, so neither do the results.
 """
 
@@ -80,8 +80,7 @@ def _pool(workers: int, *, alone: bool = False) -> Iterator[ProcessPoolExecutor]
             yield pool
     except BrokenProcessPool:
         raise MemoryError(
-            "a worker process was killed, most likely for memory; set GPTLOOM_WORKERS to fewer than "
-            f"{workers}, or free some"
+            f"a worker process was killed, most likely for memory; set GPTLOOM_WORKERS to fewer than {workers}, or free some"
         ) from None
 
 
@@ -143,9 +142,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
 
 

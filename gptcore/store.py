@@ -181,9 +181,7 @@ def inside(directory: Path, name: str) -> Path:
     """`directory/name` for a name that a file states. Raises DamagedError for one that leads out, by `..`, a root or a link."""
     path = directory / name
     if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
-        raise DamagedError(
-            f"{directory}: names a file outside of itself, {name[:80]!r}; it is damaged or was tampered with"
-        )
+        raise DamagedError(f"{directory}: names a file outside of itself, {name[:80]!r}; it is damaged or was tampered with")
     return path
 
 

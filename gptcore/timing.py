@@ -91,9 +91,7 @@ class Measurement:
     n: int
 
 
-def measure_ms(
-    call: Callable[[], object], synchronize: Callable[[], None], repeats: int, warmups: int = 1
-) -> Measurement:
+def measure_ms(call: Callable[[], object], synchronize: Callable[[], None], repeats: int, warmups: int = 1) -> Measurement:
     """Time `call` between two synchronisations, `repeats` times after `warmups` discarded calls."""
     for _ in range(warmups):
         call()

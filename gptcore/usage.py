@@ -66,10 +66,7 @@ def memory() -> dict[str, float]:
         taken = 100 * (1 - kib["MemAvailable"] / kib["MemTotal"])
     except (OSError, ValueError, KeyError, IndexError):
         return {}
-    return {
-        "system/memory_process_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
-        "system/memory_machine_percent": taken,
-    }
+    return {"system/memory_process_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20, "system/memory_machine_percent": taken}
 
 
 class _Rates(ctypes.Structure):

@@ -40,9 +40,7 @@ def check_weights(path: Path, config: ExperimentConfig, vocab_size: object, layo
     Raises UserError naming the first tensor that is missing, unknown, of another shape or not of floats.
     """
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= MAX_VOCAB:
-        raise UserError(
-            f"{path.parent / 'state.json'}: vocab_size={str(vocab_size)[:40]!r} is no vocabulary's; {WAY_OUT}"
-        )
+        raise UserError(f"{path.parent / 'state.json'}: vocab_size={str(vocab_size)[:40]!r} is no vocabulary's; {WAY_OUT}")
     found = _read_header(path)
     if config.model.family != "bigram" and config.model.n_layer > len(found):  # spares building a thousand layers
         raise UserError(f"{path}: too few tensors for model.n_layer={config.model.n_layer}; {WAY_OUT}")
@@ -51,9 +49,7 @@ def check_weights(path: Path, config: ExperimentConfig, vocab_size: object, layo
         try:
             weights = (with_layout(model, layout) if layout is not None else model).weights()
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError):
-            raise UserError(
-                f"{path.parent / 'state.json'}: its quantization is none of this model; {WAY_OUT}"
-            ) from None
+            raise UserError(f"{path.parent / 'state.json'}: its quantization is none of this model; {WAY_OUT}") from None
     wanted = {name: list(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(found.keys() | wanted.keys()):
         if name not in found or name not in wanted:

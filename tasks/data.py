@@ -24,13 +24,13 @@ from prefect.states import Completed
 from gptcore.config import DataConfig, UserError, VocabConfig
 from gptcore.parallel import AHEAD, ChunkMap, map_processes
 from gptcore.store import MARKER, is_committed, read_manifest
-from tasks.process import run_logger
+from gptloom.tasks.runtime.process import run_logger
 
 T = TypeVar("T")
 
 
 def cached(value: T, directory: Path) -> T:
-    """A task's early return: Prefect shows "Cached", `.result()` of the state gives `value` (see `flows.pipeline`)."""
+    """A task's early return: Prefect shows "Cached", `.result()` of the state gives `value` (see `gptloom.flows.pipeline`)."""
     run_logger().info("found %s, nothing to do", directory)
     return cast(T, Completed(name="Cached", message=f"found {directory}", data=value))
 
@@ -51,13 +51,7 @@ def _ingest_name() -> str:
     return "ingest " + " + ".join(short_source(source.source) for source in sources)
 
 
-@task(
-    task_run_name=_ingest_name,
-    retries=2,
-    retry_delay_seconds=5,
-    retry_condition_fn=may_pass_with_time,
-    persist_result=False,
-)
+@task(task_run_name=_ingest_name, retries=2, retry_delay_seconds=5, retry_condition_fn=may_pass_with_time, persist_result=False)
 def ingest(data: DataConfig, home: Path) -> Path:
     """Read what is new in the source, clean it, drop duplicates, split it; returns the corpus directory. Raises UserError for bad input."""
     from gptcore.corpus import build_corpus, summarise
@@ -100,9 +94,7 @@ def write_shards(corpus: Path, vocab: Path, home: Path, block_size: int, dask_ad
         return cached(found, found)
     directory = shards.write_shards(corpus, vocab, home, block_size, chunk_map_of(dask_address))
     tokens = shards.ShardSet.open(directory).n_tokens
-    run_logger().info(
-        "shards %s: %s", directory.name, ", ".join(f"{n:,} tokens for {split}" for split, n in tokens.items())
-    )
+    run_logger().info("shards %s: %s", directory.name, ", ".join(f"{n:,} tokens for {split}" for split, n in tokens.items()))
     return directory
 
 

@@ -9,13 +9,11 @@ from prefect import task
 
 from gptcore.config import ExperimentConfig
 from gptcore.store import write_json
-from tasks.training import run_step
+from gptloom.tasks.training import run_step
 
 
 @task(task_run_name="evaluate {checkpoint.name}", persist_result=False)
-def evaluate_model(
-    config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
-) -> dict[str, Any]:
+def evaluate_model(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Measure a checkpoint; returns val_loss (nats per token), val_ppl, val_bpb with its interval, samples (texts), …
 
     The samples come from a second process in `directory/samples`, nested once more.

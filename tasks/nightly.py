@@ -16,9 +16,9 @@ from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig,
 from gptcore.nights.ledger import Generation, Ledger
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import is_committed, read_json, read_manifest, write_json
-from tasks import registry
-from tasks.process import run_device_process, run_logger
-from tasks.tracking import common_tags, first_line
+from gptloom.tasks.records import registry
+from gptloom.tasks.records.tracking import common_tags, first_line
+from gptloom.tasks.runtime.process import run_device_process, run_logger
 
 if TYPE_CHECKING:
     from gptcore.shards import ShardSet
@@ -110,12 +110,7 @@ def take_vocabulary(checkpoint: Path, corpus: Path, home: Path) -> Path:
 
 @task(task_run_name="write shards", persist_result=False)
 def prepare_text(
-    config: ExperimentConfig,
-    corpus: Path,
-    vocab: Path,
-    ledger: Ledger,
-    tonight: Generation | None,
-    home: Path,
+    config: ExperimentConfig, corpus: Path, vocab: Path, ledger: Ledger, tonight: Generation | None, home: Path
 ) -> Text:
     """Shards of the training text, and of each night's hold-out, in a vocabulary.
 
@@ -250,7 +245,7 @@ def retire_nights(name: str, ledger: Ledger, settings: NightlySettings, home: Pa
     champion or challenger, or a rollback may need it; shard sets that strung together an older training text. Segments, their ids and all
     scores and reports stay.
     """
-    from tasks.tracking import delete_runs
+    from gptloom.tasks.records.tracking import delete_runs
 
     protected = registry.protected_versions(name)
     needed = {version.facts.get("run", "").partition("/")[0] for version in protected}

@@ -13,8 +13,8 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.context import TaskRunContext
 
 from gptcore.store import home_dir
-from tasks.process import run_logger
-from tasks.tracking import run_page
+from gptloom.tasks.records.tracking import run_page
+from gptloom.tasks.runtime.process import run_logger
 
 
 @task(task_run_name="write the report", persist_result=False)
@@ -28,9 +28,7 @@ def build_report(directory: Path, mlflow_run_id: str | None = None) -> Path:
     if TaskRunContext.get() is not None:
         table = markdown_table(format_comparison(comparison_table(directory)).values.tolist(), COLUMNS)
         said = headline(directory)
-        create_markdown_artifact(
-            f"{said}\n\n{table}\n\n{links(report, mlflow_run_id)}\n", key="report", description=said
-        )
+        create_markdown_artifact(f"{said}\n\n{table}\n\n{links(report, mlflow_run_id)}\n", key="report", description=said)
         if picture := draw_curves(directory, directory / "curves.png"):
             create_image_artifact(data_url(picture), key="curves", description="bits per byte over tokens seen")
     return report
@@ -55,6 +53,4 @@ def data_url(png: Path) -> str:
 def markdown_table(rows: list[list[str]], columns: list[str]) -> str:
     """Rows of text as a Markdown table, numbers to the right."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in [columns, rule, *rows]
-    )
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in [columns, rule, *rows])

@@ -22,26 +22,22 @@ from prefect.context import TaskRunContext
 
 from gptcore.config import ExperimentConfig
 from gptcore.config.study import load_study
-from tasks.process import run_device_process, run_logger
-from tasks.reporting import links
-from tasks.tracking import common_tags
-from tasks.training import RETRIES, run_step
+from gptloom.tasks.records.tracking import common_tags
+from gptloom.tasks.reporting import links
+from gptloom.tasks.runtime.process import run_device_process, run_logger
+from gptloom.tasks.training import RETRIES, run_step
 
 PROGRESS_S = 3.0
 
 
 @task(task_run_name="profile a training step", persist_result=False)
-def timing_profile(
-    config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
-) -> dict[str, Any]:
+def timing_profile(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Map where a training step's time goes: rows of section and milliseconds."""
     return run_step("gptcore.studies.timing", config, shards, run, directory, checkpoint=checkpoint)
 
 
 @task(task_run_name="quantize {checkpoint.name} to int8", persist_result=False)
-def quantize_model(
-    config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
-) -> dict[str, Any]:
+def quantize_model(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Compare int8 weights with the trained ones: size, decoding speed, bits per byte."""
     return run_step("gptcore.studies.quantization", config, shards, run, directory, checkpoint=checkpoint)
 
@@ -75,9 +71,7 @@ def run_part(study: Path, shards: Path, run: str, directory: Path, part: int, pa
     args = ["gptcore.studies", str(study), "--shards", str(shards), "--out", str(folder)]
     args += ["--part", f"{part}/{parts}", "--run", run, "--parent", run]
     with _cell_progress(folder, share):
-        return run_device_process(
-            args, folder, experiment=f"study-{plan.name}", tags=common_tags() | {"gptloom.step": "cell"}
-        )
+        return run_device_process(args, folder, experiment=f"study-{plan.name}", tags=common_tags() | {"gptloom.step": "cell"})
 
 
 @task(task_run_name="write the report", persist_result=False)
@@ -126,9 +120,7 @@ def _cell_progress(folder: Path, total: int) -> Iterator[None]:
             percent = 100.0 * len(list(folder.glob("*/cell.json"))) / max(1, total)
             try:
                 if artifact is None:
-                    artifact = create_progress_artifact(
-                        percent, key=f"cells-{folder.name}", description=f"of {total} cells"
-                    )
+                    artifact = create_progress_artifact(percent, key=f"cells-{folder.name}", description=f"of {total} cells")
                 else:
                     update_progress_artifact(artifact, percent)
             except Exception as error:  # a picture of the work must not stop the work

@@ -11,8 +11,8 @@ from prefect.client.schemas.objects import State
 
 from gptcore.config import ExperimentConfig, dump_yaml
 from gptcore.store import content_id, is_committed, write_json
-from tasks.process import ProcessDied, run_device_process, run_logger
-from tasks.tracking import common_tags
+from gptloom.tasks.records.tracking import common_tags
+from gptloom.tasks.runtime.process import ProcessDied, run_device_process, run_logger
 
 DONE_FILE = "done.json"  # what a step was asked and what it answered
 CHECKPOINT_FIRST = ("gptcore.evaluate", "gptcore.generate")  # their first argument; the others take the config first
@@ -40,18 +40,7 @@ def run_step(
     else:
         positional = [str(config_file), *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
     result = run_device_process(
-        [
-            module,
-            *positional,
-            "--shards",
-            str(shards),
-            "--out",
-            str(directory),
-            "--run",
-            f"{run}/{step}",
-            "--parent",
-            run,
-        ],
+        [module, *positional, "--shards", str(shards), "--out", str(directory), "--run", f"{run}/{step}", "--parent", run],
         directory,
         experiment=config.name,
         tags=common_tags() | {"gptloom.step": step},

@@ -23,10 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # toy models: a second thread only waits fo
 # Prefect reads its settings once per process, at its import by the first test file: nothing may reach a server or a home of the user.
 _prefect_home = tempfile.TemporaryDirectory(prefix="gptloom-tests-")
 os.environ.update(
-    PREFECT_HOME=_prefect_home.name,
-    PREFECT_SERVER_ANALYTICS_ENABLED="false",
-    DO_NOT_TRACK="1",
-    MLFLOW_DISABLE_TELEMETRY="true",
+    PREFECT_HOME=_prefect_home.name, PREFECT_SERVER_ANALYTICS_ENABLED="false", DO_NOT_TRACK="1", MLFLOW_DISABLE_TELEMETRY="true"
 )
 for _name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI"):
     os.environ.pop(_name, None)

@@ -50,12 +50,16 @@ def train(config: ExperimentConfig, shards: ShardSet, out: Path, ranks: Ranks) -
             writer.wait()
     ranks.wait()
     return {
-        "began": began, "losses": losses, "norms": norms, "sequence_mib": sequence,
+        "began": began,
+        "losses": losses,
+        "norms": norms,
+        "sequence_mib": sequence,
         "certificate": None if certificate is None else certificate["error"],
         "orthogonalized": ranks.sum_(torch.tensor(sum(made))).item(),
         "untold": [tensor.item() for tensor in memory.get("losses", [])],
-        "val": evaluate(trainer, NoJournal(), 2048, StopFlag()).loss, "after": one_more(trainer, ranks),
-    }  # fmt: skip
+        "val": evaluate(trainer, NoJournal(), 2048, StopFlag()).loss,
+        "after": one_more(trainer, ranks),
+    }
 
 
 def one_more(trainer: Trainer, ranks: Ranks) -> float:

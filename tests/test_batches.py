@@ -87,20 +87,7 @@ def test_several_shards_give_the_same_batches() -> None:
 
 def test_order_is_pinned() -> None:
     """Guards results in the log: a change of the order must be meant. Values of the first implementation."""
-    assert BatchSampler(numbered(100), 10, seed=1337).starts(0, 12).tolist() == [
-        30,
-        0,
-        80,
-        40,
-        60,
-        20,
-        90,
-        70,
-        50,
-        10,
-        67,
-        37,
-    ]
+    assert BatchSampler(numbered(100), 10, seed=1337).starts(0, 12).tolist() == [30, 0, 80, 40, 60, 20, 90, 70, 50, 10, 67, 37]
 
 
 def test_too_few_tokens_are_refused() -> None:
@@ -136,9 +123,7 @@ def test_validation_without_a_target_is_empty() -> None:
 
 def mixture(weights: list[float], sizes: list[int], block_size: int = 10, seed: int = 3) -> MixtureSampler:
     """Source k holds the ids 10,000 k, 10,000 k + 1, …, so a batch shows which it came from."""
-    samplers = [
-        BatchSampler(numbered(n) + np.uint16(10_000 * k), block_size, seed, stream=k) for k, n in enumerate(sizes)
-    ]
+    samplers = [BatchSampler(numbered(n) + np.uint16(10_000 * k), block_size, seed, stream=k) for k, n in enumerate(sizes)]
     return MixtureSampler(samplers, weights, seed)
 
 

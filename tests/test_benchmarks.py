@@ -100,13 +100,7 @@ def scaling_records():
     facts = {"flops_per_token": 1e9, "parameters": 10, "peak_flops": 1e15, "peak_mib": 5, "device": "toy"}
 
     def speed(kind, processes, step_ms, tokens, parallel="ddp"):
-        one = {
-            "kind": kind,
-            "processes": processes,
-            "parallel": parallel,
-            "step_ms": step_ms,
-            "tokens_per_step": tokens,
-        }
+        one = {"kind": kind, "processes": processes, "parallel": parallel, "step_ms": step_ms, "tokens_per_step": tokens}
         return one | facts
 
     return [
@@ -140,9 +134,7 @@ def test_scaling_judges_efficiency_exchange_and_losses(monkeypatch):
 
 def test_the_scaling_model_on_cases_one_can_do_by_hand():
     module = runpy.run_path(str(BENCHMARKS / "scaling_model.py"))
-    machine = module["Machine"](
-        link=100e9, network=10e9, link_latency=0.0, network_latency=0.0, mfu=1.0, peak_flops=1e14
-    )
+    machine = module["Machine"](link=100e9, network=10e9, link_latency=0.0, network_latency=0.0, mfu=1.0, peak_flops=1e14)
     assert machine.all_reduce(1e9, 2) == pytest.approx(0.01)
     assert machine.all_reduce(1e9, 4) == 2 * machine.all_gather(1e9, 4) == pytest.approx(0.015)
     assert machine.all_reduce(1e9, 16) == pytest.approx(2 * 15 / 16 * 1e9 / 80e9)  # eight adapters of 10 GB/s
@@ -154,9 +146,7 @@ def test_the_scaling_model_on_cases_one_can_do_by_hand():
     square, wide = 6 * 1000, 4 * 100 * 40 + 2 * 1000  # 4m²n + 2m³
     one = 5 * 2 * (3 * square + square + 2 * wide) / 0.5e14
     assert job.muon_seconds(machine, 1) == pytest.approx(one)
-    assert (
-        job.muon_seconds(machine, 2) == job.muon_seconds(machine, 64) == pytest.approx(one / 2)
-    )  # a matrix is not cut
+    assert job.muon_seconds(machine, 2) == job.muon_seconds(machine, 64) == pytest.approx(one / 2)  # a matrix is not cut
     predict, efficiency = module["predict"], module["weak_efficiency"]
     assert predict(job, machine, 1, 100).waited == 0.0
     assert efficiency(job, machine, 1, 100) == module["strong_efficiency"](job, machine, 1, 100) == 1.0
@@ -164,9 +154,7 @@ def test_the_scaling_model_on_cases_one_can_do_by_hand():
     tokens = module["break_even_tokens"](machine, 4, "ddp")
     bare = module["Job"](layers=12, width=768, vocab=0, context=0)
     step = predict(bare, machine, 4, round(tokens))
-    assert step.exchange - machine.all_gather(2 * bare.matrix_parameters, 4) == pytest.approx(
-        2 / 3 * step.compute, rel=1e-3
-    )
+    assert step.exchange - machine.all_gather(2 * bare.matrix_parameters, 4) == pytest.approx(2 / 3 * step.compute, rel=1e-3)
     assert 160e6 < gpt2.parameters < 165e6
 
 
@@ -194,17 +182,18 @@ def test_scaling_runs_over_gloo_with_every_part():
     """A benchmark that is first tried on a rented host."""
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "scaling.py"), "--smoke", "--steps", "1", "--repeats", "1"],
-        capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["troubles"] == {}
     assert "train.parallel=fsdp" in result["large_on_one_gpu"]
     names = [figure["name"] for figure in result["figures"]]
     for parallel in ("ddp", "fsdp"):
-        (gap,) = [
-            f for f in result["figures"] if f["name"] == f"largest distance to one GPU's losses: 2 GPUs, {parallel}"
-        ]
+        (gap,) = [f for f in result["figures"] if f["name"] == f"largest distance to one GPU's losses: 2 GPUs, {parallel}"]
         assert gap["ours"] < 1e-4
         assert f"strong communication share: 2 GPUs, {parallel}" in names
         assert f"weak efficiency: 2 GPUs, {parallel}" in names

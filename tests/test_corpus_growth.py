@@ -95,9 +95,7 @@ def test_untouched_source_is_not_read_again(tmp_path: Path, monkeypatch: pytest.
     assert corpus.find_corpus(data, home) is None
     first = corpus.build_corpus(data, home)
     opened = count_reads(monkeypatch)
-    assert (
-        corpus.build_corpus(data, home) == corpus.locate_corpus(data, home) == corpus.find_corpus(data, home) == first
-    )
+    assert corpus.build_corpus(data, home) == corpus.locate_corpus(data, home) == corpus.find_corpus(data, home) == first
     monkeypatch.chdir(tmp_path)
     assert corpus.find_corpus(data.model_copy(update={"source": "in", "processes": 7}), home) == first
     assert opened == []
@@ -155,9 +153,7 @@ def test_damaged_ledger_costs_time_only(tmp_path: Path, content: bytes | None) -
 
 @pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("change", ["lost", "changed"])
-def test_source_that_lost_a_document_starts_afresh(
-    tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_source_that_lost_a_document_starts_afresh(tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
     """Guards against keeping text that its owner took back; the log says why all is made again."""
     folder, home = tmp_path / "in", tmp_path / "home"
     fill(folder, range(40))
@@ -248,9 +244,7 @@ def test_section_key_sees_lines_only(lines: list[str], rng: random.Random) -> No
     """Guards against a leak through trivia: order, repetition and white space of lines move a section nowhere."""
     again = [f"  {line}\t" for line in lines] + [rng.choice(lines)]
     rng.shuffle(again)
-    assert section_key("\n".join(lines).encode()) == section_key(
-        ("\n".join(again) + "\n\n").encode().replace(b"\n\n", b"\n")
-    )
+    assert section_key("\n".join(lines).encode()) == section_key(("\n".join(again) + "\n\n").encode().replace(b"\n\n", b"\n"))
 
 
 @given(

@@ -13,7 +13,7 @@ from gptcore.corpus.chunks import list_chunks
 from gptcore.shards import ShardSet, write_shards
 from gptcore.store import read_manifest
 from gptcore.vocab import build_vocab
-from tasks import data as tasks_data
+from gptloom.tasks import data as tasks_data
 
 pytestmark = pytest.mark.integration
 
@@ -23,9 +23,7 @@ def cluster(prefect_server: None) -> Iterator[str]:
     """The address of a scheduler with two workers, processes of their own that import gptcore from this checkout."""
     from distributed import LocalCluster
 
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None
-    ) as made:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None) as made:
         yield made.scheduler_address
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from flows.look import LOOKS, find_directories
 from gptcore.config import UserError, check_config
 from gptcore.corpus import segment_dirs
 from gptcore.shards import Prepared, ShardSet, prepare
 from gptcore.store import home_dir
+from gptloom.flows.command.look import LOOKS, find_directories
 
 KEYS = {"corpus", "vocab", "shards", "documents", "train_tokens", "val_tokens", "skipped", "seconds"}
 
@@ -109,7 +109,11 @@ def test_a_folder_of_texts_is_not_called_damaged(tmp_path: Path) -> None:
 
 def command(*words: str) -> tuple[int, dict[str, Any], str]:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "data", *words], cwd=ROOT, capture_output=True, text=True, timeout=180
+        [sys.executable, "-m", "gptloom.flows.command.cli", "data", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -176,13 +180,11 @@ def sources(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 @pytest.mark.integration
 def test_every_kind_of_source_becomes_shards(prefect_server: None, sources: dict[str, str]) -> None:
-    from flows.data import data
-    from flows.pipeline import Overrides
+    from gptloom.flows.data import data
+    from gptloom.flows.forms import Overrides
 
     for name, source in sources.items():
-        result = data(
-            experiment=str(ROOT / "experiments" / "smoke.yaml"), overrides=Overrides(more=[f"data.source={source}"])
-        )
+        result = data(experiment=str(ROOT / "experiments" / "smoke.yaml"), overrides=Overrides(more=[f"data.source={source}"]))
         assert set(result) == KEYS, name
         assert result["documents"] == (1 if name in ("txt", "http") else 8), name
         assert ShardSet.open(result["shards"]).verify() > 0, name
@@ -191,7 +193,7 @@ def test_every_kind_of_source_becomes_shards(prefect_server: None, sources: dict
 
 def test_a_corpus_is_described_for_mlflow(prepared: Prepared, tmp_path: Path) -> None:
     """Guards the statistics in MLflow: the table in the form its pages read, and a plot that is a picture."""
-    from tasks.data import describe_corpus
+    from gptloom.tasks.data import describe_corpus
 
     tags = describe_corpus(prepared.corpus, tmp_path / "corpus")
     table = json.loads((tmp_path / "corpus" / "sources.json").read_text(encoding="utf-8"))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import databases
-from flows.databases import place_databases, prepared
+from gptloom.flows.servers import databases
+from gptloom.flows.servers.databases import place_databases, prepared
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,13 +74,9 @@ def test_prepared_ones_are_empty_and_current(home: Path, tmp_path: Path, monkeyp
         assert {table for table, rows in counts.items() if rows} <= {"alembic_version", "workspaces"}, path
     home.mkdir()
     place_databases(home)
-    code = "from tasks.tracking import check_store, open_client; check_store(); print(open_client().search_experiments()[0].name)"
+    code = "from gptloom.tasks.records.tracking import check_store, open_client; check_store(); print(open_client().search_experiments()[0].name)"
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"GPTLOOM_HOME": str(home)},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"GPTLOOM_HOME": str(home)}, capture_output=True, text=True
     )
     assert done.stdout.split() == ["Default"], done.stderr
     assert "Creating initial MLflow database tables" not in done.stderr

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from flows import doctor
-from flows.cli import main
-from flows.doctor import FAIL, OK, WARN, Check
 from gptcore.journal import Journal
 from gptcore.leftovers import find_leftovers, hold, sweep
 from gptcore.store import commit_dir
+from gptloom.flows.command import doctor
+from gptloom.flows.command.cli import main
+from gptloom.flows.command.doctor import FAIL, OK, WARN, Check
 
 
 @pytest.fixture
@@ -32,9 +32,7 @@ def of(home: Path, name: str, *, full: bool = False) -> list[Check]:
     return [check for check in doctor.examine(home, full=full) if check.name == name]
 
 
-def test_all_is_well(
-    home: Path, committed: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_well(home: Path, committed: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A doctor that finds fault with a healthy home is soon not asked any more."""
     monkeypatch.setattr(doctor, "LITTLE_GIB", 0.0)
     monkeypatch.setattr(doctor, "FULL_GIB", 0.0)
@@ -43,27 +41,13 @@ def test_all_is_well(
     result = json.loads(out.splitlines()[-1])
     assert result["ok"] is True
     names = {check["name"] for check in result["checks"]}
-    assert {
-        "python",
-        "packages",
-        "cpu",
-        "gpu",
-        "compiler",
-        "disk",
-        "permissions",
-        "prefect",
-        "mlflow",
-        "data",
-        "runs",
-    } <= names
+    assert {"python", "packages", "cpu", "gpu", "compiler", "disk", "permissions", "prefect", "mlflow", "data", "runs"} <= names
     assert len(err.splitlines()) == len(result["checks"])
     assert "data: 1 directories whole" in err
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_damaged_data_fails_with_a_remedy(
-    home: Path, committed: Path, full: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_data_fails_with_a_remedy(home: Path, committed: Path, full: bool, capfd: pytest.CaptureFixture[str]) -> None:
     (committed / "train_000000.bin").write_bytes(b"12345679")  # the same size
     (check,) = of(home, "data", full=full)
     assert (check.status, "sha256" in check.message, str(committed) in check.remedy) == (FAIL, True, True)

@@ -45,14 +45,36 @@ def run(config, shards, out):
 
 
 def metrics(out, key):
-    return {r["step"]: r["values"][key] for r in read_journal(out / "metrics.jsonl")[0] if r["kind"] == "metrics" and key in r["values"]}  # fmt: skip
+    return {
+        r["step"]: r["values"][key]
+        for r in read_journal(out / "metrics.jsonl")[0]
+        if r["kind"] == "metrics" and key in r["values"]
+    }
 
 
 # The first 20 steps of tiny.yaml on a CPU in fp32. Whoever changes the numerics on purpose writes the new ones here, and says why.
 GOLDEN = [
-    3.296625, 3.290673, 3.279233, 3.257386, 3.224164, 3.178444, 3.106393, 3.043351, 2.973848, 2.909994,
-    2.823476, 2.752237, 2.705371, 2.658188, 2.619674, 2.601457, 2.577452, 2.559618, 2.546257, 2.510483,
-]  # fmt: skip
+    3.296625,
+    3.290673,
+    3.279233,
+    3.257386,
+    3.224164,
+    3.178444,
+    3.106393,
+    3.043351,
+    2.973848,
+    2.909994,
+    2.823476,
+    2.752237,
+    2.705371,
+    2.658188,
+    2.619674,
+    2.601457,
+    2.577452,
+    2.559618,
+    2.546257,
+    2.510483,
+]
 
 
 def test_golden_losses(config, shards):
@@ -232,9 +254,7 @@ def test_the_line_and_the_journal_tell_the_same(config, shards, tmp_path, caplog
     loss, bpb = metrics(tmp_path, "train/loss")[6], metrics(tmp_path, "train/bpb")[6]
     assert f"step 6/6  loss {loss:.4f} ({bpb:.3f} bpb)  val " in caplog.text
     assert all(word in caplog.text for word in ("tok/s", "ms", "MiB", "ETA"))
-    assert bpb == pytest.approx(
-        loss / math.log(2), rel=0.02
-    )  # a character is a byte here, but for the ends of documents
+    assert bpb == pytest.approx(loss / math.log(2), rel=0.02)  # a character is a byte here, but for the ends of documents
 
 
 # Bad input: each refused before step 0, naming field and remedy.
@@ -278,10 +298,7 @@ def test_deterministic_mode_is_the_configs_and_refused_with_the_field(config, sh
         build_trainer(with_changes(config, train={"deterministic": is_on}), shards)
         assert torch.are_deterministic_algorithms_enabled() == is_on
     message = "cumsum_cuda_kernel does not have a deterministic implementation, but you set …"
-    with (
-        pytest.raises(UserError, match=r"train\.deterministic=true: cumsum_cuda_kernel .* model\.family"),
-        naming_refusals(),
-    ):
+    with pytest.raises(UserError, match=r"train\.deterministic=true: cumsum_cuda_kernel .* model\.family"), naming_refusals():
         raise RuntimeError(message)
     with pytest.raises(RuntimeError, match="else"), naming_refusals():
         raise RuntimeError("anything else")
@@ -330,11 +347,23 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_processes(config, shard
     path.write_text(dump_yaml(changed))
     done = subprocess.run(
         [
-            sys.executable, "-m", "gptcore.train", str(path), "train.processes=2", "train.parallel=fsdp",
-            "--shards", str(shards.directory), "--out", str(out),
+            sys.executable,
+            "-m",
+            "gptcore.train",
+            str(path),
+            "train.processes=2",
+            "train.parallel=fsdp",
+            "--shards",
+            str(shards.directory),
+            "--out",
+            str(out),
         ],
-        capture_output=True, text=True, cwd=ROOT, check=False, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1, "one process speaks for all"
     assert list(metrics(out, "train/loss")) == [1, 2, 3, 4, 5, 6]

@@ -84,10 +84,7 @@ def kneser_ney(tokens, context, order):
         after = {g[-1]: c for g, c in grams[k].items() if g[:-1] == tuple(context[len(context) - k + 1 :])}
         if after:
             total = sum(after.values())
-            p = (
-                np.array([max(after.get(v, 0) - discount, 0) / total for v in range(V)])
-                + p * discount * len(after) / total
-            )
+            p = np.array([max(after.get(v, 0) - discount, 0) / total for v in range(V)]) + p * discount * len(after) / total
     return p
 
 

@@ -72,13 +72,7 @@ def reference(config, shards):
 
 
 @pytest.mark.parametrize(
-    ("precision", "model", "tolerance"),
-    [
-        ("tf32", {}, 0.03),
-        ("bf16", {}, 0.05),
-        ("fp16", {}, 0.05),
-        ("fp8", {}, 0.15),
-    ],
+    ("precision", "model", "tolerance"), [("tf32", {}, 0.03), ("bf16", {}, 0.05), ("fp16", {}, 0.05), ("fp8", {}, 0.15)]
 )
 def test_every_precision_learns_alike(config, shards, reference, precision, model, tolerance):
     found = losses(with_changes(config, model=model, train={"precision": precision}), shards)
@@ -99,11 +93,7 @@ def test_a_graph_of_the_step_learns_the_same(config, shards, optimizer, micro):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
 def test_a_graph_with_dropout_learns_and_resumes(config, shards, reference, precision, tmp_path):
-    changed = with_changes(
-        config,
-        model={"dropout": 0.1},
-        train={"precision": precision, "cuda_graph": "on", "ema_decay": 0.9},
-    )
+    changed = with_changes(config, model={"dropout": 0.1}, train={"precision": precision, "cuda_graph": "on", "ema_decay": 0.9})
     trainer = build_trainer(changed, shards)
     with recording(tmp_path, "toy") as journal, trainer.device.attention(0.1):
         start = time.perf_counter()
@@ -268,9 +258,7 @@ def test_a_token_as_one_graph_is_the_token_launched_kernel_by_kernel(method, bat
     with torch.inference_mode():
         for piece in (idx[:, :5], *idx[:, 5:50].split(1, dim=1), idx[:, 50:54], *idx[:, 54:].split(1, dim=1)):
             expected = model(piece, cache=cache)[0][:, -1].float()
-            tolerance = (
-                1e-4 if method is None else 0.05 * expected.std().item()
-            )  # 16 bits: sums are taken in another order
+            tolerance = 1e-4 if method is None else 0.05 * expected.std().item()  # 16 bits: sums are taken in another order
             torch.testing.assert_close(step(piece), expected, rtol=0.0 if method else 1e-4, atol=tolerance)
     assert isinstance(step, decoding.GraphedDecoder)
     assert step._graph is not None

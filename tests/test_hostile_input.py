@@ -45,12 +45,7 @@ def zstd(raw: bytes) -> bytes:
     return pa.compress(raw, "zstd", asbytes=True)
 
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "gz": gzip.compress,
-    "xz": lzma.compress,
-    "bz2": bz2.compress,
-    "zst": zstd,
-}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstd}
 
 
 def flipped(raw: bytes, place: float = 0.5) -> bytes:
@@ -218,18 +213,8 @@ LIMITED: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "bomb in a tar": ("a.tar", make_tar(("a.txt.xz", lzma.compress(b"x" * 9_000_000))), {}, "max_expansion"),
     "Parquet bomb": ("a.parquet", make_parquet(text=["x" * 1000] * 9000), {}, "max_expansion"),
     "JSON lines bomb": ("a.jsonl.xz", lzma.compress(lines({"text": "x" * 1000}) * 4000), {}, "max_expansion"),
-    "zip with too many files": (
-        "a.zip",
-        make_zip(*((f"{i}.txt", b"x") for i in range(9))),
-        {"max_members": 8},
-        "max_members",
-    ),
-    "tar with too many files": (
-        "a.tar",
-        make_tar(*((f"{i}.txt", b"x") for i in range(9))),
-        {"max_members": 8},
-        "max_members",
-    ),
+    "zip with too many files": ("a.zip", make_zip(*((f"{i}.txt", b"x") for i in range(9))), {"max_members": 8}, "max_members"),
+    "tar with too many files": ("a.tar", make_tar(*((f"{i}.txt", b"x") for i in range(9))), {"max_members": 8}, "max_members"),
     "zip with a large file": ("a.zip", make_zip(("a.txt", prose())), {"max_member_bytes": 7000}, "max_member_bytes"),
     "tar with a large file": ("a.tar", make_tar(("a.txt", prose())), {"max_member_bytes": 7000}, "max_member_bytes"),
     "large file": ("a.txt", prose(), {"max_member_bytes": 7000}, "max_member_bytes"),
@@ -246,9 +231,7 @@ LIMITED: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("policy", ["strict", "skip"])
 @pytest.mark.parametrize("case", LIMITED)
-def test_limits_hold_under_every_policy(
-    tmp_path: Path, case: str, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_limits_hold_under_every_policy(tmp_path: Path, case: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards disk and memory: what grows beyond a limit ends the run, it is not half read."""
     monkeypatch.setattr(containers, "FREE_BYTES", 1 << 20)
     name, content, settings, words = LIMITED[case]

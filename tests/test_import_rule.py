@@ -76,7 +76,7 @@ def room_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", source_files("gptcore"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_gptcore_imports_no_layer_above_it(path: Path) -> None:
-    assert not tops(path) & {"prefect", "mlflow", "tasks", "flows"}
+    assert not tops(path) & {"prefect", "mlflow", "gptloom"}
 
 
 @pytest.mark.parametrize("path", source_files("gptcore"), ids=lambda path: str(path.relative_to(ROOT)))
@@ -85,32 +85,68 @@ def test_rooms_import_only_lower_rooms(path: Path) -> None:
     if room in ("__init__", "__main__"):
         return
     assert room in ROOMS + SIDE, f"{path}: give the room {room} its place in a token's journey"
-    wanted = {name.split(".")[1] for name in imported_modules(path) if name.startswith("gptcore.")} & set(ROOMS) - {
-        room
-    }
+    wanted = {name.split(".")[1] for name in imported_modules(path) if name.startswith("gptcore.")} & set(ROOMS) - {room}
     rank = ROOMS.index(room) if room in ROOMS else -1
     above = {other for other in wanted if ROOMS.index(other) > rank}
     # The trainer samples nothing, the evaluator trains nothing: where two rooms want each other, the lower takes an argument.
     assert not above, f"{path.relative_to(ROOT)} imports {sorted(above)} from above"
 
 
-def test_only_tracking_imports_mlflow() -> None:
-    users = {
-        str(path.relative_to(ROOT))
-        for package in ("gptcore", "tasks", "flows")
-        for path in source_files(package)
-        if "mlflow" in tops(path)
-    }
-    assert users <= {
-        "tasks/tracking.py",
-        "tasks/forwarding.py",
-        "tasks/servable.py",
-    }  # the last is what MLflow loads a model with
+def test_only_the_records_room_imports_mlflow() -> None:
+    users = {path for package in ("gptcore", "tasks", "flows") for path in source_files(package) if "mlflow" in tops(path)}
+    assert {str(path.parent.relative_to(ROOT)) for path in users} == {"tasks/records"}
 
 
-@pytest.mark.parametrize("path", source_files("tasks"), ids=lambda path: path.name)
-def test_tasks_import_no_flows(path: Path) -> None:
-    assert "flows" not in tops(path)
+# Above gptcore: a room imports those named with it, itself, and gptcore.
+ABOVE = {
+    "tasks/runtime": {"tasks/records"},
+    "tasks/records": {"tasks/runtime"},
+    "tasks": {"tasks/runtime", "tasks/records"},
+    "flows": {"tasks", "tasks/runtime", "tasks/records"},
+    "flows/servers": {"tasks/runtime", "tasks/records"},
+    "flows/command": {"flows", "flows/servers", "tasks", "tasks/runtime", "tasks/records"},
+}
+
+
+@pytest.mark.parametrize("path", [*source_files("tasks"), *source_files("flows")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_upper_rooms_import_only_lower_rooms(path: Path) -> None:
+    room = str(path.parent.relative_to(ROOT))
+    assert room in ABOVE, f"{path}: say what the room {room} may import"
+    wanted = set()
+    for name in imported_modules(path):
+        if name.startswith("gptloom."):
+            parts = name.split(".")[1:]
+            nested = "/".join(parts[:2])
+            wanted.add(nested if nested in ABOVE else parts[0])
+    wanted &= set(ABOVE)
+    assert wanted <= ABOVE[room] | {room}, f"{path.relative_to(ROOT)} imports {sorted(wanted - ABOVE[room] - {room})}"
+
+
+def test_nothing_imports_a_folder_of_the_checkout_by_its_bare_name() -> None:
+    """`flows` and `tasks` may be a user's own folders; ours are gptloom.flows and gptloom.tasks."""
+    users = [
+        path
+        for folder in ("gptcore", "tasks", "flows", "benchmarks", "tests")
+        for path in source_files(folder)
+        if tops(path) & {"flows", "tasks"}
+    ]
+    assert not users
+
+
+FLOW_FILES = sorted((ROOT / "flows").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FLOW_FILES, ids=lambda path: path.name)
+def test_files_directly_in_flows_hold_a_flow(path: Path) -> None:
+    if path.name in ("__init__.py", "run.py", "forms.py"):
+        return
+    decorators = [
+        decorator.func if isinstance(decorator, ast.Call) else decorator
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        for decorator in node.decorator_list
+    ]
+    assert any(isinstance(decorator, ast.Name) and decorator.id == "flow" for decorator in decorators)
 
 
 def test_no_pickle() -> None:
@@ -146,10 +182,7 @@ def test_training_needs_five_packages_only() -> None:
                 if top == "gptcore":
                     queue += [
                         p
-                        for p in (
-                            ROOT / (module.replace(".", "/") + ".py"),
-                            ROOT / module.replace(".", "/") / "__init__.py",
-                        )
+                        for p in (ROOT / (module.replace(".", "/") + ".py"), ROOT / module.replace(".", "/") / "__init__.py")
                         if p.exists()
                     ]
                 elif top not in sys.stdlib_module_names:
@@ -160,5 +193,5 @@ def test_training_needs_five_packages_only() -> None:
 @pytest.mark.integration
 def test_flow_signature_is_light() -> None:
     """The Prefect worker imports the flow for every run: torch and mlflow there cost seconds each time."""
-    code = "import sys, flows.pipeline; sys.exit(bool({'torch', 'mlflow', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    code = "import sys, gptloom.flows.pipeline; sys.exit(bool({'torch', 'mlflow', 'pandas', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -15,8 +15,14 @@ def test_lines_come_back_in_order_and_offsets_continue(tmp_path):
     records, offset = read_journal(journal.path)
     assert [r["kind"] for r in records] == ["open", "metrics"]
     assert records[1] | {"time_ms": 0} == {
-        "seq": 1, "attempt": 0, "time_ms": 0, "kind": "metrics", "step": 1, "tokens_seen": 10, "values": {"train/loss": 2.5},
-    }  # fmt: skip
+        "seq": 1,
+        "attempt": 0,
+        "time_ms": 0,
+        "kind": "metrics",
+        "step": 1,
+        "tokens_seen": 10,
+        "values": {"train/loss": 2.5},
+    }
     journal.close()
     records, _ = read_journal(journal.path, offset)
     assert [r["status"] for r in records] == ["FINISHED"]

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from gptcore.entry import PARENT_VARIABLE
-from tasks import launcher
-from tasks.launcher import Child, start_process
-from tasks.liveness import Snapshot
+from gptloom.tasks.runtime import launcher
+from gptloom.tasks.runtime.launcher import Child, start_process
+from gptloom.tasks.runtime.liveness import Snapshot
 
 pytestmark = [
     pytest.mark.integration,
@@ -83,9 +83,15 @@ def test_a_step_is_what_python_m_would_be(tmp_path: Path, monkeypatch: pytest.Mo
     said = json.loads(log(tmp_path).splitlines()[-1])
     files = said.pop("files")
     assert said == {
-        "word": None, "argv": ["tell", "a word"], "cwd": os.getcwd(), "session": True, "parent": True, "name": "__main__",
-        "stdin": "", "handlers": [True, True],
-    }  # fmt: skip
+        "word": None,
+        "argv": ["tell", "a word"],
+        "cwd": os.getcwd(),
+        "session": True,
+        "parent": True,
+        "name": "__main__",
+        "stdin": "",
+        "handlers": [True, True],
+    }
     assert files <= 5, "a pipe or socket of the server's is left open"
     assert launcher._current == [server], "one server for both"
     os.killpg(first.pid, signal.SIGKILL)
@@ -110,14 +116,7 @@ def test_processes_show_their_own_command_and_are_no_orphans(home: Path, tmp_pat
     child = start(tmp_path, "wait", "--out", "some where")
     wait_for_log(tmp_path, "ready")
     process = psutil.Process(child.pid)
-    assert [word for word in process.cmdline() if word] == [
-        sys.executable,
-        "-m",
-        "standin",
-        "wait",
-        "--out",
-        "some where",
-    ]
+    assert [word for word in process.cmdline() if word] == [sys.executable, "-m", "standin", "wait", "--out", "some where"]
     assert process.environ()[PARENT_VARIABLE] == str(os.getpid())
     assert child.pid not in Snapshot.take(home).orphans
     os.kill(child.pid, signal.SIGKILL)

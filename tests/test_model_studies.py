@@ -101,9 +101,7 @@ def test_budgets_are_the_smallest_total_and_losses_between_points():
     found = at_budget(curves, "flops").set_index("arm")
     assert set(found["budget"]) == {150}
     assert found["val_bpb"].to_dict() == {"gpt": 3.5, "lstm": 4}
-    rows = pd.DataFrame(
-        [{"arm": a, "seed": s, "val_bpb": b + s} for a, b in (("gpt", 1.0), ("lstm", 1.5)) for s in (1, 2, 3)]
-    )
+    rows = pd.DataFrame([{"arm": a, "seed": s, "val_bpb": b + s} for a, b in (("gpt", 1.0), ("lstm", 1.5)) for s in (1, 2, 3)])
     compared = against(rows, "gpt").set_index("arm")
     assert compared.loc["lstm", "difference"] == pytest.approx(0.5)
     assert compared.loc["lstm", "certain"]
@@ -127,9 +125,7 @@ def test_floors_set_no_budget(tmp_path):
 
     def cell(arm, family, seed, pace):
         row = {"family": family, "val_bpb": 2.0, "flops_per_token": 1.0, "lr": 0.1, "parameters": 9}
-        points = [
-            {"tokens": t, "seconds": pace * t, "flops": 1e6 * pace * t, "val_bpb": 6 - t + 0.1 * seed} for t in range(5)
-        ]
+        points = [{"tokens": t, "seconds": pace * t, "flops": 1e6 * pace * t, "val_bpb": 6 - t + 0.1 * seed} for t in range(5)]
         return {"name": f"{arm}{seed}", "arm": arm, "factors": {}, "seed": seed, "status": "done", "rows": [row]} | {
             "tables": {"curves": [] if family == "ngram" else points}
         }
@@ -194,16 +190,7 @@ def test_a_loss_is_paired_by_document():
 
 def run_smoke(name: str, home: Path, text: Path, *more: str) -> tuple[dict[str, Any], Path]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
-    command = [
-        sys.executable,
-        "-m",
-        "gptcore.studies",
-        name,
-        "--smoke",
-        f"data.source={text}",
-        "train.device=cpu",
-        *more,
-    ]
+    command = [sys.executable, "-m", "gptcore.studies", name, "--smoke", f"data.source={text}", "train.device=cpu", *more]
     done = subprocess.run(command, cwd=ROOT, env=kept | {"GPTLOOM_HOME": str(home)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

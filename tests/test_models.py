@@ -188,10 +188,14 @@ def test_gpt2_has_the_published_number_of_parameters():
 
 def test_names_are_the_published_ones_whatever_the_preset():
     names = set(make("gpt2").weights())
-    block = {f"{part}.{kind}" for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj") for kind in ("weight", "bias")}  # fmt: skip
+    block = {
+        f"{part}.{kind}"
+        for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+        for kind in ("weight", "bias")
+    }
     assert names == {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"} | {
         f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in block
-    }  # fmt: skip
+    }
     assert set(make("modern").weights()) < names | {"lm_head.weight"}
 
 
@@ -245,9 +249,7 @@ def test_eight_bit_products_are_close_and_keep_names():
         y = linear(x)
     except (RuntimeError, NotImplementedError):
         pytest.skip("no 8-bit products on this processor")
-    for ours, reference in zip(
-        (y, *torch.autograd.grad(y, [x, linear.weight], g.bfloat16())), (exact, *grads), strict=True
-    ):
+    for ours, reference in zip((y, *torch.autograd.grad(y, [x, linear.weight], g.bfloat16())), (exact, *grads), strict=True):
         assert (ours.float() - reference).norm() / reference.norm() < 0.08
 
 

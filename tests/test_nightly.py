@@ -60,9 +60,7 @@ def test_sections_of_one_document_are_resampled_together() -> None:
     """Sections taken for independent make an interval too narrow by the square root of their number."""
     champion, challenger = scores(), scores(noise=0.05, seed=1)
     nats = challenger.nats.copy()
-    nats[1::2] = (
-        champion.nats[1::2] + nats[::2] - champion.nats[::2]
-    )  # the same noise on both sections: half the evidence
+    nats[1::2] = champion.nats[1::2] + nats[::2] - champion.nats[::2]  # the same noise on both sections: half the evidence
 
     def interval(documents: np.ndarray) -> tuple[float, int]:
         both = (Scores(n, champion.bytes, documents, champion.sources) for n in (champion.nats, nats))
@@ -154,8 +152,8 @@ def test_ledger_and_scores_come_back_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect_server: None) -> None:
-    from flows.nightly import nightly
-    from tasks.nightly import notify
+    from gptloom.flows.nightly import nightly
+    from gptloom.tasks.nightly import notify
 
     received: list[dict[str, Any]] = []
 
@@ -175,9 +173,7 @@ def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect
     with disable_run_logger():
         assert notify.fn(night, settings, "words") == 1
         assert notify.fn(night | {"outcome": "kept"}, settings, "words") == 0
-    with pytest.raises(
-        UserError, match="no-such"
-    ):  # a schedule whose experiment was moved away must not fail in silence
+    with pytest.raises(UserError, match="no-such"):  # a schedule whose experiment was moved away must not fail in silence
         nightly("no-such.yaml", settings=settings)
     server.shutdown()
     server.server_close()
@@ -193,10 +189,10 @@ def test_trouble_after_a_night_leaves_its_outcome_and_is_told(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     """The alias had moved, and the ledger knew nothing of it; a damaged file did that in every night to come."""
-    from flows.nightly import Night
     from gptcore.nights import page
-    from tasks import nightly as steps
-    from tasks import registry
+    from gptloom.flows.nightly import Night
+    from gptloom.tasks import nightly as steps
+    from gptloom.tasks.records import registry
 
     folder, told = home / "nightly" / "words", []
     Ledger(generations=[Generation("night-1", [], 5)], models=[KnownModel("old", "1", "")]).save(folder)
@@ -229,7 +225,7 @@ def test_trouble_after_a_night_leaves_its_outcome_and_is_told(
 
 
 def test_arms_need_equal_tokens(home: Path, tmp_path: Path) -> None:
-    from tasks.nightly import plan_arms
+    from gptloom.tasks.nightly import plan_arms
 
     path = tmp_path / "words.yaml"
     path.write_text("train: {minutes: 5}\n")
@@ -240,7 +236,7 @@ def test_arms_need_equal_tokens(home: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def night(mlflow_store: str, home: Path, tmp_path: Path, prefect_server: None) -> Callable[..., dict[str, Any]]:
     """Call one night on a folder of texts that needs no training to end."""
-    from flows.nightly import Night
+    from gptloom.flows.nightly import Night
 
     texts = prose(tmp_path / "inbox", 4)
     experiment = tmp_path / "words.yaml"
@@ -270,15 +266,12 @@ def test_sources_that_are_gone_or_shrunk_leave_the_champion(
     night: Callable[..., dict[str, Any]], home: Path, tmp_path: Path, mlflow_store: str
 ) -> None:
     """A disk that is not mounted must not teach the model that there is no text."""
-    from tasks import registry
+    from gptloom.tasks.records import registry
 
     Ledger(source_bytes=1_000_000).save(home / "nightly" / "words")
     shrunk = night()
     assert shrunk["outcome"] == "refused"
-    assert (
-        "5 % of the 1,000,000 of last time; put the missing files back, or start the night with force"
-        in shrunk["reason"]
-    )
+    assert "5 % of the 1,000,000 of last time; put the missing files back, or start the night with force" in shrunk["reason"]
     (tmp_path / "inbox").rename(tmp_path / "away")
     with pytest.raises(UserError, match="no such file or folder"):
         night()
@@ -301,8 +294,8 @@ def test_a_new_vocabulary_that_wins_is_the_champions_from_then_on(
 ) -> None:
     """Registered with the old vocabulary, the next nights would read their text in ids that the model does not know; and an earlier
     champion, which reads in another one, still needs its row in the ledger."""
-    from flows.nightly import Night
-    from tasks import registry
+    from gptloom.flows.nightly import Night
+    from gptloom.tasks.records import registry
 
     texts = prose(tmp_path / "inbox", 10)
     later = [texts.joinpath(f"{i:02}.txt").rename(tmp_path / f"{i:02}.txt") for i in range(6, 10)]
@@ -341,8 +334,8 @@ def test_a_new_vocabulary_that_wins_is_the_champions_from_then_on(
 @pytest.mark.integration
 def test_old_nights_go_and_what_is_needed_stays(mlflow_store: str, home: Path, prefect_server: None) -> None:
     """Retention that deletes a champion's checkpoint, or keeps everything for ever."""
-    from tasks import registry
-    from tasks.nightly import retire_nights
+    from gptloom.tasks.nightly import retire_nights
+    from gptloom.tasks.records import registry
 
     nights = [{"run": f"words-{i}", "made": [f"shards-{i}"]} for i in range(4)]
     for i in range(4):
@@ -365,10 +358,19 @@ def test_old_nights_go_and_what_is_needed_stays(mlflow_store: str, home: Path, p
 # --- whole nights ------------------------------------------------------------------------------------------------------------
 
 TOY = [
-    "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.block_size=32", "train.device=cpu", "train.max_steps=50",
-    "train.global_batch_size=16", "train.warmup_steps=5", "train.eval_tokens=512", "evaluate.bootstrap=0",
-    "data.val_fraction=0.15", "data.section_bytes=1024",
-]  # fmt: skip
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=32",
+    "train.device=cpu",
+    "train.max_steps=50",
+    "train.global_batch_size=16",
+    "train.warmup_steps=5",
+    "train.eval_tokens=512",
+    "evaluate.bootstrap=0",
+    "data.val_fraction=0.15",
+    "data.section_bytes=1024",
+]
 
 
 def prose(folder: Path, documents: int = 24, size: int = 12_000) -> Path:
@@ -391,7 +393,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     command = [
         sys.executable,
         "-m",
-        "flows.cli",
+        "gptloom.flows.command.cli",
         "nightly",
         "--simulate",
         "7",
@@ -399,12 +401,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
         *TOY,
     ]
     done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=kept | {"GPTLOOM_HOME": str(folder / "home")},
-        capture_output=True,
-        text=True,
-        timeout=280,
+        command, cwd=ROOT, env=kept | {"GPTLOOM_HOME": str(folder / "home")}, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "home", json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -39,9 +39,7 @@ def shards(config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -
     return ShardSet.open(prepare(config, tmp_path_factory.mktemp("home")).shards)
 
 
-def test_a_warm_start_begins_where_the_other_run_ended(
-    config: ExperimentConfig, shards: ShardSet, tmp_path: Path
-) -> None:
+def test_a_warm_start_begins_where_the_other_run_ended(config: ExperimentConfig, shards: ShardSet, tmp_path: Path) -> None:
     """Random weights in an arm called warm would look like a fair comparison."""
     trainer = build_trainer(config, shards)
     checkpoint = train_loop(trainer, NoJournal(), tmp_path, StopFlag())["checkpoint"]

@@ -17,9 +17,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from flows.pipeline import Overrides, load_run
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.store import commit_dir
+from gptloom.flows.forms import Overrides
+from gptloom.flows.run import load_run
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "experiments" / "smoke.yaml"
@@ -34,7 +35,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def command(text: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "flows.cli", "run", str(SMOKE), f"data.source={text}", *overrides]
+    return [sys.executable, "-m", "gptloom.flows.command.cli", "run", str(SMOKE), f"data.source={text}", *overrides]
 
 
 def gptloom_run(home: Path, text: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
@@ -147,9 +148,7 @@ def test_second_run_reuses_the_data(first: tuple[Path, dict[str, Any], str], sma
 
 
 @pytest.mark.integration
-def test_failing_step_closes_its_runs(
-    first: tuple[Path, dict[str, Any], str], small_text: Path, tmp_path: Path
-) -> None:
+def test_failing_step_closes_its_runs(first: tuple[Path, dict[str, Any], str], small_text: Path, tmp_path: Path) -> None:
     """A mistake found inside a task: one sentence, exit 2, and the parent run FAILED with that reason."""
     home = first[0]
     code, result, err = gptloom_run(home, small_text, "model.block_size=50000", "name=broken")
@@ -263,9 +262,7 @@ def test_form_and_page_say_what_is_read_of_a_folder() -> None:
 def test_page_names_a_command_that_generates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from gptcore import generate
 
-    (line,) = (
-        text for text in (ROOT / "README.md").read_text().splitlines() if "-m gptcore.generate CHECKPOINT" in text
-    )
+    (line,) = (text for text in (ROOT / "README.md").read_text().splitlines() if "-m gptcore.generate CHECKPOINT" in text)
     checkpoint = tmp_path / "step_000001"
     with commit_dir(checkpoint, {}) as tmp:
         (tmp / "config.yaml").write_text("name: toy\n")
@@ -278,7 +275,7 @@ def test_form_shows_typed_inputs() -> None:
     """Prefect draws `int | None` as a choice between two types; a plain input with its bounds is what people expect."""
     from prefect.utilities.callables import parameter_schema
 
-    from flows.pipeline import pipeline
+    from gptloom.flows.pipeline import pipeline
 
     schema = parameter_schema(pipeline).model_dump()
     steps = schema["definitions"]["Overrides"]["properties"]["max_steps"]
@@ -294,7 +291,7 @@ def test_every_form_has_titles() -> None:
     """Prefect titles a parameter by its name in the code; people should not have to read code."""
     from prefect.utilities.callables import parameter_schema
 
-    from flows import budget, data, nightly, pipeline, reconcile, registry, steps, study
+    from gptloom.flows import budget, data, nightly, pipeline, reconcile, registry, steps, study
 
     flows = (
         budget.budget,

@@ -20,9 +20,9 @@ from gptcore.config import UserError, check_config
 from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.store import commit_dir
-from tasks import process
-from tasks.process import ProcessDied, check_device, run_device_process
-from tasks.training import run_step
+from gptloom.tasks.runtime import process
+from gptloom.tasks.runtime.process import ProcessDied, check_device, run_device_process
+from gptloom.tasks.training import run_step
 
 pytestmark = pytest.mark.integration
 
@@ -206,7 +206,7 @@ def test_child_started_from_a_short_lived_thread_lives_on(out: Path) -> None:
 
 def test_child_dies_with_its_killed_parent(out: Path) -> None:
     """A power-cut of the parent (SIGKILL: no handler runs) must still free the device."""
-    code = "import sys; from pathlib import Path; from tasks.process import run_device_process as run; run(['standin', 'deaf', sys.argv[1]], Path(sys.argv[1]), experiment='toy')"
+    code = "import sys; from pathlib import Path; from gptloom.tasks.runtime.process import run_device_process as run; run(['standin', 'deaf', sys.argv[1]], Path(sys.argv[1]), experiment='toy')"
     parent = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT)
     try:
         wait_for((out / "ready").exists, 60)
@@ -228,7 +228,7 @@ def test_a_step_is_done_while_its_checkpoint_is_there(out: Path, monkeypatch: py
             pass
         return {"checkpoint": str(checkpoint)}
 
-    monkeypatch.setattr("tasks.training.run_device_process", train)
+    monkeypatch.setattr("gptloom.tasks.training.run_device_process", train)
     config = check_config({"data": {"source": "text.txt"}})
     for _ in range(2):
         assert run_step("gptcore.train", config, out, "toy", out)["checkpoint"] == str(checkpoint)
@@ -272,7 +272,7 @@ def test_only_a_killed_child_is_tried_again(prefect_server: None) -> None:
     """A retry after a mistake wastes an hour; none after the kernel's kill wastes a night."""
     from prefect import flow, task
 
-    from tasks.training import RETRIES
+    from gptloom.tasks.training import RETRIES
 
     raised: list[Exception] = []
 
@@ -312,9 +312,7 @@ def test_a_wrong_argument_of_a_device_process_is_told_as_any_mistake() -> None:
         [*call, "nowhere", "--shard", "x", "--depth", "3"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2, done.stderr
-    assert json.loads(done.stdout)["error"].startswith(
-        "python -m gptcore.evaluate: unrecognized arguments: --depth 3; see "
-    )
+    assert json.loads(done.stdout)["error"].startswith("python -m gptcore.evaluate: unrecognized arguments: --depth 3; see ")
 
 
 @pytest.mark.parametrize(

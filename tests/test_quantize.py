@@ -187,9 +187,7 @@ def test_another_method_does_not_get_what_lies_there(checkpoint, tmp_path):
     assert again["checkpoint"] == first["checkpoint"]
     with pytest.raises(UserError, match="another checkpoint"):  # the trained one itself
         quantize_checkpoint(path, METHODS["int4"], path.parent)
-    assert origin_id(path, METHODS["int4"], None, None, 64, 100) != origin_id(
-        path, METHODS["int4-gptq"], None, None, 64, 100
-    )
+    assert origin_id(path, METHODS["int4"], None, None, 64, 100) != origin_id(path, METHODS["int4-gptq"], None, None, 64, 100)
 
 
 def test_a_checkpoint_from_a_gpu_is_quantized_where_there_is_none(checkpoint, tmp_path, monkeypatch):
@@ -257,9 +255,7 @@ def test_fine_tuning_after_a_run_in_fp8_whose_beginning_is_gone(small_text, tmp_
     felt, step = [], qat.train_step
     kinds = lambda model: [type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)]  # noqa: E731
     monkeypatch.setattr(
-        qat,
-        "train_step",
-        lambda trainer: (felt.append((kinds(trainer.model), trainer.model.head_in_fp8)), step(trainer)),
+        qat, "train_step", lambda trainer: (felt.append((kinds(trainer.model), trainer.model.head_in_fp8)), step(trainer))
     )
     model = qat.fine_tune(weights, config, shards, 2, 32)
     assert felt == [([qat.FakeInt4Linear] * 5, False)] * 2

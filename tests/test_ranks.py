@@ -31,10 +31,16 @@ def config(small_text):
     return load_config(
         ROOT / "experiments" / "tiny.yaml",
         [
-            f"data.source={small_text}", "train.max_steps=6", "train.ema_decay=0.5", "train.micro_batch_size=1",
-            "train.grad_clip=0.5", "model.n_embd=18", "model.n_head=1", "studies.accumulation=false",
+            f"data.source={small_text}",
+            "train.max_steps=6",
+            "train.ema_decay=0.5",
+            "train.micro_batch_size=1",
+            "train.grad_clip=0.5",
+            "model.n_embd=18",
+            "model.n_head=1",
+            "studies.accumulation=false",
         ],
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +53,23 @@ def train(count, folder, shards, *trainings):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     done = subprocess.run(
         [
-            sys.executable, *launcher, str(ROOT / "tests" / "ranks_process.py"), str(folder / "toy.yaml"),
-            "--shards", str(shards.directory), "--out", str(folder), "--trainings", *trainings,
+            sys.executable,
+            *launcher,
+            str(ROOT / "tests" / "ranks_process.py"),
+            str(folder / "toy.yaml"),
+            "--shards",
+            str(shards.directory),
+            "--out",
+            str(folder),
+            "--trainings",
+            *trainings,
         ],
-        capture_output=True, text=True, cwd=ROOT, check=False, timeout=200,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     return {told["name"]: told for told in map(json.loads, done.stdout.splitlines())}
 
@@ -63,9 +81,7 @@ def copy_half(folder, name, *others):
 
 
 @pytest.mark.integration
-def test_two_and_four_processes_are_one_whole_or_spread_also_through_a_checkpoint(
-    config, shards, tmp_path, monkeypatch
-):
+def test_two_and_four_processes_are_one_whole_or_spread_also_through_a_checkpoint(config, shards, tmp_path, monkeypatch):
     """A mean of means, a norm of one part, a matrix done twice or by nobody, stale weights after an evaluation, a checkpoint that only its
     own number of processes can read."""
     monkeypatch.setattr(muon, "orthogonalize", muon.orthogonalize)  # it is counted in here, too
@@ -164,10 +180,7 @@ def test_exchanges_run_beside_the_work_of_others():
     ("changes", "words"),
     [
         ({"model": {"family": "lstm"}}, r"train\.parallel=fsdp: needs model\.family=gpt; use train\.parallel=ddp"),
-        (
-            {"train": {"precision": "fp8"}},
-            r"train\.parallel=fsdp: .* use train\.precision=bf16, or train\.parallel=ddp",
-        ),
+        ({"train": {"precision": "fp8"}}, r"train\.parallel=fsdp: .* use train\.precision=bf16, or train\.parallel=ddp"),
     ],
 )
 def test_what_cannot_be_spread_is_refused(config, changes, words, monkeypatch):

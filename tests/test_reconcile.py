@@ -23,11 +23,11 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows.reconcile import GONE, MARK, OWN_FLOWS, Reconciler
 from gptcore.config import UserError
 from gptcore.journal import FILE_NAME, Journal, is_held, last_record
-from tasks.forwarding import Forwarder
-from tasks.liveness import Snapshot, end_processes, unfinished_runs
+from gptloom.flows.reconcile import GONE, MARK, OWN_FLOWS, Reconciler
+from gptloom.tasks.records.forwarding import Forwarder
+from gptloom.tasks.runtime.liveness import Snapshot, end_processes, unfinished_runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("mlflow_store")]  # a real store, real processes
 EARLIER = datetime.now(UTC) - timedelta(minutes=5)
@@ -134,11 +134,7 @@ def test_a_dry_run_changes_nothing(home: Path, server: Server) -> None:
     server.add("toy-1", StateType.RUNNING)
     before = {path: path.read_bytes() for path in home.rglob("*.jsonl")}
     found = cycle(server, home, apply=False, resume=True)
-    assert found == [
-        ("journal", "toy-1", "proposed"),
-        ("prefect", "toy-1", "proposed"),
-        ("resume", "toy-1", "proposed"),
-    ]
+    assert found == [("journal", "toy-1", "proposed"), ("prefect", "toy-1", "proposed"), ("resume", "toy-1", "proposed")]
     assert server.told == []
     assert {path: path.read_bytes() for path in home.rglob("*.jsonl")} == before
     assert set(in_mlflow().values()) == {"RUNNING"}
@@ -234,8 +230,7 @@ def test_other_projects_flow_runs_are_left_alone(home: Path, server: Server) -> 
 def test_every_flow_of_ours_is_known() -> None:
     """One that was started by hand and died would stay RUNNING for ever."""
     names = re.findall(
-        r'@flow\(\s*name="([^"]+)"',
-        "".join(path.read_text() for path in (Path(__file__).parent.parent / "flows").glob("*.py")),
+        r'@flow\(\s*name="([^"]+)"', "".join(path.read_text() for path in (Path(__file__).parent.parent / "flows").glob("*.py"))
     )
     assert len(names) > 5
     assert set(names) - {"train", "evaluate"} <= set(OWN_FLOWS)
@@ -295,7 +290,7 @@ def test_one_failure_does_not_keep_the_rest(home: Path, server: Server, monkeypa
     def refuse(*_: Any) -> None:
         raise ConnectionError("503")
 
-    monkeypatch.setattr("flows.reconcile.close_journals", refuse)
+    monkeypatch.setattr("gptloom.flows.reconcile.close_journals", refuse)
     assert [outcome for what, _, outcome in cycle(server, home) if what == "journal"] == ["failed", "failed"]
     assert [outcome for what, _, outcome in cycle(server, home) if what == "prefect"] == []
     assert len(server.told) == 2
@@ -356,7 +351,7 @@ def test_orphans_are_ended_and_others_are_not(
     home: Path, server: Server, processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An orphan holds memory and GPU for ever; a living run's process, or another home's, is nobody's to end."""
-    monkeypatch.setattr("tasks.liveness.TERM_S", 1.0)
+    monkeypatch.setattr("gptloom.tasks.runtime.liveness.TERM_S", 1.0)
     ours, orphan, deaf, other = (
         start(home, CHILD, GPTLOOM_PARENT_PID=str(os.getpid())),
         start(home, CHILD, GPTLOOM_PARENT_PID=str(2**22 + 1)),
@@ -407,14 +402,17 @@ def test_slots_are_freed(home: Path, prefect_server: None, monkeypatch: pytest.M
     from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
     from prefect.states import Pending, Running
 
-    monkeypatch.setattr("flows.reconcile.SETTLE", timedelta(0))
-    monkeypatch.setattr("flows.reconcile.SILENCE", timedelta(0))
+    monkeypatch.setattr("gptloom.flows.reconcile.SETTLE", timedelta(0))
+    monkeypatch.setattr("gptloom.flows.reconcile.SILENCE", timedelta(0))
     cancel_new = ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(
-            client.create_flow_from_name("toy"), "one", entrypoint="flows/toy.py:toy",
-            concurrency_limit=1, concurrency_options=cancel_new,
-        )  # fmt: skip
+            client.create_flow_from_name("toy"),
+            "one",
+            entrypoint="flows/toy.py:toy",
+            concurrency_limit=1,
+            concurrency_options=cancel_new,
+        )
 
         def begin_run() -> tuple[Any, str]:
             run = client.create_flow_run_from_deployment(deployment)
@@ -427,9 +425,7 @@ def test_slots_are_freed(home: Path, prefect_server: None, monkeypatch: pytest.M
         client.set_flow_run_state(dead.id, Running())
         assert begin_run()[1] == "CANCELLED", "the slot is taken"
         found = Reconciler(client, home, True, False).run()
-        assert [(finding.what, finding.subject, finding.outcome) for finding in found] == [
-            ("prefect", dead.name, "done")
-        ]
+        assert [(finding.what, finding.subject, finding.outcome) for finding in found] == [("prefect", dead.name, "done")]
         state_now = client.read_flow_run(dead.id).state
         assert state_now is not None
         assert state_now.is_crashed()

@@ -20,7 +20,7 @@ from gptcore.config import UserError, check_config
 from gptcore.models import build_model
 from gptcore.store import home_dir, read_manifest
 from gptcore.vocab import CharVocab
-from tasks import registry
+from gptloom.tasks.records import registry
 
 pytestmark = pytest.mark.integration
 

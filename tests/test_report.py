@@ -39,17 +39,11 @@ def train_step(
         loss = final + (UNIFORM - final) * math.exp(-step / 120)
         if step:
             values = {"train/loss": loss * (1 + 0.02 * math.sin(step)), "train/lr": 0.02 * min(1, (1001 - step) / 600)}
-            values |= {
-                "train/grad_norm": 0.4 + 0.3 * math.exp(-step / 60),
-                "perf/tok_per_sec": 16_000.0,
-                "mem/peak_mib": 512.0,
-            }
+            values |= {"train/grad_norm": 0.4 + 0.3 * math.exp(-step / 60), "perf/tok_per_sec": 16_000.0, "mem/peak_mib": 512.0}
             journal.metrics(values, tokens_seen=tokens, step=step)
         if step % 100 == 0:
             journal.metrics(
-                {"val/loss": loss, "val/bpb": loss / math.log(2), "val/ppl": math.exp(loss)},
-                tokens_seen=tokens,
-                step=step,
+                {"val/loss": loss, "val/bpb": loss / math.log(2), "val/ppl": math.exp(loss)}, tokens_seen=tokens, step=step
             )
     if close:
         journal.close(close, reason)
@@ -119,8 +113,7 @@ def study_steps(run_dir: Path) -> None:
     timing = [{"section": k, "ms": v, "share": v / 256, "low": v * 0.97, "high": v * 1.08} for k, v in sections.items()]
     conclusion = "backward takes 55 % of a step."
     write_result(
-        run_dir / "timing",
-        {"study": "timing", "rows": timing, "wall_ms": 256.0, "conclusion": conclusion, "seconds": 9.0},
+        run_dir / "timing", {"study": "timing", "rows": timing, "wall_ms": 256.0, "conclusion": conclusion, "seconds": 9.0}
     )
     speed = {"tok_per_sec_low": 900.0, "tok_per_sec_high": 1100.0, "n": 5}
     quant = [
@@ -243,9 +236,7 @@ def test_another_precision_is_not_called_other_tokens(whole_run: Path) -> None:
     result = json.loads((whole_run / "evaluate" / "result.json").read_text())
     write_result(whole_run / "evaluate", result | {"val_bpb": 2.339})
     html = write_report(whole_run).read_text()
-    assert (
-        "int8 was compared with the unquantized model in fp32 on the same tokens: 2.3372 bits per byte there." in html
-    )
+    assert "int8 was compared with the unquantized model in fp32 on the same tokens: 2.3372 bits per byte there." in html
 
 
 def test_failed_step_is_shown_with_its_reason_and_without_numbers(whole_run: Path) -> None:
@@ -298,9 +289,7 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     train_step(run_dir / "rnn", 1.62, close="FAILED", reason=HOSTILE)
     evaluate_step(run_dir, [HOSTILE, "lone surrogate \ud800"])
     rows = [{"section": HOSTILE, "ms": 3.0, "share": 1.0, "low": 2.0, "high": 4.0}]
-    write_result(
-        run_dir / "timing", {"study": "timing", "rows": rows, "wall_ms": 3.0, "conclusion": HOSTILE, "seconds": 1.0}
-    )
+    write_result(run_dir / "timing", {"study": "timing", "rows": rows, "wall_ms": 3.0, "conclusion": HOSTILE, "seconds": 1.0})
     write_result(
         run_dir / "quantization",
         {"study": "quantization", "rows": [{"weights": HOSTILE, HOSTILE: HOSTILE}], "conclusion": HOSTILE},
@@ -394,21 +383,14 @@ def test_long_curves_are_thinned_but_keep_their_end() -> None:
 def test_every_plot_and_table_can_be_read_without_seeing_it(whole_run: Path) -> None:
     html = write_report(whole_run).read_text(encoding="utf-8")
     page_only = re.sub(r"<script\b.*?</script>", "", html, flags=re.S)
-    assert (
-        len(re.findall(r'class="plot" role="img" aria-label="[^"]{20,}"', page_only))
-        == page_only.count('class="plot"')
-        == 6
-    )
+    assert len(re.findall(r'class="plot" role="img" aria-label="[^"]{20,}"', page_only)) == page_only.count('class="plot"') == 6
     assert page_only.count("<caption>") == page_only.count("<table>") >= 5
     assert page_only.count("<figure") == page_only.count("<figcaption>")
 
 
 def test_study_table_serves_studies_it_has_never_seen() -> None:
     frame = study_frame(
-        [
-            {"cell": "a", "n": 3, "loss": 1.5, "loss_low": 1.4, "loss_high": 1.7, "ok": None},
-            {"cell": "b", "loss": math.inf},
-        ]
+        [{"cell": "a", "n": 3, "loss": 1.5, "loss_low": 1.4, "loss_high": 1.7, "ok": None}, {"cell": "b", "loss": math.inf}]
     )
     assert list(frame.columns) == ["cell", "loss", "ok", "n"]
     assert list(frame["loss"]) == ["1.5 (1.4–1.7)", "–"]
@@ -424,8 +406,7 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 
 def test_units_stay_with_their_numbers() -> None:
     assert (
-        wording.keep_together("5.0 min, 95 % of n = 5, 3 sections")
-        == "5.0\u00a0min, 95\u00a0% of n\u00a0=\u00a05, 3 sections"
+        wording.keep_together("5.0 min, 95 % of n = 5, 3 sections") == "5.0\u00a0min, 95\u00a0% of n\u00a0=\u00a05, 3 sections"
     )
 
 

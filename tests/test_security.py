@@ -28,15 +28,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from flows.listening import check_host
-from flows.pipeline import NO_LOGIN, Overrides
 from gptcore.checkpoint import FORMAT, load_model
 from gptcore.config import UserError, dump_yaml, flatten, load_config
 from gptcore.device import _open_lock
 from gptcore.models import build_model
 from gptcore.store import commit_dir, hash_file, inside, keep_private, read_manifest
 from gptcore.vocab import CharVocab
-from tasks.liveness import device_locks
+from gptloom.flows.forms import NO_LOGIN, Overrides
+from gptloom.flows.servers.listening import check_host
+from gptloom.tasks.runtime.liveness import device_locks
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8}}
@@ -296,11 +296,7 @@ def test_a_secret_in_an_address_is_refused_unspoken(tmp_path: Path, source: str)
     """It would reach config.yaml, MLflow's parameters, Prefect's form and the report; the refusal must not spread it either."""
     path = tmp_path / "a.yaml"
     listed = json.dumps([{"source": source, "weight": 1}, "b.txt"])
-    for text, override in (
-        ("", f"data.source={source}"),
-        ("", f"data.source={listed}"),
-        (f"data: {{source: {listed}}}", ""),
-    ):
+    for text, override in (("", f"data.source={source}"), ("", f"data.source={listed}"), (f"data: {{source: {listed}}}", "")):
         path.write_text(text)
         with pytest.raises(UserError) as refused:
             load_config(path, [override] if override else [])
@@ -315,13 +311,7 @@ def test_a_secret_in_an_address_is_refused_unspoken(tmp_path: Path, source: str)
 
 @pytest.mark.parametrize(
     "source",
-    [
-        "a@b.txt",
-        "hf://datasets/me/it@main",
-        "https://host/a@b.txt?v=token",
-        "package:a==1/x?token=1",
-        "folder/?key=*.txt",
-    ],
+    ["a@b.txt", "hf://datasets/me/it@main", "https://host/a@b.txt?v=token", "package:a==1/x?token=1", "folder/?key=*.txt"],
 )
 def test_harmless_addresses_are_left_alone(tmp_path: Path, source: str) -> None:
     path = tmp_path / "a.yaml"
@@ -368,7 +358,7 @@ def test_planted_secrets_appear_nowhere(small_text: Path, tmp_path: Path) -> Non
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     env = kept | planted | {"GPTLOOM_HOME": str(home), "NETRC": str(tmp_path / "netrc")}
     source = f"http://127.0.0.1:{server.server_port}/not-secret-at-all.txt"
-    command = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "tiny.yaml"), f"data.source={source}"]
+    command = [sys.executable, "-m", "gptloom.flows.command.cli", "run", str(tmp_path / "tiny.yaml"), f"data.source={source}"]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seen: set[bytes] = set()
     watcher = threading.Thread(target=_watch_commands, args=(process, str(home), seen))

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from conftest import require
 
-from flows.prefect_api import answers, request
+from gptloom.flows.servers.prefect_api import answers, request
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -73,7 +73,7 @@ class Stack:
 
     def command(self, verb: str) -> list[str]:
         ports = ["--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
-        return [sys.executable, "-m", "flows.cli", verb, *(ports if verb == "up" else [])]
+        return [sys.executable, "-m", "gptloom.flows.command.cli", verb, *(ports if verb == "up" else [])]
 
     @property
     def env(self) -> dict[str, str]:
@@ -243,9 +243,7 @@ def test_other_hosts_need_a_password(stack, tmp_path):
 def test_run_form_describes_its_fields(stack, tmp_path):
     """The form is made from the flow's types; a change there can silently leave a bare JSON box."""
     chromium = require("chromium", "shows Prefect's run form")
-    page = (
-        f"http://127.0.0.1:{stack.prefect_port}/deployments/deployment/{stack.deployment('pipeline/smoke')['id']}/run"
-    )
+    page = f"http://127.0.0.1:{stack.prefect_port}/deployments/deployment/{stack.deployment('pipeline/smoke')['id']}/run"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1440,1300", "--virtual-time-budget=20000"]
 
@@ -351,9 +349,7 @@ def test_power_cut_of_a_run_is_put_right_and_resumed(stack, tiny):
     assert wait_for(lambda: bool(checkpoints(stack, run)), 60), stack.worker_log()
     name = request(f"{stack.api}/flow_runs/{run}")["name"]
     worker = json.loads(stack.state.read_text())["pids"]["worker-cpu"]
-    flow_run = [
-        pid for pid, command in stack.processes().items() if "prefect.engine" in command or "flow-run" in command
-    ]
+    flow_run = [pid for pid, command in stack.processes().items() if "prefect.engine" in command or "flow-run" in command]
     os.kill(worker, signal.SIGKILL)
     for pid in flow_run:
         os.kill(pid, signal.SIGKILL)
@@ -361,7 +357,7 @@ def test_power_cut_of_a_run_is_put_right_and_resumed(stack, tiny):
     assert wait_for(lambda: json.loads(stack.state.read_text())["pids"]["worker-cpu"] != worker, 20), "no worker again"
     assert request(f"{stack.api}/flow_runs/{run}")["state_type"] == "RUNNING"  # nobody knows yet
 
-    code = "from datetime import timedelta; import flows.reconcile as r; r.SETTLE = timedelta(0); r.reconcile(apply=True, resume=True)"
+    code = "from datetime import timedelta; import gptloom.flows.reconcile as r; r.SETTLE = timedelta(0); r.reconcile(apply=True, resume=True)"
     env = stack.env | {"PREFECT_API_URL": stack.api, "MLFLOW_TRACKING_URI": stack.mlflow_url}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=90, capture_output=True)
     found = [entry for entry in mlflow_runs(stack, "tiny") if entry.data.tags["gptloom.run"].startswith(name)]
@@ -537,7 +533,7 @@ def test_journal_goes_to_postgresql(postgres_uri, home, monkeypatch):
     from mlflow import MlflowClient
 
     from gptcore.journal import Journal
-    from tasks.forwarding import forward_tree
+    from gptloom.tasks.records.forwarding import forward_tree
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres_uri)
     directory = home / "runs" / "night-1"

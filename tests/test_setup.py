@@ -98,7 +98,9 @@ def bare_checkout(tmp_path, monkeypatch):
 def test_make_names_the_python_it_needs(version, bare_checkout):
     """Too old or too new a Python must end in one sentence, before pip's page of errors and before .venv exists."""
     fake = bare_checkout / "python"
-    code = f"import sys; sys.version_info = {version}; sys.version = '.'.join(map(str, {version})) + ' (fake)'; exec(sys.argv[1])"
+    code = (
+        f"import sys; sys.version_info = {version}; sys.version = '.'.join(map(str, {version})) + ' (fake)'; exec(sys.argv[1])"
+    )
     fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$2"\n')
     fake.chmod(0o755)
     result = subprocess.run(["make", "run", f"PYTHON={fake}"], cwd=bare_checkout, capture_output=True, text=True)
@@ -164,9 +166,7 @@ def test_compose_file_is_valid():
     if command is None:
         reason = "docker-compose is not installed"
         pytest.fail(reason) if os.environ.get("GPTLOOM_REQUIRE_SERVICES") == "1" else pytest.skip(reason)
-    known = [
-        line.split("=")[0] for line in (ROOT / ".env.example").read_text(encoding="utf-8").splitlines() if "=" in line
-    ]
+    known = [line.split("=")[0] for line in (ROOT / ".env.example").read_text(encoding="utf-8").splitlines() if "=" in line]
     env = {key: value for key, value in os.environ.items() if key not in known}
     check = [command, "--env-file", str(ROOT / ".env.example"), "-f", str(ROOT / "docker-compose.yml"), "config", "-q"]
     result = subprocess.run(check, env=env, capture_output=True, text=True)

@@ -33,9 +33,7 @@ FINGERPRINT = "0123456789abcdef" * 4
 
 def text_of_lines(seed: int, n_bytes: int) -> str:
     rng = random.Random(seed)
-    return "".join(
-        "".join(rng.choices("abcdefgh ", k=60)) + rng.choice(("\n", "\n", "\n\n")) for _ in range(n_bytes // 61)
-    )
+    return "".join("".join(rng.choices("abcdefgh ", k=60)) + rng.choice(("\n", "\n", "\n\n")) for _ in range(n_bytes // 61))
 
 
 def config(source: Path, block_size: int = 64, **data: object) -> ExperimentConfig:
@@ -106,17 +104,13 @@ def read_as_llm_c(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("vocab", [{"kind": "char"}, {"kind": "byte"}, {"kind": "bpe", "size": 300}])
-def test_an_independent_reader_gets_the_same_ids(
-    made: shards.Prepared, tmp_path: Path, vocab: dict[str, object]
-) -> None:
+def test_an_independent_reader_gets_the_same_ids(made: shards.Prepared, tmp_path: Path, vocab: dict[str, object]) -> None:
     """Guards the format for everybody else, and each kind of vocabulary from text to shards and back."""
     source = made.shards.parents[2] / "texts"
     prepared = prepare(config(source, val_fraction=0.2).model_copy(update={"vocab": VocabConfig(**vocab)}), tmp_path)  # type: ignore[arg-type]
     shard_set, opened = ShardSet.open(prepared.shards), Vocab.load(prepared.shards)
     for split in ("train", "val"):
-        theirs = [
-            i for path in sorted(only_tokens(prepared.shards).glob(f"{split}_*.bin")) for i in read_as_llm_c(path)
-        ]
+        theirs = [i for path in sorted(only_tokens(prepared.shards).glob(f"{split}_*.bin")) for i in read_as_llm_c(path)]
         assert theirs == np.asarray(shard_set.tokens(split)).tolist()
         assert opened.decode(theirs) == "".join(record.text for record in read_records(prepared.corpus, split))
         assert shard_set.token_bytes[theirs].sum() == shard_set.n_bytes[split]
@@ -213,8 +207,7 @@ def test_text_too_short_for_the_context(tmp_path: Path, block_size: int, split: 
     source.write_text(text_of_lines(1, 50_000), encoding="utf-8")
     data = {"split": "tail", "val_fraction": 0.05} if split == "val" else {"split": "tail", "val_fraction": 0.4}
     with pytest.raises(
-        UserError,
-        match=rf"the {split} split has \d+ tokens, fewer than model.block_size \+ 1 = {block_size + 1}.*{way_out}",
+        UserError, match=rf"the {split} split has \d+ tokens, fewer than model.block_size \+ 1 = {block_size + 1}.*{way_out}"
     ):
         prepare(config(source, block_size, **data), tmp_path)
     assert not (tmp_path / "data" / "shards").exists()
@@ -242,9 +235,7 @@ ANY_TEXT = {
     "CJK": "".join(random.Random(6).choices([chr(code) for code in range(0x4E00, 0x5E00)], k=16_700)),
     "emoji": "".join(random.Random(7).choices("😀😁😂🤣😃", k=12_500)),
     "random unicode": _random_unicode(50_000),
-    "more characters than two bytes hold": "".join(
-        chr(code) for code in range(1, 0x110000, 15) if not 0xD800 <= code < 0xE000
-    ),
+    "more characters than two bytes hold": "".join(chr(code) for code in range(1, 0x110000, 15) if not 0xD800 <= code < 0xE000),
     "carriage returns": "one line\rand one more\r" * 2_300,
     "windows": "one line\r\nand one more\r\n\r\n" * 2_300,
     "four huge lines": "".join(letter * 12_500 + "\n" for letter in "abcd"),

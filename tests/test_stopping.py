@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from prefect.exceptions import CancelledRun, TerminationSignal
 
-from flows import budget, data, nightly, pipeline, simulation, steps, study
-from tasks import registry
-from tasks.liveness import FLOW_RUN_VARIABLE
+from gptloom.flows import budget, data, nightly, pipeline, simulation, steps, study
+from gptloom.tasks.records import registry
+from gptloom.tasks.runtime.liveness import FLOW_RUN_VARIABLE
 
 SIGNALS = [KeyboardInterrupt(), TerminationSignal(15)]
 FLOWS: dict[str, tuple[ModuleType, Callable[[str], Any]]] = {
@@ -44,13 +44,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
             yield
 
         own = SimpleNamespace(get_name=lambda: "toy-1")  # Prefect's would ask a server
-        replaced = {
-            "check_store": lambda: None,
-            "ingest": work,
-            "open_run": open_run,
-            "read_texts": work,
-            "flow_run": own,
-        }
+        replaced = {"check_store": lambda: None, "ingest": work, "open_run": open_run, "read_texts": work, "flow_run": own}
         for name, value in replaced.items():
             monkeypatch.setattr(module, name, value, raising=False)
         monkeypatch.setattr(nightly.Night, "run", work)

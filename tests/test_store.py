@@ -67,7 +67,5 @@ def test_a_file_where_a_directory_is_to_be(tmp_path):
 def test_what_is_no_committed_directory_is_not_simply_to_be_deleted(tmp_path):
     with pytest.raises(DamagedError, match=r"no such directory; correct the path"):
         read_manifest(tmp_path / "no")
-    with pytest.raises(
-        DamagedError, match=r"not a committed directory .*; correct the path, or, if that is a checkpoint"
-    ):
+    with pytest.raises(DamagedError, match=r"not a committed directory .*; correct the path, or, if that is a checkpoint"):
         read_manifest(tmp_path)

@@ -143,9 +143,7 @@ def test_unknown_options_and_studies_are_refused(tmp_path: Path, calls: list[str
 
 
 @pytest.mark.integration
-def test_finished_cells_are_kept_and_only_what_changed_is_measured(
-    tmp_path: Path, calls: list[str], shards: ShardSet
-) -> None:
+def test_finished_cells_are_kept_and_only_what_changed_is_measured(tmp_path: Path, calls: list[str], shards: ShardSet) -> None:
     path = _write(tmp_path, TOY)
     _run(load_study(path), shards, tmp_path / "one")
     assert calls == ["a-seed1", "a-seed2", "b-seed1", "b-seed2"]
@@ -178,9 +176,7 @@ def test_one_failing_cell_leaves_the_others_and_a_report_that_says_so(
     html = (out / "report.html").read_text()
     assert "1 of 4 cells failed" in html
     assert "the toy broke" in html
-    assert (
-        len(pd.read_csv(out / "tables" / "results.csv")) == len(pd.read_parquet(out / "tables" / "extra.parquet")) == 3
-    )
+    assert len(pd.read_csv(out / "tables" / "results.csv")) == len(pd.read_parquet(out / "tables" / "extra.parquet")) == 3
     assert "mean 2.67 of 3" in (out / "log_entry.md").read_text()
     calls.clear()
     _run(load_study(tmp_path / "toy.yaml"), shards, tmp_path / "again")
@@ -286,9 +282,7 @@ def test_pairing_by_seed_finds_a_difference_that_the_seeds_hide() -> None:
     seeds = range(6)
     rows = [{"arm": "base", "seed": s, "x": 10.0 * s} for s in seeds]
     rows += [{"arm": "better", "seed": s, "x": 10.0 * s - 1 + 0.01 * s} for s in seeds]
-    rows += [{"arm": "same", "seed": s, "x": 10.0 * s + (-1) ** s} for s in seeds] + [
-        {"arm": "lonely", "seed": 99, "x": 1.0}
-    ]
+    rows += [{"arm": "same", "seed": s, "x": 10.0 * s + (-1) ** s} for s in seeds] + [{"arm": "lonely", "seed": 99, "x": 1.0}]
     frame = paired(pd.DataFrame(rows), "x", "base").set_index("arm")
     assert list(frame.index) == ["better", "same"]
     assert frame.loc["better", "difference"] == pytest.approx(-0.975)

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 
-from flows.cli import main
+from gptloom.flows.command.cli import main
 
 KEYS = {"run", "report", "cells", "measured", "cached", "failed", "not_run", "conclusion", "seconds", "mlflow_run_id"}
 
@@ -47,13 +47,7 @@ def result_of(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]
 
 @pytest.mark.integration
 def test_a_killed_study_goes_on_without_repeating_finished_cells(home: Path, small_text: Path) -> None:
-    args = (
-        "accumulation",
-        "--smoke",
-        f"data.source={small_text}",
-        "options.ranks=false",
-        "study.seeds=[1]",
-    )
+    args = ("accumulation", "--smoke", f"data.source={small_text}", "options.ranks=false", "study.seeds=[1]")
     first = start(home, "gptcore.studies", *args)  # the same cells, without the servers' time
     deadline = time.monotonic() + 200
     while not list(home.glob("runs/*/cells/0/*/cell.json")):
@@ -67,7 +61,7 @@ def test_a_killed_study_goes_on_without_repeating_finished_cells(home: Path, sma
     kept = len(list((home / "studies" / "cells").glob("*/COMMITTED")))
     assert kept >= 1
 
-    code, result, err = result_of(start(home, "flows.cli", "study", *args))
+    code, result, err = result_of(start(home, "gptloom.flows.command.cli", "study", *args))
     assert code == 0, err
     assert set(result) >= KEYS
     assert (result["cells"], result["failed"], result["not_run"]) == (4, 0, 0)
@@ -99,8 +93,19 @@ def test_the_timing_map_adds_up_and_draws_itself(home: Path, small_text: Path) -
     run = home / "runs" / result["run"]
     mapped = pd.read_parquet(run / "tables" / "map.parquet")
     names = set(mapped["section"])
-    for part in ("ingest", "vocabulary", "shards", "train / forward / attention", "train / forward / loss", "train / backward", "train / save",
-                 "train / data / to_device", "train / evaluate / head" , "train / report", "report"):  # fmt: skip
+    for part in (
+        "ingest",
+        "vocabulary",
+        "shards",
+        "train / forward / attention",
+        "train / forward / loss",
+        "train / backward",
+        "train / save",
+        "train / data / to_device",
+        "train / evaluate / head",
+        "train / report",
+        "report",
+    ):
         assert f"pipeline / {part}" in names, f"{part} is missing in {sorted(names)}"
     assert mapped["seconds"].min() >= 0
     assert mapped["share"].sum() == pytest.approx(1)

@@ -84,14 +84,7 @@ def test_shares_include_what_is_inside_and_the_tree_is_whole() -> None:
 
 
 def test_advice_speaks_only_when_its_number_is_reached() -> None:
-    calm = {
-        "of_peak": 0.9,
-        "us_per_operator": 500.0,
-        "busy_share": None,
-        "intensity": 50.0,
-        "ridge": 10.0,
-        "kernels": None,
-    }
+    calm = {"of_peak": 0.9, "us_per_operator": 500.0, "busy_share": None, "intensity": 50.0, "ridge": 10.0, "kernels": None}
     assert advise_step(calm, {"forward / attention": 0.5, "optimizer": 0.1}) == []
     told = advise_step({**calm, "busy_share": 0.4, "kernels": 900}, {"data": 0.2, "optimizer": 0.25})
     assert [("20 %" in told[0]), ("25 %" in told[1]), ("40 %" in told[2])] == [True, True, True]

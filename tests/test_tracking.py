@@ -15,8 +15,8 @@ from mlflow.entities import Run
 
 from gptcore.config import UserError
 from gptcore.journal import Journal
-from tasks.forwarding import Forwarder, forward_tree
-from tasks.tracking import check_store, read_servers, tracking_uri
+from gptloom.tasks.records.forwarding import Forwarder, forward_tree
+from gptloom.tasks.records.tracking import check_store, read_servers, tracking_uri
 
 pytestmark = pytest.mark.integration  # a real MLflow store
 
@@ -35,9 +35,7 @@ def write_run(home: Path) -> Path:
     child = Journal(directory / "train")
     child.open("toy-1/train", parent="toy-1", title="train")
     for step in range(300):
-        child.metrics(
-            {"train/loss": 3.0 - step / 100, "train/lr": 0.1, "x": 1, "y": 2}, tokens_seen=10 * step, step=step
-        )
+        child.metrics({"train/loss": 3.0 - step / 100, "train/lr": 0.1, "x": 1, "y": 2}, tokens_seen=10 * step, step=step)
     child.metrics({"val/bpb": 2.5}, tokens_seen=2990, step=299)
     (directory / "train" / "samples").mkdir()
     (directory / "train" / "samples" / "0.txt").write_text("to be")
@@ -77,20 +75,14 @@ def test_every_kind_of_line_arrives(home: Path, mlflow_store: str) -> None:
     assert parent.data.tags["gptloom.host"] == "here"
     assert parent.info.status == "FINISHED"
     dataset = parent.inputs.dataset_inputs[0].dataset
-    assert (dataset.name, dataset.digest, json.loads(dataset.profile)) == (
-        "texts",
-        "0123456789abcdef",
-        {"documents": 3},
-    )
+    assert (dataset.name, dataset.digest, json.loads(dataset.profile)) == ("texts", "0123456789abcdef", {"documents": 3})
     assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["config.yaml"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert (child.info.status, child.data.tags["gptloom.reason"]) == ("FAILED", "disk on fire")
     assert [file.path for file in client.list_artifacts(child.info.run_id, "texts")] == ["texts/0.txt"]
     points = client.get_metric_history(child.info.run_id, "train/loss")
     assert [point.step for point in points] == [10 * step for step in range(300)]  # the x-axis is tokens seen
-    assert (
-        child.data.metrics["bpb"] == child.data.metrics["val/bpb"] == 2.5
-    )  # the compare page opens with its first metric
+    assert child.data.metrics["bpb"] == child.data.metrics["val/bpb"] == 2.5  # the compare page opens with its first metric
     assert "tokens seen" in client.get_experiment(parent.info.experiment_id).tags["mlflow.note.content"]
     assert (home / "mlartifacts" / "toy" / parent.info.run_id / "artifacts" / "config.yaml").is_file()
 
@@ -103,9 +95,7 @@ def test_replaying_changes_nothing(home: Path, mlflow_store: str) -> None:
     before = everything(mlflow_store)
     forward_tree(directory, "toy")
     assert everything(mlflow_store) == before
-    client.update_run(
-        find(mlflow_store, "toy-1/train").info.run_id, status="RUNNING"
-    )  # as if its closing line were missing
+    client.update_run(find(mlflow_store, "toy-1/train").info.run_id, status="RUNNING")  # as if its closing line were missing
     forward_tree(directory, "toy")
     assert everything(mlflow_store) == before
 
@@ -154,11 +144,7 @@ def test_outage_delays_records_and_loses_none(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert forwarder.flush() == []
     assert (
-        len(
-            MlflowClient(tracking_uri=mlflow_store).get_metric_history(
-                find(mlflow_store, "toy-1/train").info.run_id, "x"
-            )
-        )
+        len(MlflowClient(tracking_uri=mlflow_store).get_metric_history(find(mlflow_store, "toy-1/train").info.run_id, "x"))
         == 300
     )
 

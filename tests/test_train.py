@@ -66,9 +66,7 @@ def run(config, shards, out, stop=None):
 
 
 def test_a_short_run_learns_and_reports(config, shards, tmp_path):
-    longer = with_changes(
-        config, train={"max_steps": 60, "eval_interval": 30, "save_interval": 30, "keep_checkpoints": 1}
-    )
+    longer = with_changes(config, train={"max_steps": 60, "eval_interval": 30, "save_interval": 30, "keep_checkpoints": 1})
     result = run(longer, shards, tmp_path)
     assert result["untrained_loss"] == pytest.approx(result["uniform_loss"], rel=0.05)
     assert result["val_loss"] < 0.75 * result["untrained_loss"]
@@ -279,9 +277,22 @@ def test_the_process_trains_with_prefect_and_mlflow_blocked(config, shards, tmp_
     path = tmp_path / "toy.yaml"
     path.write_text(dump_yaml(config))
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, str(path), "train.max_steps=4", "--shards", str(shards.directory), "--out", str(tmp_path / "out")],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            BLOCKED,
+            str(path),
+            "train.max_steps=4",
+            "--shards",
+            str(shards.directory),
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["steps"] == 4
@@ -293,8 +304,12 @@ def test_the_process_trains_with_prefect_and_mlflow_blocked(config, shards, tmp_
 def test_a_users_mistake_is_one_line_and_exit_2(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "gptcore.train", "nowhere.yaml"],
-        capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"GPTLOOM_HOME": str(tmp_path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"GPTLOOM_HOME": str(tmp_path)},
+    )
     assert done.returncode == 2
     assert "nowhere.yaml" in json.loads(done.stdout)["error"]
     assert "Traceback" not in done.stderr
@@ -322,9 +337,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(config, shards, tmp_path, capl
 def test_kept_are_the_newest_every_nth_and_the_best(config, shards, tmp_path):
     from gptcore.checkpoint import prune_checkpoints
 
-    changed = with_changes(
-        config, train={"save_interval": 1, "keep_checkpoints": 9, "max_steps": 9, "eval_interval": 9}
-    )
+    changed = with_changes(config, train={"save_interval": 1, "keep_checkpoints": 9, "max_steps": 9, "eval_interval": 9})
     run(changed, shards, tmp_path)
     folder = tmp_path / "checkpoints"
     state = json.loads((folder / "step_000009" / "state.json").read_text())
@@ -369,11 +382,7 @@ def test_what_is_saved_is_the_step_it_names(config, shards, tmp_path, monkeypatc
 def test_two_processes_do_not_train_in_one_directory(tmp_path):
     from gptcore import store
 
-    with (
-        store.claim(tmp_path),
-        pytest.raises(UserError, match=f"process {os.getpid()} is at work"),
-        store.claim(tmp_path, 0.0),
-    ):
+    with store.claim(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} is at work"), store.claim(tmp_path, 0.0):
         pass
     assert not store.is_claimed(tmp_path)
 

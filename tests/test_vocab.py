@@ -308,9 +308,7 @@ def test_the_file_names_its_engine(bpe_dir: Path, tmp_path: Path) -> None:
 def test_engines_agree(bpe_dir: Path, corpus: Path) -> None:
     tree = json.loads((bpe_dir / "tokenizer.json").read_text(encoding="utf-8"))
     texts = [*ODD_TEXTS, *read_documents(corpus, "val"), "<|endoftext|>"]
-    found = [
-        open_engine(f"{name} {installed_version(name)}", tree)(texts) for name in ENGINES if installed_version(name)
-    ]
+    found = [open_engine(f"{name} {installed_version(name)}", tree)(texts) for name in ENGINES if installed_version(name)]
     for ids, offsets in found[1:]:
         assert np.array_equal(ids, found[0][0])
         assert np.array_equal(offsets, found[0][1])
@@ -335,10 +333,7 @@ def test_a_tokenizer_from_elsewhere_is_taken_in(corpus: Path, tmp_path: Path) ->
     assert vocab.decode(vocab.encode(text)) == text
     # Frozen: another corpus has the same vocabulary.
     assert locate_vocab(taken, tmp_path / "another", tmp_path) == directory
-    assert (
-        Vocab.load(build_vocab(VocabConfig(source=str(directory)), corpus, tmp_path / "b")).fingerprint
-        == vocab.fingerprint
-    )
+    assert Vocab.load(build_vocab(VocabConfig(source=str(directory)), corpus, tmp_path / "b")).fingerprint == vocab.fingerprint
 
 
 def test_a_tokenizer_without_end_of_text_gets_one(corpus: Path, tmp_path: Path) -> None:

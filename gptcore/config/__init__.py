@@ -65,9 +65,7 @@ _YamlLoader.yaml_implicit_resolvers = {
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
@@ -108,16 +106,10 @@ class StudiesConfig(Section):
     accumulation: bool = Field(True, description="One batch in 1 and in several micro-steps: gradients, memory, speed.")
     rnn: bool = Field(True, description="LSTM with the GPT's parameters and tokens.")
     accumulation_steps: int = Field(
-        4,
-        ge=2,
-        le=1024,
-        description="Micro-steps of the accumulation study's second arm; must divide train.global_batch_size.",
+        4, ge=2, le=1024, description="Micro-steps of the accumulation study's second arm; must divide train.global_batch_size."
     )
     repeats: int = Field(
-        5,
-        ge=3,
-        le=1000,
-        description="Timed repeats of each measurement, after one warm-up; medians and ranges are reported.",
+        5, ge=3, le=1000, description="Timed repeats of each measurement, after one warm-up; medians and ranges are reported."
     )
 
 
@@ -168,9 +160,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_YamlLoader) or {}
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{what} {path}: not valid YAML ({hide_password(' '.join(str(error).split()))[:300]})"
-        ) from None
+        raise UserError(f"{what} {path}: not valid YAML ({hide_password(' '.join(str(error).split()))[:300]})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{what} {path}: expected sections like 'data:' and 'train:', found {type(tree).__name__}")
     return tree
@@ -192,9 +182,7 @@ def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():
         flat.update(
-            {f"{prefix}{key}.{k}": v for k, v in value.items()}
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
+            {f"{prefix}{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {f"{prefix}{key}": value}
         )
     return flat
 
@@ -289,9 +277,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = text
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
-        raise UserError(
-            f"override {hide_password(override)!r}: section {section!r} of the experiment file is not a mapping"
-        )
+        raise UserError(f"override {hide_password(override)!r}: section {section!r} of the experiment file is not a mapping")
     branch[field] = value
 
 

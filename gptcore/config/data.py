@@ -10,9 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from gptcore.config.base import Section
 
 # Query fields that let whoever reads them in: presigned addresses and tokens.
-_SECRET_FIELD = (
-    r"(?:[^=&#\s]*(?:token|secret|signature|password|passwd|api-?_?key|credential)[^=&#\s]*|sig|key|auth|pw)"
-)
+_SECRET_FIELD = r"(?:[^=&#\s]*(?:token|secret|signature|password|passwd|api-?_?key|credential)[^=&#\s]*|sig|key|auth|pw)"
 SECRET_QUERY = re.compile(rf"(?<=[?&]){_SECRET_FIELD}=[^&#\s]+", re.IGNORECASE)
 LOGIN = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 
@@ -117,9 +115,7 @@ class DataConfig(Section):
         64 << 20, ge=1 << 10, le=1 << 31, description="Largest single document, line or cell, in bytes."
     )
     max_members: int = Field(1_000_000, ge=1, description="Most files in one archive.")
-    max_member_bytes: int = Field(
-        64 << 30, ge=1, description="Largest file, or file in an archive, uncompressed, in bytes."
-    )
+    max_member_bytes: int = Field(64 << 30, ge=1, description="Largest file, or file in an archive, uncompressed, in bytes.")
     max_total_bytes: int = Field(4 << 40, ge=1, description="Most text of all sources together, in bytes.")
     max_expansion: int = Field(
         200, ge=2, description="Most bytes that one byte of a file may become (counted from 16 MiB on): a bomb's mark."

@@ -77,10 +77,7 @@ class ModelConfig(Section):
     n_embd: int = Field(128, ge=2, le=100_000, description="Width in channels.")
     block_size: int = Field(128, ge=2, le=1 << 20, description="Maximum context, in tokens.")
     dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Dropout probability; 0 is right while training sees each token less than a few times.",
+        0.0, ge=0, lt=1, description="Dropout probability; 0 is right while training sees each token less than a few times."
     )
     expansion: float = Field(1.5, gt=0, le=16, description="States per channel of mingru.")
     order: int = Field(5, ge=1, le=12, description="Tokens of an n-gram, the predicted one included.")
@@ -111,9 +108,7 @@ class ModelConfig(Section):
         description="normal: N(0, 0.02), output projections smaller with depth (GPT-2); fan_in: uniform by the number of "
         "inputs, head near zero. Recurrent and convolution layers start as torch makes them. [preset]",
     )
-    zero_init: bool = Field(
-        True, description="Output projections start at zero: every block starts as the identity. [preset]"
-    )
+    zero_init: bool = Field(True, description="Output projections start at zero: every block starts as the identity. [preset]")
     softcap: float = Field(
         0.0, ge=0, le=1000, description="Logits are bent to stay within ±softcap (c·tanh(x/c)); 0: off. [preset]"
     )

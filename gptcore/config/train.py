@@ -24,9 +24,7 @@ class TrainConfig(Section):
         min_length=1,
         description="Checkpoint directory (step_NNNNNN) whose weights the run starts from; empty: random weights.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a CUDA GPU if there is one, else the CPU."
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU.")
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"] = Field(
         "auto",
         description="Arithmetic of the matrix products. auto: bf16 on a GPU that has it, fp32 on a CPU. fp16 scales the "
@@ -60,9 +58,7 @@ class TrainConfig(Section):
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for everything."
     )
-    global_batch_size: int = Field(
-        32, ge=1, description="Sequences per optimizer step, over all micro-steps and processes."
-    )
+    global_batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, over all micro-steps and processes.")
     micro_batch_size: int | Literal["auto"] = Field(
         "auto",
         description="Sequences per forward pass; must divide global_batch_size. auto: as many as fit in memory, halved "
@@ -84,9 +80,7 @@ class TrainConfig(Section):
         lt=10,
         description="Peak learning rate of AdamW's parameters beside Muon (embeddings, head; all of lstm and bigram).",
     )
-    min_lr: float = Field(
-        0.0, ge=0, lt=10, description="Learning rate at the last step; AdamW's falls by the same factor."
-    )
+    min_lr: float = Field(0.0, ge=0, lt=10, description="Learning rate at the last step; AdamW's falls by the same factor.")
     schedule: Literal["wsd", "cosine", "linear"] = Field(
         "wsd",
         description="After the warmup. wsd: flat, then linearly to min_lr over decay_fraction; cosine: half a cosine to "
@@ -94,10 +88,7 @@ class TrainConfig(Section):
     )
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warmup.")
     decay_fraction: float = Field(
-        0.6,
-        ge=0,
-        le=1,
-        description="wsd: share of the steps at the end in which the learning rate falls.",
+        0.6, ge=0, le=1, description="wsd: share of the steps at the end in which the learning rate falls."
     )
     weight_decay: float = Field(
         0.1, ge=0, lt=10, description="Decoupled weight decay of matrices; look-up tables, gains and biases have none."
@@ -123,9 +114,7 @@ class TrainConfig(Section):
     select: Literal["last", "best"] = Field(
         "last", description="Which weights the run hands on: the last, or those of the evaluation with the best bpb."
     )
-    patience: int = Field(
-        0, ge=0, description="Stop early after so many evaluations in a row without a better bpb; 0: never."
-    )
+    patience: int = Field(0, ge=0, description="Stop early after so many evaluations in a row without a better bpb; 0: never.")
     save_interval: int = Field(500, ge=1, description="Steps between two checkpoints; one is always saved at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay on disk.")
     keep_interval: int = Field(
@@ -157,9 +146,7 @@ class TrainConfig(Section):
                 "use a multiple"
             )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"train.warmup_steps={self.warmup_steps} is more than train.max_steps={self.max_steps}; lower it"
-            )
+            raise ValueError(f"train.warmup_steps={self.warmup_steps} is more than train.max_steps={self.max_steps}; lower it")
         if self.min_lr > self.lr:
             raise ValueError(f"train.min_lr={self.min_lr} is above train.lr={self.lr}; lower it")
         return self
@@ -168,9 +155,7 @@ class TrainConfig(Section):
     def length(self) -> str:
         """Where the run ends, for people: `1000 steps`, `5 minutes`."""
         ends = ((self.max_steps, "steps"), (self.max_tokens, "tokens"), (self.minutes, "minutes"))
-        return " or ".join(
-            f"{value:g} {unit}" if unit == "minutes" else f"{value} {unit}" for value, unit in ends if value
-        )
+        return " or ".join(f"{value:g} {unit}" if unit == "minutes" else f"{value} {unit}" for value, unit in ends if value)
 
     def count_steps(self, block_size: int) -> int | None:
         """Steps until max_steps or max_tokens, whichever is sooner; None when only the clock ends the run."""

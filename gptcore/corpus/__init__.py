@@ -18,16 +18,7 @@ from typing import Any
 from gptcore.config import DataConfig, UserError, load_config
 from gptcore.corpus.build import Build, commit
 from gptcore.corpus.preflight import Estimate, estimate
-from gptcore.corpus.segments import (
-    FILE_NAME,
-    FORMAT,
-    SPLITS,
-    Record,
-    read_batches,
-    read_documents,
-    read_records,
-    segment_dirs,
-)
+from gptcore.corpus.segments import FILE_NAME, FORMAT, SPLITS, Record, read_batches, read_documents, read_records, segment_dirs
 from gptcore.corpus.statistics import corpus_statistics, length_histogram, summarise, text_overlap
 from gptcore.store import home_dir, read_manifest
 

@@ -67,9 +67,7 @@ class Build:
         self.base_dir = newest if data.split != "tail" and data.drop_duplicates else None
         self.ledger = self.family.ledger(newest) if newest else None
         self.newest = newest
-        self.folders: dict[
-            Path, int
-        ] = {}  # of segments being written, each with the lock that keeps it from being swept
+        self.folders: dict[Path, int] = {}  # of segments being written, each with the lock that keeps it from being swept
 
     def unchanged(self) -> Path | None:
         """The newest corpus, if every file is untouched since and none is gone. Opens no file of the source."""
@@ -112,8 +110,10 @@ class Build:
         done = self._pass(base.plan, batches, size, base=base)
         if base.lost:
             logger.warning(
-                "corpus %s: %d of its documents are gone from the source, or changed; starting afresh", base.directory.name, base.lost
-            )  # fmt: skip
+                "corpus %s: %d of its documents are gone from the source, or changed; starting afresh",
+                base.directory.name,
+                base.lost,
+            )
             done.abort()
             return None
         segment = done.finish() if done.documents else None
@@ -136,9 +136,7 @@ class Build:
             if rules[0] != "tail":
                 done = self._pass(_start(rules[0], self.data, inherited), batches, size)
                 rules = self._rules(done.documents, inherited)
-                if done.plan.rule == rules[0] and is_balanced(
-                    done.splits["val"]["bytes"], done.bytes, self.data.val_fraction
-                ):
+                if done.plan.rule == rules[0] and is_balanced(done.splits["val"]["bytes"], done.bytes, self.data.val_fraction):
                     return self._describe(done, None, done.finish())
                 done.abort()
                 logger.info("the estimate was not good enough for the split; reading once more")
@@ -157,9 +155,7 @@ class Build:
             return [inherited.rule, "tail"] if inherited.rule == "section" else ["document", "section", "tail"]
         return ["document", "section", "tail"] if documents >= AUTO_DOCUMENTS else ["section", "tail"]
 
-    def _plan(
-        self, rule: str, batches: Batches, size: int, inherited: SplitPlan | None
-    ) -> tuple[SplitPlan | None, Pass]:
+    def _plan(self, rule: str, batches: Batches, size: int, inherited: SplitPlan | None) -> tuple[SplitPlan | None, Pass]:
         """The split by one rule, None if that cannot be; and the pass that counted for it."""
         start = _start(rule, self.data, inherited)
         counted = Pass(self.data, start, collect=True).run(batches(start), size)
@@ -170,8 +166,9 @@ class Build:
             if plan is not None and self.data.split == "auto":
                 logger.warning(
                     "the text has too few distinct sections to hold some out by content: the last %g of its bytes "
-                    "are the validation split, which may repeat the training text", self.data.val_fraction,
-                )  # fmt: skip
+                    "are the validation split, which may repeat the training text",
+                    self.data.val_fraction,
+                )
             return plan, counted
         assert counted.collected is not None
         keys, sizes = (np.concatenate(column) for column in zip(*counted.collected, strict=True))
@@ -221,9 +218,7 @@ class Build:
                 logger.warning("%s: left out: %s", self.files[number].name, left)
             told += bool(left)
         if told > MAX_TOLD:
-            logger.warning(
-                "and %d files more of which something is left out; the manifest has the counts", told - MAX_TOLD
-            )
+            logger.warning("and %d files more of which something is left out; the manifest has the counts", told - MAX_TOLD)
 
     def _pass(self, plan: SplitPlan, batches: Batches, size: int, base: Base | None = None) -> Pass:
         folder = None
@@ -271,17 +266,13 @@ class Build:
             except OSError:
                 touched = True
             if touched:
-                raise UserError(
-                    f"data.source: {file.path} changed while it was read; run again when nothing writes to it"
-                )
+                raise UserError(f"data.source: {file.path} changed while it was read; run again when nothing writes to it")
 
     def describe_source(self, number: int) -> dict[str, str]:
         """Title and licence: what the settings say, else what the source itself does."""
         source = self.data.sources[number].source
         package = [file for file in self.files if file.source == number and file.package]
-        known = (
-            package_index.describe(Path(package[0].path), package_index.PackageSource.parse(source)) if package else {}
-        )
+        known = package_index.describe(Path(package[0].path), package_index.PackageSource.parse(source)) if package else {}
         return known | self.facts[number]
 
     def _same_sources(self, manifest: dict[str, Any]) -> bool:
@@ -328,9 +319,16 @@ def commit(build: Build, located: Located) -> Path:
         logger.info(
             "corpus %s: %d documents in %d segments (%d duplicates dropped, %d skipped), split by %s, train %d bytes, val %d bytes, "
             "overlap %.3g",
-            located.directory.name, manifest["documents"], len(manifest["segments"]), manifest["duplicates"], manifest["skipped"],
-            manifest["split"], manifest["splits"]["train"]["bytes"], manifest["splits"]["val"]["bytes"], manifest["overlap"],
-        )  # fmt: skip
+            located.directory.name,
+            manifest["documents"],
+            len(manifest["segments"]),
+            manifest["duplicates"],
+            manifest["skipped"],
+            manifest["split"],
+            manifest["splits"]["train"]["bytes"],
+            manifest["splits"]["val"]["bytes"],
+            manifest["overlap"],
+        )
     build.family.remember(located.directory, build.files, build.remembered, build.started)
     return located.directory
 
@@ -355,10 +353,16 @@ def _start(rule: str, data: DataConfig, inherited: SplitPlan | None) -> SplitPla
     return SplitPlan(rule if rule != "tail" else "document", "threshold", data.val_fraction)
 
 
-def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Base | None, segment: dict[str, Any] | None, notes: list[Note]) -> dict[str, Any]:  # fmt: skip
-    parts = [
-        read_manifest(build.home / "data" / "segments" / old) for old in (base.manifest["segments"] if base else [])
-    ]
+def _manifest(
+    name: str,
+    segments: list[str],
+    build: Build,
+    done: Pass,
+    base: Base | None,
+    segment: dict[str, Any] | None,
+    notes: list[Note],
+) -> dict[str, Any]:
+    parts = [read_manifest(build.home / "data" / "segments" / old) for old in (base.manifest["segments"] if base else [])]
     parts += [segment] if segment else []
     rules: list[Counter[str]] = [Counter() for _ in build.data.sources]
     read = [0] * len(rules)
@@ -369,9 +373,15 @@ def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Ba
     for number, source in enumerate(build.data.sources):
         held = {key: sum(part["sources"][number][key] for part in parts) for key in ("documents", "bytes", "val_bytes")}
         sources.append(
-            {"source": hide_password(source.source), "weight": source.weight, **build.describe_source(number), **held, "files": sum(file.source == number for file in build.files)}
+            {
+                "source": hide_password(source.source),
+                "weight": source.weight,
+                **build.describe_source(number),
+                **held,
+                "files": sum(file.source == number for file in build.files),
+            }
             | {"read": read[number], "rules": dict(sorted(rules[number].items()))}
-        )  # fmt: skip
+        )
     near = sum(part["near_duplicates"] for part in parts)
     documents = sum(part["documents"] for part in parts)
     total: Counter[str] = sum(rules, Counter())
@@ -402,14 +412,15 @@ def _manifest(name: str, segments: list[str], build: Build, done: Pass, base: Ba
 
 def _add_overlap(build: Build, located: Located, manifest: dict[str, Any]) -> None:
     folders = [build.home / "data" / "segments" / name for name in manifest["segments"]]
-    val, train = (
-        [rows for folder in folders for rows in load_arrays(folder, f"ngrams_{side}")] for side in ("val", "train")
-    )
+    val, train = ([rows for folder in folders for rows in load_arrays(folder, f"ngrams_{side}")] for side in ("val", "train"))
     overlap = measure_overlap(val, train)
     manifest["overlap"] = round(overlap, 6)
     manifest["overlap_alarm"] = overlap > build.data.max_overlap
     if manifest["overlap_alarm"]:
         logger.warning(
             "corpus %s: %.1f %% of the validation text's 48-byte sequences stand in the training text, more than "
-            "data.max_overlap=%g; its loss will look better than on new text", manifest["id"], 100 * overlap, build.data.max_overlap,
-        )  # fmt: skip
+            "data.max_overlap=%g; its loss will look better than on new text",
+            manifest["id"],
+            100 * overlap,
+            build.data.max_overlap,
+        )

@@ -23,7 +23,9 @@ GUTENBERG_HEAD = 64 << 10  # where its first line must stand
 CONVERT = "convert it to UTF-8, set data.invalid_text=replace"
 
 
-def clean(name: str, title: str, raw: bytes | NotText, is_html: bool, data: DataConfig, counts: Counter[str]) -> tuple[str, bytes]:  # fmt: skip
+def clean(
+    name: str, title: str, raw: bytes | NotText, is_html: bool, data: DataConfig, counts: Counter[str]
+) -> tuple[str, bytes]:
     """(title, text) after all rules; the text is empty where the document is left out.
 
     Raises UserError for a text that is none, with invalid_text=strict.

@@ -147,7 +147,7 @@ def open_members(name: str, raw: BinaryIO, data: DataConfig, count: Callable[[st
 
 def _open(
     name: str, raw: BinaryIO, kind: Kind, data: DataConfig, count: Callable[[str], None], size: Callable[[], int], depth: int
-) -> Iterator[Member]:  # fmt: skip
+) -> Iterator[Member]:
     if depth > MAX_DEPTH:
         raise UserError(f"{name}: archives nested more than {MAX_DEPTH} deep; unpack the outer ones")
     if len(kind.compressions) > MAX_DEPTH:
@@ -187,7 +187,7 @@ class _Header(tarfile.TarInfo):
 
 def _tar_members(
     name: str, stream: BinaryIO, data: DataConfig, count: Callable[[str], None], size: Callable[[], int], depth: int
-) -> Iterator[Member]:  # fmt: skip
+) -> Iterator[Member]:
     with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK, tarinfo=_Header) as tar:
         for number, member in enumerate(tar):
             tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member: memory would grow
@@ -205,9 +205,7 @@ def _tar_members(
             yield from _open(f"{name}/{member.name}", cast(BinaryIO, file), kind, data, count, size, depth + 1)
 
 
-def _zip_members(
-    name: str, file: BinaryIO, data: DataConfig, count: Callable[[str], None], depth: int
-) -> Iterator[Member]:
+def _zip_members(name: str, file: BinaryIO, data: DataConfig, count: Callable[[str], None], depth: int) -> Iterator[Member]:
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         _check_count(name, len(infos), data)
@@ -235,9 +233,7 @@ def _zip_members(
 
 def _check_count(name: str, members: int, data: DataConfig) -> None:
     if members > data.max_members:
-        raise UserError(
-            f"{name}: more than data.max_members={data.max_members} files in it; split it up, or raise the limit"
-        )
+        raise UserError(f"{name}: more than data.max_members={data.max_members} files in it; split it up, or raise the limit")
 
 
 def _check_size(name: str, size: int, data: DataConfig) -> None:

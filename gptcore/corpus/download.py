@@ -58,9 +58,7 @@ def fetch_address(source: str, data: DataConfig, home: Path) -> tuple[Path, str]
     url, _, fragment = source.partition("#")
     pin = SHA256.fullmatch(fragment)
     if (fragment and not pin) or not _has_host(url):
-        raise UserError(
-            f"data.source={shown(source)!r}: expected http(s)://HOST/PATH, with #sha256=HEX or nothing after it"
-        )
+        raise UserError(f"data.source={shown(source)!r}: expected http(s)://HOST/PATH, with #sha256=HEX or nothing after it")
     folder = home / "data" / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
     fetch = _Fetch(url, pin.group(1).lower() if pin else "", folder / f"http-{content_id(url)}", data)

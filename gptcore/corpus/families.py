@@ -66,9 +66,7 @@ class Family:
         settings = data.model_dump(mode="json", exclude=INCIDENTAL | {"source"})
         sources = [(_whereabouts(source.source), source.text_column) for source in data.sources]
         self.home = home
-        self.folder = (
-            home / "data" / "families" / content_id({"format": FORMAT, "settings": settings, "sources": sources})
-        )
+        self.folder = home / "data" / "families" / content_id({"format": FORMAT, "settings": settings, "sources": sources})
 
     def newest(self) -> Path | None:
         """The family's newest corpus that is still whole."""

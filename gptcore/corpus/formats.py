@@ -25,23 +25,7 @@ HTML_TAG = re.compile(rb"<(/?)([a-zA-Z][a-zA-Z0-9-]*)[^<>]*?(/?)>")
 FLAT_TAGS = frozenset(
     b"area base br col embed hr img input link meta source track wbr p li dd dt option tr td th tbody thead tfoot".split()
 )
-INLINE_TAGS = [
-    "a",
-    "abbr",
-    "acronym",
-    "b",
-    "bdi",
-    "bdo",
-    "big",
-    "cite",
-    "code",
-    "data",
-    "del",
-    "dfn",
-    "em",
-    "font",
-    "i",
-]
+INLINE_TAGS = ["a", "abbr", "acronym", "b", "bdi", "bdo", "big", "cite", "code", "data", "del", "dfn", "em", "font", "i"]
 INLINE_TAGS += ["ins", "kbd", "mark", "q", "s", "samp", "small", "span", "strike", "strong", "sub", "sup", "time", "tt"]
 INLINE_TAGS += ["u", "var", "wbr"]
 UNSEEN_TAGS = ["script", "style", "noscript", "template", "svg", "head"]
@@ -138,9 +122,7 @@ def part_end(window: bytes) -> int:
     return character_start(window, len(window) - 1) if len(window) == PART_WINDOW else len(window)
 
 
-def read_json_lines(
-    name: str, stream: BinaryIO, part: int | None, column: str, data: DataConfig
-) -> Iterator[bytes | NotText]:
+def read_json_lines(name: str, stream: BinaryIO, part: int | None, column: str, data: DataConfig) -> Iterator[bytes | NotText]:
     """`column` of each line's object. With `part`, the lines that begin in that multiple of PART_BYTES."""
     import orjson
 
@@ -209,9 +191,7 @@ def _read_csv(member: Member, column: str, data: DataConfig) -> Iterator[bytes |
     try:
         reader = csv.open_csv(member.stream, convert_options=convert, **options)
     except KeyError:
-        raise UserError(
-            f"{member.name}: no column {column!r}; name the one that holds text with data.text_column"
-        ) from None
+        raise UserError(f"{member.name}: no column {column!r}; name the one that holds text with data.text_column") from None
     except pa.ArrowInvalid as error:
         if "Empty CSV" in str(error):
             return

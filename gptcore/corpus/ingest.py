@@ -86,7 +86,9 @@ class FileNotes:
 class Pass:
     """Takes batches one after the other; `finish` gives the segment's manifest."""
 
-    def __init__(self, data: DataConfig, plan: SplitPlan, base: Base | None = None, folder: Path | None = None, collect: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, data: DataConfig, plan: SplitPlan, base: Base | None = None, folder: Path | None = None, collect: bool = False
+    ) -> None:
         self.data, self.plan, self.base, self.folder = data, plan, base, folder
         self.writer = SegmentWriter(folder) if folder else None
         self.seen = DigestSet()
@@ -125,8 +127,12 @@ class Pass:
         left = max(total - done, 0) / max(done / seconds, 1)
         logger.info(
             "read %.0f of %.0f MB on disk, %.0f MB of text, %.0f MB/s, about %.0f s left",
-            done / 1e6, total / 1e6, self.bytes / 1e6, self.bytes / 1e6 / seconds, left,
-        )  # fmt: skip
+            done / 1e6,
+            total / 1e6,
+            self.bytes / 1e6,
+            self.bytes / 1e6 / seconds,
+            left,
+        )
 
     def abort(self) -> None:
         if self.writer:
@@ -148,9 +154,7 @@ class Pass:
         if not table.num_rows:
             return
         owner = table["owner"].to_numpy()
-        kept, number = np.unique(
-            owner, return_inverse=True
-        )  # documents with a record, and each record's rank among them
+        kept, number = np.unique(owner, return_inverse=True)  # documents with a record, and each record's rank among them
         sizes = table["bytes"].to_numpy()
         self._count(table, batch.sources[kept], number, sizes, val)
         self.digests.append(batch.digests[kept])
@@ -158,9 +162,7 @@ class Pass:
         self._hashes["sources"].update(batch.sources[kept].astype("<i2").tobytes())
         for split, mask in (("train", ~val), ("val", val)):
             rows = np.flatnonzero(mask)
-            self._hashes[split].update(
-                np.column_stack([number[rows] + self.documents, sizes[rows]]).astype("<i8").tobytes()
-            )
+            self._hashes[split].update(np.column_stack([number[rows] + self.documents, sizes[rows]]).astype("<i8").tobytes())
             if self.writer and len(rows):
                 # A slice keeps the whole batch in memory, so the smaller side, which waits long for its row group, is copied.
                 large = len(rows) == rows[-1] - rows[0] + 1 and 2 * sizes[rows].sum() > sizes.sum()
@@ -193,9 +195,7 @@ class Pass:
             "split": self.plan.rule,
             "near_duplicates": self.near_duplicates,
             "splits": self.splits,
-            "sources": [
-                dict(zip(("documents", "bytes", "val_bytes"), row, strict=True)) for row in self.by_source.tolist()
-            ],
+            "sources": [dict(zip(("documents", "bytes", "val_bytes"), row, strict=True)) for row in self.by_source.tolist()],
             "lengths": self.lengths.tolist(),
         }
 

@@ -46,8 +46,7 @@ class NearIndex:
         sketch = MinHash(num_perm=PERMUTATIONS, hashvalues=values, hashfunc=crc32, scheme=SCHEME)
         # LSH proposes by chance: what it proposes is compared, the most similar wins, the first of equals.
         likeness = [
-            (-float(np.mean(np.frombuffer(self.signatures[i], dtype="<u4") == values)), i)
-            for i in self.lsh.query(sketch)
+            (-float(np.mean(np.frombuffer(self.signatures[i], dtype="<u4") == values)), i) for i in self.lsh.query(sketch)
         ]
         best = min(likeness, default=(0.0, 0))
         if -best[0] >= self.threshold:

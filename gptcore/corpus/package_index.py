@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREFIX = "package:"
-PATTERN = re.compile(
-    r"package:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._!+-]*)/([^#]+)#sha256=([0-9a-fA-F]{64})"
-)
+PATTERN = re.compile(r"package:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._!+-]*)/([^#]+)#sha256=([0-9a-fA-F]{64})")
 RETRY_SECONDS = (1.0, 2.0, 4.0)  # waits between the attempts
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, between two reads
 MAX_MEMBER_BYTES = 256 << 20
@@ -144,9 +142,7 @@ def pip_settings() -> dict[str, str]:
         if separator and value[:1] in "'\"":
             by_section.setdefault(section, {})[option] = str(ast.literal_eval(value))
     # pip's precedence, weakest first. The plain environment is for an interpreter without pip.
-    environment = {
-        key[4:].lower().replace("_", "-"): value for key, value in os.environ.items() if key.startswith("PIP_")
-    }
+    environment = {key[4:].lower().replace("_", "-"): value for key, value in os.environ.items() if key.startswith("PIP_")}
     sections = [environment, *(by_section.get(name, {}) for name in ("global", "download", ":env:"))]
     return {option: value for settings in sections for option, value in settings.items() if value}
 
@@ -196,9 +192,7 @@ def _find_sdist(client: PyPISimple, package: PackageSource) -> DistributionPacka
         ) from None
     wanted = canonicalize_version(package.version)
     sdists = [
-        file
-        for file in files
-        if file.package_type == "sdist" and file.version and canonicalize_version(file.version) == wanted
+        file for file in files if file.package_type == "sdist" and file.version and canonicalize_version(file.version) == wanted
     ]
     if not sdists:
         raise UserError(

@@ -114,9 +114,7 @@ def refuse_impossible(estimate: Estimate) -> None:
             f"data.source: not enough disk: {estimate}; free some, point GPTLOOM_HOME at a larger disk, or give less text"
         )
     if estimate.memory_bytes > estimate.memory_free:
-        raise UserError(
-            f"data.source: not enough memory: {estimate}; lower data.processes, or give less text with data.source"
-        )
+        raise UserError(f"data.source: not enough memory: {estimate}; lower data.processes, or give less text with data.source")
 
 
 def _spread(count: int) -> list[int]:

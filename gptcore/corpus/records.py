@@ -21,15 +21,7 @@ from gptcore.config import DataConfig, UserError
 from gptcore.corpus import package_index
 from gptcore.corpus.cleaning import clean
 from gptcore.corpus.containers import DECODING_ERRORS, DamagedError, Kind, check_expansion, open_members
-from gptcore.corpus.formats import (
-    PART_BYTES,
-    Raw,
-    read_json_lines,
-    read_member,
-    read_parquet,
-    read_text_part,
-    title_of,
-)
+from gptcore.corpus.formats import PART_BYTES, Raw, read_json_lines, read_member, read_parquet, read_text_part, title_of
 from gptcore.corpus.overlap import sample_ngrams
 from gptcore.corpus.sections import SplitPlan, cut_sections, hash_document, section_key
 from gptcore.corpus.sources import Entry

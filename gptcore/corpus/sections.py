@@ -39,8 +39,7 @@ class SplitPlan:
     def as_json(self) -> dict[str, Any]:
         """The plan as a manifest has it; `restore` is the inverse."""
         exceptions = {
-            side: [f"{int(key):016x}" for key in keys]
-            for side, keys in (("val", self.val_keys), ("train", self.train_keys))
+            side: [f"{int(key):016x}" for key in keys] for side, keys in (("val", self.val_keys), ("train", self.train_keys))
         }
         plan = {"split": self.rule, "selection": self.selection, "val_fraction": self.val_fraction}
         return plan | {"split_exceptions": exceptions}
@@ -48,8 +47,7 @@ class SplitPlan:
     @classmethod
     def restore(cls, manifest: dict[str, Any]) -> SplitPlan:
         val, train = (
-            np.array([int(key, 16) for key in manifest["split_exceptions"][side]], dtype=np.uint64)
-            for side in ("val", "train")
+            np.array([int(key, 16) for key in manifest["split_exceptions"][side]], dtype=np.uint64) for side in ("val", "train")
         )
         return cls(manifest["split"], manifest["selection"], manifest["val_fraction"], val, train)
 

@@ -40,8 +40,7 @@ def select_segments(corpus_dir: Path, names: list[str], home: Path) -> Path:
             for split in SPLITS
         },
         "sources": [
-            source
-            | {key: sum(part["sources"][number][key] for part in parts) for key in ("documents", "bytes", "val_bytes")}
+            source | {key: sum(part["sources"][number][key] for part in parts) for key in ("documents", "bytes", "val_bytes")}
             for number, source in enumerate(base["sources"])
         ],
         "lengths": np.sum([part["lengths"] for part in parts], axis=0).tolist(),

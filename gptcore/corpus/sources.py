@@ -33,9 +33,7 @@ class SourceFile:
     name: str  # for people and titles; no path of this machine
     path: str  # a Path object would cost more than the look at the disk
     size: int
-    signature: tuple[
-        int, int, int, int, int
-    ]  # device, inode, size, mtime_ns, ctime_ns: equal while the file is untouched
+    signature: tuple[int, int, int, int, int]  # device, inode, size, mtime_ns, ctime_ns: equal while the file is untouched
     package: str = ""  # a package source: which of its members are read
 
     @property
@@ -80,9 +78,7 @@ def list_files(data: DataConfig, home: Path) -> tuple[list[SourceFile], list[dic
     return files, facts
 
 
-def _files_of(
-    number: int, source: SourceConfig, data: DataConfig, home: Path, known: dict[str, str]
-) -> list[SourceFile]:
+def _files_of(number: int, source: SourceConfig, data: DataConfig, home: Path, known: dict[str, str]) -> list[SourceFile]:
     where = source.source
     if where.startswith(package_index.PREFIX):
         package = package_index.PackageSource.parse(where)

@@ -52,9 +52,7 @@ class CausalSelfAttention(nn.Module):
 
             q, k, v = rotate_heads(qkv, *rotary, self.n_head)  # what follows here, in one kernel
         else:
-            q, k, v = (
-                qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
-            )  # (B, nh, T, hs) each
+            q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs) each
             if self.qk_norm:  # keeps the attention logits small, so a large learning rate cannot saturate them
                 q, k = rms_norm(q), rms_norm(k)  # (B, nh, T, hs)
             if rotary is not None:
@@ -69,12 +67,7 @@ class CausalSelfAttention(nn.Module):
                 y = attend_once(q, k, v, mask)  # (B, nh, 1, hs)
             else:
                 y = F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=mask,
-                    is_causal=mask is None and T > 1,
-                    dropout_p=self.dropout if self.training else 0.0,
+                    q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
                 )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
         return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
@@ -189,9 +182,7 @@ class GPT(LanguageModel):
     def read_out(self, x: Tensor, targets: Tensor | None, reduction: str) -> tuple[Tensor | None, Tensor | None]:
         """The last hidden states x (B, T, C) to what `forward` returns."""
         cap = self.config.softcap
-        if targets is not None and (
-            targets.numel() * self.vocab_size > PIECE_LOGITS[x.device.type] or self.head_in_fp8
-        ):
+        if targets is not None and (targets.numel() * self.vocab_size > PIECE_LOGITS[x.device.type] or self.head_in_fp8):
             fp8 = self.head_in_fp8 and self.training
             if not isinstance(self.lm_head, nn.Linear):  # quantized
                 return None, piecewise_cross_entropy(x, self.lm_head, targets, reduction, cap, self.vocab_size)

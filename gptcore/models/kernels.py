@@ -52,9 +52,7 @@ def _rotate_kernel(qkv, cos, sin, q, k, N, T, H, HALF: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _rotate_back_kernel(
-    qkv, cos, sin, dq, dk, dv, dqkv, N, T, H, HALF: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr
-):
+def _rotate_back_kernel(qkv, cos, sin, dq, dk, dv, dqkv, N, T, H, HALF: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr):
     """The gradient of one head of BLOCK tokens, for queries and keys back through rotation and norm, for values as it is."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1)
@@ -129,9 +127,7 @@ def _bend(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def _loss_kernel(
-    logits, targets, nats, grad, V: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _loss_kernel(logits, targets, nats, grad, V: tl.constexpr, CAP: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr):
     """One row: its nats, then the gradient of its logits."""
     IS_BOUNDED: tl.constexpr = CAP > 0 and CAP <= 30  # a larger cap would send all of a row below the smallest float
     row = tl.program_id(0).to(tl.int64)
@@ -175,9 +171,7 @@ def loss_and_gradient_fp8(logits: Tensor, targets: Tensor, cap: float) -> tuple[
     grad = torch.empty(rows, V, device=logits.device, dtype=E5M2)
     scale = torch.finfo(E5M2).max
     # As bytes: Triton moves them more surely than eight-bit floats (some of its layouts mix up the latter).
-    _loss_kernel[(rows,)](
-        logits, targets, nats, grad.view(torch.uint8), V, CAP=cap, SCALE=scale, BLOCK=LOSS_BLOCK, num_warps=8
-    )
+    _loss_kernel[(rows,)](logits, targets, nats, grad.view(torch.uint8), V, CAP=cap, SCALE=scale, BLOCK=LOSS_BLOCK, num_warps=8)
     return nats.sum(), grad
 
 
@@ -202,9 +196,7 @@ def transpose_bytes(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _narrow_linear_kernel(
-    x, weight, scale, y, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _narrow_linear_kernel(x, weight, scale, y, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """All rows of x times BLOCK_N rows of the weight, summed in float32."""
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_m, is_n = m < M, n < N

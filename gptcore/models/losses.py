@@ -129,9 +129,7 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tens
     is_target = targets >= 0
     log_z = capped.logsumexp(1, keepdim=True)  # (rows, 1)
     nats = (log_z - capped.gather(1, targets.clamp_min(0)[:, None]))[:, 0]
-    is_hit = (
-        torch.arange(logits.size(1), device=logits.device) == targets[:, None]
-    )  # (rows, V); a compiler fuses it away
+    is_hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]  # (rows, V); a compiler fuses it away
     grad = torch.where(is_target[:, None], (capped - log_z).exp() - is_hit.float(), 0.0)
     if cap:
         grad = grad * (1 - (capped / cap).square())

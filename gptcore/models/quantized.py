@@ -209,9 +209,7 @@ class Int4Linear(QuantizedLinear):
     kind = "int4"
     few_rows = 64
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: Tensor | None = None, *, group_size: int = 32
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None, *, group_size: int = 32) -> None:
         super().__init__(in_features, out_features, bias)
         assert fits_int4(in_features, group_size), (in_features, group_size)
         self.group_size = group_size

@@ -57,12 +57,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         log.info("arm %s", arm["key"])
         directory = args.out / arm["key"]
         trained = train(
-            load_config(arm["config"]),
-            ShardSet.open(arm["shards"]),
-            directory,
-            ALONE,
-            f"{args.run}/{arm['key']}",
-            args.run,
+            load_config(arm["config"]), ShardSet.open(arm["shards"]), directory, ALONE, f"{args.run}/{arm['key']}", args.run
         )
         write_json(directory / "result.json", trained)
         result["arms"][arm["key"]] = trained

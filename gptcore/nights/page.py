@@ -97,6 +97,4 @@ def _nights_table(nights: list[dict[str, Any]]) -> str:
     rows = [{key: "–" if night.get(key) is None else str(night[key]) for key in keys} for night in nights]
     for row, night in zip(rows, nights, strict=True):
         row["val_bpb"] = "–" if night["val_bpb"] is None else f"{night['val_bpb']:.4f}"
-    return page.html_table(
-        pd.DataFrame(rows).rename(columns=NAMES), "Outcomes", text_columns=("outcome", "reason", "champion")
-    )
+    return page.html_table(pd.DataFrame(rows).rename(columns=NAMES), "Outcomes", text_columns=("outcome", "reason", "champion"))

@@ -82,7 +82,5 @@ class NightlySettings(BaseModel):
         description="Apprise URLs (mailto://…, slack://…, json://…) or Prefect notification blocks as TYPE/NAME.",
     )
     notify_on: list[Outcome] = Field(
-        ["promoted", "refused", "failed", "skipped"],
-        title="Notify on",
-        description="Outcomes that are worth a message.",
+        ["promoted", "refused", "failed", "skipped"], title="Notify on", description="Outcomes that are worth a message."
     )

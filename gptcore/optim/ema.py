@@ -16,9 +16,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self._model = decay, model
-        self._parameters = {
-            name: local_part(p) for name, p in model.named_parameters()
-        }  # of a spread model: its part here
+        self._parameters = {name: local_part(p) for name, p in model.named_parameters()}  # of a spread model: its part here
         self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()

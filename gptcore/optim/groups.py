@@ -22,9 +22,7 @@ class Optimizers:
     ) -> None:
         """names: of what the optimizers move. whole: the model's parameters by name; the same tensors unless it is spread."""
         self._optimizers, self._names, self._whole = optimizers, names, whole
-        self._peaks = {
-            key: [float(group["lr"]) for group in optimizer.param_groups] for key, optimizer in optimizers.items()
-        }
+        self._peaks = {key: [float(group["lr"]) for group in optimizer.param_groups] for key, optimizer in optimizers.items()}
 
     @property
     def groups(self) -> list[dict[str, object]]:
@@ -86,9 +84,7 @@ class Optimizers:
         return spread_like(value, parameter) if value.dim() and is_spread(parameter) else value
 
 
-def build_optimizers(
-    model: nn.Module, config: TrainConfig, *, on_device: bool = False, ranks: Ranks = ALONE
-) -> Optimizers:
+def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool = False, ranks: Ranks = ALONE) -> Optimizers:
     """Every parameter into exactly one group: Muon for matrices inside blocks, AdamW with decay for the head, AdamW without
     decay for look-up tables, gains and biases. A tied table is the head, so it decays.
 

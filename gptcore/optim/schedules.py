@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 
-def lr_factor(
-    schedule: str, step: int, progress: float, warmup_steps: int, decay_fraction: float, min_factor: float
-) -> float:
+def lr_factor(schedule: str, step: int, progress: float, warmup_steps: int, decay_fraction: float, min_factor: float) -> float:
     """The share of the peak learning rate that step `step` (from 0 on) applies.
 
     progress: share of the run that is over before this step, 0 to 1: `step / max_steps`, or the clock's.

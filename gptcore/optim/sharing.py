@@ -53,9 +53,7 @@ def _own_slice(n: int, ranks: Ranks) -> tuple[int, slice]:
     return size, slice(min(n, ranks.rank * size), min(n, (ranks.rank + 1) * size))
 
 
-def _by_slice(
-    update: Tensor, orthogonal: Orthogonal, dtype: torch.dtype, ranks: Ranks
-) -> Generator[None, None, Tensor]:
+def _by_slice(update: Tensor, orthogonal: Orthogonal, dtype: torch.dtype, ranks: Ranks) -> Generator[None, None, Tensor]:
     n = len(update)
     size, mine = _own_slice(n, ranks)
     part = update.new_zeros(size, *update.shape[1:], dtype=dtype)

@@ -21,15 +21,9 @@ from gptcore.shards import ShardSet
 def main(argv: list[str]) -> dict[str, Any]:
     parser = process_parser(__doc__, "checkpoint", "a step_NNNNNN directory")
     parser.add_argument("--method", default="int8", help=f"one of {', '.join(METHODS)} (default: int8)")
-    parser.add_argument(
-        "--windows", type=int, default=64, help="training windows that GPTQ calibrates on (default: 64)"
-    )
-    parser.add_argument(
-        "--qat-steps", type=int, default=100, help="steps of fine-tuning before int4-qat (default: 100)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="train.field=value", help="changes to the checkpoint's own config"
-    )
+    parser.add_argument("--windows", type=int, default=64, help="training windows that GPTQ calibrates on (default: 64)")
+    parser.add_argument("--qat-steps", type=int, default=100, help="steps of fine-tuning before int4-qat (default: 100)")
+    parser.add_argument("overrides", nargs="*", metavar="train.field=value", help="changes to the checkpoint's own config")
     args = parser.parse_intermixed_args(argv)
     if args.out is None:
         raise UserError("quantize needs --out DIR, where the new checkpoint goes")
@@ -40,20 +34,14 @@ def main(argv: list[str]) -> dict[str, Any]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for override in args.overrides:
         if not override.startswith("train."):
-            raise UserError(
-                f"override {override!r}: the weights are there already; only train.field=value can be changed"
-            )
+            raise UserError(f"override {override!r}: the weights are there already; only train.field=value can be changed")
     start = time.perf_counter()
     shards = None if args.shards is None else ShardSet.open(args.shards)
     source = load_checkpoint(args.checkpoint)
     config = with_overrides(source.config, args.overrides, f"checkpoint {args.checkpoint}")
     device = choose_device(config.train.device, "fp32")
     what = (args.checkpoint, METHODS[args.method], args.out / "checkpoints", shards)
-    options = {
-        "config": config if args.overrides else None,
-        "calibration_windows": args.windows,
-        "qat_steps": args.qat_steps,
-    }
+    options = {"config": config if args.overrides else None, "calibration_windows": args.windows, "qat_steps": args.qat_steps}
     find_made(*what, **options)  # refuses what cannot be, before a journal says that it failed
     with recording(args.out, args.run, args.parent) as journal:
         made = quantize_checkpoint(*what, device=device.torch, **options)

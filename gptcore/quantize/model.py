@@ -140,9 +140,7 @@ def stages(model: LanguageModel) -> list[dict[str, nn.Linear]]:
     return list(found.values())
 
 
-def quantized_layer(
-    weight: Tensor, bias: Tensor | None, kind: str, method: Method, hessian: Tensor | None
-) -> QuantizedLinear:
+def quantized_layer(weight: Tensor, bias: Tensor | None, kind: str, method: Method, hessian: Tensor | None) -> QuantizedLinear:
     """One matrix (rows, columns), rounded."""
     rows, columns = weight.shape
     layer: QuantizedLinear
@@ -220,9 +218,7 @@ def find_made(
     directory = checkpoint_path(out, read_manifest(checkpoint)["step"])
     if not is_committed(directory):
         return None
-    if read_state(directory).get("origin") != origin_id(
-        checkpoint, method, shards, config, calibration_windows, qat_steps
-    ):
+    if read_state(directory).get("origin") != origin_id(checkpoint, method, shards, config, calibration_windows, qat_steps):
         raise UserError(
             f"--out: {directory} is another checkpoint, or quantized in another way; give another --out, or delete it"
         )

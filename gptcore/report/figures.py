@@ -113,9 +113,7 @@ def time_figure(parts: pd.DataFrame, *, height: int | None = None) -> go.Figure:
             insidetextfont={"color": "#fff"},
             textangle=0,
             showlegend=bool(name),
-            hovertemplate="%{y}: %{x:.3s} s<extra>%{fullData.name}</extra>"
-            if name
-            else "%{y}: %{x:.3s} s<extra></extra>",
+            hovertemplate="%{y}: %{x:.3s} s<extra>%{fullData.name}</extra>" if name else "%{y}: %{x:.3s} s<extra></extra>",
         )
     figure.add_scatter(
         x=[float(totals[step]) for step in steps],
@@ -128,9 +126,7 @@ def time_figure(parts: pd.DataFrame, *, height: int | None = None) -> go.Figure:
         cliponaxis=False,
     )
     lay_out(figure, height or 110 + 34 * len(steps))
-    figure.update_layout(
-        barmode="stack", bargap=0.28, legend_traceorder="normal", uniformtext={"minsize": 11, "mode": "hide"}
-    )
+    figure.update_layout(barmode="stack", bargap=0.28, legend_traceorder="normal", uniformtext={"minsize": 11, "mode": "hide"})
     figure.update_xaxes(title="seconds", range=[0, 1.25 * float(totals.max())])
     figure.update_yaxes(
         autorange="reversed", showgrid=False, categoryorder="array", categoryarray=[html.escape(s) for s in steps]

@@ -46,9 +46,7 @@ def paragraph(text: str, css_class: str = "") -> Markup:
 
 def callout(title: str, text: str, kind: str = "bad") -> Markup:
     """A message one must not miss. `kind` is bad or good."""
-    return Markup('<div class="callout {}" role="note"><strong>{}</strong> <span>{}</span></div>').format(
-        kind, title, text
-    )
+    return Markup('<div class="callout {}" role="note"><strong>{}</strong> <span>{}</span></div>').format(kind, title, text)
 
 
 def tiles(values: Sequence[tuple[str, str, str]]) -> Markup:
@@ -60,9 +58,7 @@ def tiles(values: Sequence[tuple[str, str, str]]) -> Markup:
 def chips(values: Sequence[tuple[str, str, str]]) -> Markup:
     """The state of several steps at a glance: (name, state, note); the state is also a CSS class."""
     chip = Markup('<li class="chip {}"><b>{}</b> <span>{}</span></li>')
-    return Markup('<ul class="chips">\n{}\n</ul>').format(
-        join(chip.format(state, name, note) for name, state, note in values)
-    )
+    return Markup('<ul class="chips">\n{}\n</ul>').format(join(chip.format(state, name, note) for name, state, note in values))
 
 
 def facts(values: Mapping[str, object]) -> Markup:

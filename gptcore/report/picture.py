@@ -27,9 +27,7 @@ def draw_curves(run_dir: Path, path: Path) -> Path | None:
             values = thin_out(step.series(key))
             if len(values):
                 marker = "o" if width > 1 else None
-                axes.plot(
-                    values.index, values, lw=width, marker=marker, ms=4, color=COLOURS[role], label=f"{family}, {label}"
-                )
+                axes.plot(values.index, values, lw=width, marker=marker, ms=4, color=COLOURS[role], label=f"{family}, {label}")
     if not axes.lines:
         return None
     axes.set(xlabel="tokens seen", ylabel="bits per byte", title=run.name)

@@ -76,9 +76,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """Read everything a report needs. Raises UserError if `run_dir` is not a run's directory."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file() and not (run_dir / FILE_NAME).is_file():
-        raise UserError(
-            f"{run_dir}: not a run's directory (neither config.yaml nor {FILE_NAME} in it); give a folder of runs/"
-        )
+        raise UserError(f"{run_dir}: not a run's directory (neither config.yaml nor {FILE_NAME} in it); give a folder of runs/")
     config_text = _read_text(run_dir / "config.yaml")
     try:
         config = yaml.safe_load(config_text)
@@ -205,11 +203,7 @@ def _int8_row(run: RunRecord) -> dict[str, Any] | None:
     row = next((r for r in study_rows(study) if r.get("weights") == "int8"), None)
     if study.status == "failed" or row is None:
         return {"model": f"{name} (failed)"}
-    return {
-        "model": name,
-        "parameters": run.steps["train"].number("parameters"),
-        "val_bpb": _finite(row.get("val_bpb")),
-    }
+    return {"model": name, "parameters": run.steps["train"].number("parameters"), "val_bpb": _finite(row.get("val_bpb"))}
 
 
 def _uniform_row(run: RunRecord) -> dict[str, Any] | None:
@@ -219,13 +213,7 @@ def _uniform_row(run: RunRecord) -> dict[str, Any] | None:
         return None
     tokens, size = run.steps["evaluate"].number("tokens"), run.steps["evaluate"].number("bytes")
     bpb = loss / math.log(2) * tokens / size if tokens and size else None
-    return {
-        "model": "uniform guess −ln(1/V)",
-        "parameters": 0,
-        "val_loss": loss,
-        "val_bpb": bpb,
-        "val_ppl": perplexity(loss),
-    }
+    return {"model": "uniform guess −ln(1/V)", "parameters": 0, "val_loss": loss, "val_bpb": bpb, "val_ppl": perplexity(loss)}
 
 
 def study_rows(step: StepRecord) -> list[dict[str, Any]]:

@@ -69,12 +69,10 @@ def headline_of(run: RunRecord) -> str:
     if bpb is None:
         return f"The {run.model_name} was trained, but its quality on held-out text was not measured."
     interval = intervalnumber(evaluation)
-    text = f"The {run.model_name} spends {bpb:.3f} bits on a byte of text it has never seen{f' ({interval})' if interval else ''}"
-    gaps = [
-        gap
-        for step, name in (("floor", "the bigram floor"), ("rnn", "the LSTM"))
-        if (gap := _gap(run, bpb, step, name))
-    ]
+    text = (
+        f"The {run.model_name} spends {bpb:.3f} bits on a byte of text it has never seen{f' ({interval})' if interval else ''}"
+    )
+    gaps = [gap for step, name in (("floor", "the bigram floor"), ("rnn", "the LSTM")) if (gap := _gap(run, bpb, step, name))]
     text += "".join(f", {gap}" if i == 0 else f" and {gap}" for i, gap in enumerate(gaps))
     seconds, device = train.number("seconds"), train.result.get("device")
     if seconds is not None:
@@ -95,10 +93,7 @@ def summary(run: RunRecord) -> Markup:
     if run.done("train"):
         best = evaluation or train
         loss, peak, mfu = best.number("val_loss"), train.series("mem/peak_mib"), train.series("perf/mfu")
-        speed, mfu_text = (
-            training_speed(train),
-            f"MFU {mfu.median():.1f} %, median" if len(mfu) else "median while training",
-        )
+        speed, mfu_text = (training_speed(train), f"MFU {mfu.median():.1f} %, median" if len(mfu) else "median while training")
         values = [
             (
                 "bits per byte",
@@ -119,9 +114,7 @@ def summary(run: RunRecord) -> Markup:
     parts.append(page.chips(_chip_values(run)))
     for step in run.steps.values():
         if step.status == "failed":
-            parts.append(
-                page.callout(f"{step.name} failed.", f"{step.reason.rstrip('.')}. It has no numbers in this report.")
-            )
+            parts.append(page.callout(f"{step.name} failed.", f"{step.reason.rstrip('.')}. It has no numbers in this report."))
     return page.join(parts)
 
 
@@ -180,9 +173,7 @@ def learning_section(run: RunRecord) -> Markup:
         caption = "Thick: held-out text. Thin: training batches. Click a name to hide it, drag to zoom, double-click to return."
         if isinstance(eval_tokens, int) and eval_tokens > 0:
             caption += f" Held-out points on the way use the first {eval_tokens:,} validation tokens, up to the end of a batch, the last one all of them."
-        blocks.append(
-            page.figure_block(figure, "Loss over tokens", caption, alt=_curves_alt(curves), scale_toggle=True)
-        )
+        blocks.append(page.figure_block(figure, "Loss over tokens", caption, alt=_curves_alt(curves), scale_toggle=True))
     small = [_small_figure(run.steps["train"], *spec) for spec in _SMALL]
     if any(small):
         blocks.append(page.figure_row(*(figure for figure in small if figure)))
@@ -236,13 +227,7 @@ def check_section(run: RunRecord) -> Markup:
             passed = abs(untrained - uniform) <= UNTRAINED_TOLERANCE
             verdict = "pass" if passed else "fail"
             rows.append(
-                (
-                    _model_name(run, step_name),
-                    verdict,
-                    f"{untrained:.4f}",
-                    f"{uniform:.4f}",
-                    f"{untrained - uniform:+.4f}",
-                )
+                (_model_name(run, step_name), verdict, f"{untrained:.4f}", f"{uniform:.4f}", f"{untrained - uniform:+.4f}")
             )
     if not rows:
         return Markup()
@@ -293,11 +278,7 @@ def data_section(run: RunRecord) -> Markup:
         "source": run.dataset.get("source"),
     }
     values |= _flat(profile) if isinstance(profile, dict) else {}
-    shown = {
-        key: f"{value:,}" if isinstance(value, int) else value
-        for key, value in values.items()
-        if value not in (None, "")
-    }
+    shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in values.items() if value not in (None, "")}
     return page.section("Data", page.facts({key.replace("_", " "): value for key, value in shown.items()}))
 
 
@@ -325,7 +306,9 @@ def _small_figure(step: StepRecord, key: str, title: str, caption: str, style: s
     if values.empty:
         return Markup()
     figure = line_figure([Curve(title, values)], x_title="tokens seen", y_title="", height=220, from_zero=True)
-    span = f"from {values.iloc[0]:{style}} to {values.iloc[-1]:{style}}, between {values.min():{style}} and {values.max():{style}}"
+    span = (
+        f"from {values.iloc[0]:{style}} to {values.iloc[-1]:{style}}, between {values.min():{style}} and {values.max():{style}}"
+    )
     return page.figure_block(
         figure,
         title,
@@ -343,9 +326,7 @@ def _position_block(run: RunRecord) -> Markup:
     ):
         return Markup()
     values = pd.Series(losses, index=range(1, len(losses) + 1), dtype=float)
-    figure = line_figure(
-        [Curve("loss", values)], x_title="tokens of context", y_title="loss (nats per token)", height=300
-    )
+    figure = line_figure([Curve("loss", values)], x_title="tokens of context", y_title="loss (nats per token)", height=300)
     half = len(values) // 2
     caption = f"Held-out loss by how much of the window the model has read: {values.iloc[0]:.2f} nats with one token, {sum(losses[half:]) / len(losses[half:]):.2f} in the window's second half."
     return page.figure_block(figure, "What context is worth", caption, alt=caption, scale_toggle=True)
@@ -365,9 +346,7 @@ def _int8_note(run: RunRecord) -> list[str]:
     full, plain = (evaluation.number("val_bpb") if evaluation else None), rows.get("fp32")
     if full is None or not isinstance(plain, (int, float)) or abs(plain - full) < 5e-4:
         return []
-    return [
-        f"int8 was compared with the unquantized model in fp32 on the same tokens: {plain:.4f} bits per byte there."
-    ]
+    return [f"int8 was compared with the unquantized model in fp32 on the same tokens: {plain:.4f} bits per byte there."]
 
 
 def _chip_values(run: RunRecord) -> list[tuple[str, str, str]]:

@@ -16,11 +16,7 @@ from gptcore.report import page
 from gptcore.report.record import RunRecord, StepRecord, study_rows, training_speed
 from gptcore.report.wording import MISSING, number, short_count
 
-TITLES = {
-    "timing": "Inside a training step",
-    "quantization": "int8 weights",
-    "accumulation": "Gradient accumulation",
-}
+TITLES = {"timing": "Inside a training step", "quantization": "int8 weights", "accumulation": "Gradient accumulation"}
 LABELS = {
     "ms": "ms",
     "share": "share",
@@ -33,14 +29,7 @@ LABELS = {
     "grad_difference": "gradient difference",
     "peak_mib": "peak memory (MiB)",
 }
-STYLES = {
-    "val_bpb": ".4f",
-    "bpb_delta": "+.4f",
-    "ms": ",.1f",
-    "tok_per_sec": ",.0f",
-    "peak_mib": ",.1f",
-    "size_mib": ",.2f",
-}
+STYLES = {"val_bpb": ".4f", "bpb_delta": "+.4f", "ms": ",.1f", "tok_per_sec": ",.0f", "peak_mib": ",.1f", "size_mib": ",.2f"}
 
 
 def study_block(step: StepRecord) -> Markup:

@@ -124,9 +124,7 @@ def write_tables(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list[st
         plain = frame.copy()
         for column in plain.columns:
             if plain[column].map(type).nunique() > 1 and plain[column].dtype == object:
-                plain[column] = [
-                    None if v is None else v if isinstance(v, str) else json.dumps(v) for v in plain[column]
-                ]
+                plain[column] = [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in plain[column]]
         plain.to_csv(folder / f"{name}.csv", index=False)
         plain.to_parquet(folder / f"{name}.parquet", index=False)
         names += [f"tables/{name}.csv", f"tables/{name}.parquet"]
@@ -159,17 +157,12 @@ def write_study_page(
         reason = missing[0]["reason"]
         top.append(
             page.callout(
-                f"{len(missing)} of {len(cells)} cells were not measured ({reason}).",
-                "The same command goes on from there.",
+                f"{len(missing)} of {len(cells)} cells were not measured ({reason}).", "The same command goes on from there."
             )
         )
     if findings:
-        top.append(
-            Markup("<ul class='findings'>{}</ul>").format(page.join(Markup("<li>{}</li>").format(f) for f in findings))
-        )
-    links = page.join(
-        (Markup('<a href="{}">{}</a>').format(name, name.removeprefix("tables/")) for name in tables), ", "
-    )
+        top.append(Markup("<ul class='findings'>{}</ul>").format(page.join(Markup("<li>{}</li>").format(f) for f in findings)))
+    links = page.join((Markup('<a href="{}">{}</a>').format(name, name.removeprefix("tables/")) for name in tables), ", ")
     body = [
         *top,
         page.section("What was measured", *blocks),
@@ -200,9 +193,7 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> Markup:
     )
     if not any(frame["reason"]):
         frame = frame.drop(columns="reason")
-    block = page.html_table(
-        frame, "one arm at one point of the grid with one seed", text_columns=["state", "device", "reason"]
-    )
+    block = page.html_table(frame, "one arm at one point of the grid with one seed", text_columns=["state", "device", "reason"])
     return (
         page.collapsible(f"{len(cells)} cells", block)
         if len(cells) > 12 and all(cell["status"] in ("done", "cached") for cell in cells)

@@ -98,9 +98,7 @@ class ShardSet:
         try:
             manifest = read_manifest(directory)
             if manifest.get("kind") != "shards":
-                raise UserError(
-                    f"{directory}: holds {manifest.get('kind')!r}, not shards; give a directory below data/shards"
-                )
+                raise UserError(f"{directory}: holds {manifest.get('kind')!r}, not shards; give a directory below data/shards")
             if manifest["format"] != FORMAT:
                 raise UserError(f"{directory}: format {manifest['format']}, this version reads {FORMAT}; {REMAKE}")
             return cls(directory, manifest)
@@ -160,9 +158,7 @@ class ShardSet:
             ends = 0
             for part in tokens.parts if isinstance(tokens, TokenView) else [tokens]:
                 if len(part) and int(part.max()) >= self.vocab_size:
-                    raise UserError(
-                        f"{self.directory}: an id of its {split} tokens is no id of its vocabulary; {REMAKE}"
-                    )
+                    raise UserError(f"{self.directory}: an id of its {split} tokens is no id of its vocabulary; {REMAKE}")
                 ends += int(np.count_nonzero(part == self.eot_id))
             if ends != len(starts) or (len(starts) and (tokens[starts] != self.eot_id).any()):
                 raise UserError(f"{self.directory}: its {split} records are not where its index says; {REMAKE}")
@@ -207,9 +203,7 @@ def is_complete(directory: Path) -> bool:
     return all(is_committed(directory / part["directory"]) for part in read_manifest(directory)["tokens"])
 
 
-def write_shards(
-    corpus_dir: Path, vocab_dir: Path, home: Path, block_size: int, chunk_map: ChunkMap = map_processes
-) -> Path:
+def write_shards(corpus_dir: Path, vocab_dir: Path, home: Path, block_size: int, chunk_map: ChunkMap = map_processes) -> Path:
     """Encode what is not yet encoded of a corpus, and string it together in a committed directory; return that.
 
     Early return when all of it is there. Raises UserError if a split has fewer than `block_size` + 1 tokens: not one
@@ -257,9 +251,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     return {"corpus": str(prepared.corpus), "vocab": str(prepared.vocab), "shards": str(prepared.shards), **counts}
 
 
-def _describe(
-    directory: Path, corpus_dir: Path, vocab_dir: Path, vocabulary: vocab.Vocab, parts: list[Path]
-) -> dict[str, Any]:
+def _describe(directory: Path, corpus_dir: Path, vocab_dir: Path, vocabulary: vocab.Vocab, parts: list[Path]) -> dict[str, Any]:
     manifests = [read_manifest(part) for part in parts]
     return {
         "kind": "shards",
@@ -299,9 +291,8 @@ def _report_unknown(manifest: dict[str, Any], settings: dict[str, Any]) -> None:
         share = n_unknown / max(n_tokens, 1)
         level = logging.WARNING if share > UNKNOWN_ALARM else logging.INFO
         logger.log(
-            level, "shards %s: %d %s tokens, %d unknown (%.3g %%)",
-            manifest["id"], n_tokens, split, n_unknown, 100 * share,
-        )  # fmt: skip
+            level, "shards %s: %d %s tokens, %d unknown (%.3g %%)", manifest["id"], n_tokens, split, n_unknown, 100 * share
+        )
         if n_unknown and settings.get("unknown") == "error":
             raise UserError(
                 f"vocab.unknown=error: {n_unknown} tokens of the {split} split are unknown to the vocabulary; use "

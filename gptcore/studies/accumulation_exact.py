@@ -54,17 +54,12 @@ def measure_exactness(cell: Cell, bench: Bench) -> CellResult:
     if cell.options.ranks:
         found = gradients_of_ranks(bench, trainer, x, batches)
         front = {"kind": "exactness", "precision": "fp64", "method": f"{RANKS} processes", "micro_steps": RANKS}
-        rows += [
-            {**front, "batch": kind, "error": distance(found[kind], references[kind]), "drift": None}
-            for kind in BATCHES
-        ]
+        rows += [{**front, "batch": kind, "error": distance(found[kind], references[kind]), "drift": None} for kind in BATCHES]
     for kind, targets in batches.items():
         reference = references[kind]
         for precision in ("fp64", "fp32", *(["bf16"] if has_bf16(config.train.device) else [])):
             use_precision(trainer, weights, precision)
-            rows += compare(
-                trainer, x, targets, reference, cell.options.micro_steps, {"batch": kind, "precision": precision}
-            )
+            rows += compare(trainer, x, targets, reference, cell.options.micro_steps, {"batch": kind, "precision": precision})
     exact = max(row["error"] for row in rows if row["precision"] == "fp64" and row["method"] != "naive")
     naive = max(row["error"] for row in rows if row["method"] == "naive")
     return CellResult(rows, metrics={"accumulation/error_fp64": exact, "accumulation/error_naive": naive})

@@ -16,11 +16,7 @@ class AccumulationOptions(Section):
     micro_steps: tuple[int, ...] = Field(
         (1, 2, 4, 8, 16), min_length=2, description="Micro-steps of a step; must divide train.global_batch_size."
     )
-    warm_steps: int = Field(
-        20, ge=0, description="exactness: training steps before, so that no gradient is zero by design."
-    )
+    warm_steps: int = Field(20, ge=0, description="exactness: training steps before, so that no gradient is zero by design.")
     ranks: bool = Field(True, description="exactness: also over two processes.")
     repeats: int = Field(5, ge=1, description="economy: timed rounds; medians are reported.")
-    lrs: tuple[float, ...] = Field(
-        (0.003,), min_length=1, description="learning: learning rates; the best of each arm counts."
-    )
+    lrs: tuple[float, ...] = Field((0.003,), min_length=1, description="learning: learning rates; the best of each arm counts.")

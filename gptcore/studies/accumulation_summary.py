@@ -60,27 +60,34 @@ def _exactness(rows: pd.DataFrame, draft: Draft) -> None:
         )
     keys = ["precision", "batch", "method", "micro_steps"]
     grouped = [
-        {
-            **dict(zip(keys, key, strict=True)),
-            **mean_interval(own["error"]).columns("error"),
-            "n": own["seed"].nunique(),
-        }
+        {**dict(zip(keys, key, strict=True)), **mean_interval(own["error"]).columns("error"), "n": own["seed"].nunique()}
         for key, own in rows.groupby(keys, sort=False)
     ]
     frame = pd.DataFrame(grouped)
     draft.tables["exactness"] = frame
-    draft.blocks.append(figure(
-        _error_figure(frame), "Distance to the exact gradient", "Relative distance to the float64 gradient of the whole batch, mean "
-        "over seeds; both axes logarithmic. Click a name to hide it.",
-        alt="Error of the gradient by number of micro-steps, for each precision and method", height=460,
-    ))  # fmt: skip
+    draft.blocks.append(
+        figure(
+            _error_figure(frame),
+            "Distance to the exact gradient",
+            "Relative distance to the float64 gradient of the whole batch, mean "
+            "over seeds; both axes logarithmic. Click a name to hide it.",
+            alt="Error of the gradient by number of micro-steps, for each precision and method",
+            height=460,
+        )
+    )
     most_rows = frame[(frame["micro_steps"] == most) | frame["method"].str.contains("processes")]
-    draft.blocks.append(table(
-        f"The gradient in {most} micro-steps", most_rows, "relative distance to the float64 gradient of the whole batch: mean (95 % interval)",
-        styles={"error": ".2e", "micro_steps": "d"},
-        notes=["ours: sums divided by the batch's number of targets. naive: the mean of the micro-batches' means. Full batches have as many "
-               "targets in every micro-batch, so there the two agree."],
-    ))  # fmt: skip
+    draft.blocks.append(
+        table(
+            f"The gradient in {most} micro-steps",
+            most_rows,
+            "relative distance to the float64 gradient of the whole batch: mean (95 % interval)",
+            styles={"error": ".2e", "micro_steps": "d"},
+            notes=[
+                "ours: sums divided by the batch's number of targets. naive: the mean of the micro-batches' means. Full batches have as many "
+                "targets in every micro-batch, so there the two agree."
+            ],
+        )
+    )
 
 
 def _economy(rows: pd.DataFrame, draft: Draft) -> None:
@@ -114,20 +121,34 @@ def _economy(rows: pd.DataFrame, draft: Draft) -> None:
     plot = go.Figure()
     for i, (arm, own) in enumerate(frame.groupby("arm", sort=False)):
         plot.add_scatter(
-            x=list(own["peak_mib"]), y=list(own["tok_per_sec"]), name=str(arm), mode="lines+markers+text",
-            text=[str(size) for size in own["micro_batch_size"]], textposition="top center", line={"color": PARTS[i % len(PARTS)]},
+            x=list(own["peak_mib"]),
+            y=list(own["tok_per_sec"]),
+            name=str(arm),
+            mode="lines+markers+text",
+            text=[str(size) for size in own["micro_batch_size"]],
+            textposition="top center",
+            line={"color": PARTS[i % len(PARTS)]},
             hovertemplate="micro-batch %{text}: %{x:.1f} MiB, %{y:,.0f} tok/s<extra></extra>",
-        )  # fmt: skip
+        )
     plot.update_xaxes(title="activations kept for the backward pass, MiB", type="log")
     plot.update_yaxes(title="tok/s", rangemode="tozero")
-    draft.blocks.append(figure(
-        plot, "Memory against speed", "Each point is a micro-batch size (its label) at the same tokens a step.",
-        alt="Speed over activation memory for each micro-batch size",
-    ))  # fmt: skip
-    draft.blocks.append(table(
-        "What a micro-batch costs", frame, "gradients of one step at constant tokens a step; tok/s: mean over seeds of the median of "
-        "the rounds (95 % interval)", styles={"peak_mib": ",.1f", "tok_per_sec": ",.0f"},
-    ))  # fmt: skip
+    draft.blocks.append(
+        figure(
+            plot,
+            "Memory against speed",
+            "Each point is a micro-batch size (its label) at the same tokens a step.",
+            alt="Speed over activation memory for each micro-batch size",
+        )
+    )
+    draft.blocks.append(
+        table(
+            "What a micro-batch costs",
+            frame,
+            "gradients of one step at constant tokens a step; tok/s: mean over seeds of the median of "
+            "the rounds (95 % interval)",
+            styles={"peak_mib": ",.1f", "tok_per_sec": ",.0f"},
+        )
+    )
 
 
 def _learning(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
@@ -184,24 +205,49 @@ def _learning(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
             }
             for arm, own in best.groupby("arm", sort=False)
         ]
-    )  # fmt: skip
+    )
     draft.tables["learning_summary"] = summary
-    draft.blocks.append(table(
-        "Does accumulation learn better?", summary, "bits per byte on the validation split at equal tokens and at equal time: mean (95 % interval)",
-        styles={"val_bpb": ".4f", "at_equal_time": ".4f", "beta2": ".5f", "seconds_of_steps": ".1f", "lr": "g"},
-        notes=[comparison_note(tokens, reference), "The learning rate of each arm is the best of those tried, on the mean over seeds. A small "
-               "batch sees more updates; its rescaled beta2 averages squared gradients over as many tokens as the large batch's (Marek et al. 2025)."],
-    ))  # fmt: skip
+    draft.blocks.append(
+        table(
+            "Does accumulation learn better?",
+            summary,
+            "bits per byte on the validation split at equal tokens and at equal time: mean (95 % interval)",
+            styles={"val_bpb": ".4f", "at_equal_time": ".4f", "beta2": ".5f", "seconds_of_steps": ".1f", "lr": "g"},
+            notes=[
+                comparison_note(tokens, reference),
+                "The learning rate of each arm is the best of those tried, on the mean over seeds. A small "
+                "batch sees more updates; its rescaled beta2 averages squared gradients over as many tokens as the large batch's (Marek et al. 2025).",
+            ],
+        )
+    )
     if len(tokens):
-        draft.blocks.append(figure(
-            interval_figure(tokens, label="arm", value="difference", low="low", high="high", x_title=f"bits per byte minus {reference}'s", reference=0.0),
-            "Difference at equal tokens", "Seeds paired; below zero is better.", alt="Difference of bits per byte by arm", height=120 + 60 * len(tokens),
-        ))  # fmt: skip
+        draft.blocks.append(
+            figure(
+                interval_figure(
+                    tokens,
+                    label="arm",
+                    value="difference",
+                    low="low",
+                    high="high",
+                    x_title=f"bits per byte minus {reference}'s",
+                    reference=0.0,
+                ),
+                "Difference at equal tokens",
+                "Seeds paired; below zero is better.",
+                alt="Difference of bits per byte by arm",
+                height=120 + 60 * len(tokens),
+            )
+        )
     panels = [
-        figure(curves_figure(curves, x=x, y="val_bpb", by="arm", x_title=title, y_title="bits per byte"), name, "One line a seed.",
-               alt=f"Validation bits per byte over {title}", height=380)
+        figure(
+            curves_figure(curves, x=x, y="val_bpb", by="arm", x_title=title, y_title="bits per byte"),
+            name,
+            "One line a seed.",
+            alt=f"Validation bits per byte over {title}",
+            height=380,
+        )
         for x, title, name in (("tokens", "tokens", "At equal tokens"), ("seconds", "seconds of steps", "At equal time"))
-    ]  # fmt: skip
+    ]
     draft.blocks.append(page.figure_row(*panels))
 
 
@@ -224,11 +270,16 @@ def _error_figure(frame: pd.DataFrame) -> go.Figure:
         if "processes" in method or (method == "naive" and precision != "fp64"):
             continue
         plot.add_scatter(
-            x=list(own["micro_steps"]), y=[max(e, 1e-17) for e in own["error"]], name=f"{precision} {batch}, {method}", mode="lines+markers",
-            line={"color": PARTS[(precisions.index(precision) + 3 * (method == "naive")) % len(PARTS)],
-                  "dash": {"full": "solid", "ragged": "dash", "masked": "dot"}[batch]},
+            x=list(own["micro_steps"]),
+            y=[max(e, 1e-17) for e in own["error"]],
+            name=f"{precision} {batch}, {method}",
+            mode="lines+markers",
+            line={
+                "color": PARTS[(precisions.index(precision) + 3 * (method == "naive")) % len(PARTS)],
+                "dash": {"full": "solid", "ragged": "dash", "masked": "dot"}[batch],
+            },
             hovertemplate="%{x} micro-steps: %{y:.2e}",
-        )  # fmt: skip
+        )
     plot.update_xaxes(title="micro-steps", type="log", tickvals=sorted(frame["micro_steps"].unique()))
     plot.update_yaxes(title="relative distance", type="log", exponentformat="power")
     return plot

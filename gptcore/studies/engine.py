@@ -102,9 +102,7 @@ class Results:
     """All cells of a study run, also those that failed or were not reached."""
 
     plan: StudyPlan
-    cells: list[
-        dict[str, Any]
-    ]  # name, arm, factors, seed, status, reason, seconds, device, precision, rows, tables, metrics
+    cells: list[dict[str, Any]]  # name, arm, factors, seed, status, reason, seconds, device, precision, rows, tables, metrics
     directory: Path
 
     def table(self, name: str = "results") -> pd.DataFrame:
@@ -279,9 +277,7 @@ def run_cell(
         device = choose_device(cell.config.train.device, cell.config.train.precision)
         key = cell_key(plan, cell, shards, device)
         record |= {"device": device.name, "precision": device.precision, "key": key}
-        journal.tags(
-            {**device.tags(), "gptloom.study": plan.name, "gptloom.arm": cell.arm, "gptloom.seed": str(cell.seed)}
-        )
+        journal.tags({**device.tags(), "gptloom.study": plan.name, "gptloom.arm": cell.arm, "gptloom.seed": str(cell.seed)})
         journal.params(flatten(cell.config) | flatten(cell.options, "options.") | {"study": plan.name, "arm": cell.arm})
         kept = home_dir() / "studies" / "cells" / key
         if is_committed(kept):

@@ -96,11 +96,7 @@ def log_entry(plan: StudyPlan, result: dict[str, Any], devices: list[str], comma
 def _summarize(results: Results) -> Summary:
     if not any(cell["status"] in DONE for cell in results.cells):
         failed = [cell for cell in results.cells if cell["status"] == "failed"]
-        reason = (
-            f": {failed[0]['name']} failed ({failed[0]['reason']})"
-            if failed
-            else "; the time was over before the first"
-        )
+        reason = f": {failed[0]['name']} failed ({failed[0]['reason']})" if failed else "; the time was over before the first"
         return Summary(f"Nothing was measured{reason}.")
     return find(results.plan.name).summarize(results)
 

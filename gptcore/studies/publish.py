@@ -44,14 +44,10 @@ def main(argv: list[str]) -> dict[str, Any]:
 def publish(run: Path, to: Path, log_file: Path, name: str | None = None) -> dict[str, Any]:
     """See above. Raises UserError for a run without a result, or one in which cells were not measured."""
     if not (run / "result.json").is_file():
-        raise UserError(
-            f"{run}: no study's result in it; run the study, or write its report with gptcore.studies.finish"
-        )
+        raise UserError(f"{run}: no study's result in it; run the study, or write its report with gptcore.studies.finish")
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     if result["not_run"]:
-        raise UserError(
-            f"{run}: {result['not_run']} of {result['cells']} cells were not measured; run the study again first"
-        )
+        raise UserError(f"{run}: {result['not_run']} of {result['cells']} cells were not measured; run the study again first")
     name = name or result["study"]
     folder = to / name
     shutil.rmtree(folder, ignore_errors=True)

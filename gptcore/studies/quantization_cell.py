@@ -101,9 +101,7 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
         whole = evaluate_loss(full, bench.shards, plain, batch_size)
         row |= delta_over_text(evaluation, whole, bench.shards.index("val")[:, 1], cell.config.evaluate)
     row |= compare_speeds(model, full, device, options.batches, options.decode_tokens, options.repeats)
-    tables: dict[str, list[dict[str, Any]]] = {
-        "samples": [{"text": sample(model, path, device, options.sample_tokens)}]
-    }
+    tables: dict[str, list[dict[str, Any]]] = {"samples": [{"text": sample(model, path, device, options.sample_tokens)}]}
     if options.ages:
         tables["ages"] = damage_by_age(cell, bench, list_checkpoints(trained.folder / "checkpoints"), method, plain)
     if options.layers and method is not None:
@@ -113,9 +111,7 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     return CellResult([row], tables, metrics)
 
 
-def delta_over_text(
-    small: Evaluation, full: Evaluation, documents: np.ndarray, settings: EvaluateConfig
-) -> dict[str, float]:
+def delta_over_text(small: Evaluation, full: Evaluation, documents: np.ndarray, settings: EvaluateConfig) -> dict[str, float]:
     """95 % interval of the bits per byte lost, over documents (or sections) drawn anew; what another seed would do it does not hold."""
     lost = dataclasses.replace(small, record_nats=small.record_nats - full.record_nats)
     interval = bootstrap_bpb(lost, documents, settings.bootstrap, settings.seed)
@@ -141,9 +137,7 @@ def damage_by_age(
         model, checkpoint = load_model(path, device.torch)
         if method is not None:
             model = quantize(model, method.without_training(), _calibration(cell, bench, model, method))
-        evaluation = evaluate_loss(
-            model, bench.shards, device, cell.config.evaluate.batch_size, cell.options.eval_tokens
-        )
+        evaluation = evaluate_loss(model, bench.shards, device, cell.config.evaluate.batch_size, cell.options.eval_tokens)
         state = checkpoint.state
         rows.append({"step": state["step"], "tokens_seen": state["tokens_seen"], "val_bpb": evaluation.bpb})
     return rows

@@ -41,10 +41,7 @@ def compare_speeds(
     """
     found: dict[str, float] = {}
     jobs: dict[str, tuple[int, Callable[[LanguageModel], None]]] = {
-        f"decode_{batch}": (
-            batch * min(tokens, model.block_size),
-            partial(decode, device=device, batch=batch, tokens=tokens),
-        )
+        f"decode_{batch}": (batch * min(tokens, model.block_size), partial(decode, device=device, batch=batch, tokens=tokens))
         for batch in batches
     }
     jobs["prefill"] = (model.block_size, partial(prefill, device=device))

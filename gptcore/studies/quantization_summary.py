@@ -18,9 +18,7 @@ MEASURES = ("size_mib", "val_bpb")
 def summarize(results: Results) -> Summary:
     rows = results.table()
     baseline = results.plan.baseline
-    speeds = [
-        c for c in rows.columns if c == "prefill" or (c.startswith("decode_") and c.removeprefix("decode_").isdigit())
-    ]
+    speeds = [c for c in rows.columns if c == "prefill" or (c.startswith("decode_") and c.removeprefix("decode_").isdigit())]
     overview = _overview(rows, results.arms, speeds)
     blocks = [
         table(
@@ -33,9 +31,7 @@ def summarize(results: Results) -> Summary:
     findings: list[str] = []
     tables: dict[str, pd.DataFrame] = {"overview": overview}
     metrics: dict[str, float] = {}
-    conclusion = (
-        f"{len(overview)} kinds of weights measured; none of the trained ones ({baseline}), so nothing is compared."
-    )
+    conclusion = f"{len(overview)} kinds of weights measured; none of the trained ones ({baseline}), so nothing is compared."
     if baseline in results.arms and len(results.arms) > 1:
         changes = compare(rows, baseline, speeds)
         tables["comparison"] = changes
@@ -44,10 +40,7 @@ def summarize(results: Results) -> Summary:
         findings.append(comparison_note(paired(rows, "val_bpb", baseline), baseline))
         blocks += [
             table(
-                "Against the trained weights",
-                changes,
-                f"seeds paired with {baseline}; 95 % intervals",
-                styles=_styles(changes),
+                "Against the trained weights", changes, f"seeds paired with {baseline}; 95 % intervals", styles=_styles(changes)
             ),
             figure(
                 interval_figure(

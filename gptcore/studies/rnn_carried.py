@@ -69,9 +69,7 @@ def train_carried(config: ExperimentConfig, shards: ShardSet, stop: Any) -> Lang
 
 
 @torch.no_grad()
-def stream_bpb(
-    model: LanguageModel, shards: ShardSet, device: Device, *, is_carried: bool, max_tokens: int = 0
-) -> float:
+def stream_bpb(model: LanguageModel, shards: ShardSet, device: Device, *, is_carried: bool, max_tokens: int = 0) -> float:
     """Bits per byte of the validation split cut into a few long streams, read window by window.
 
     Both settings see the same targets, but for fewer than STREAMS tokens at the end of the split.

@@ -40,9 +40,7 @@ def baseline_config(config: ExperimentConfig, vocab_size: int) -> ExperimentConf
     width = 2
     while estimate_lstm_parameters(n_layer, width + 1, rows) <= wanted:
         width += 1
-    if estimate_lstm_parameters(n_layer, width + 1, rows) - wanted < wanted - estimate_lstm_parameters(
-        n_layer, width, rows
-    ):
+    if estimate_lstm_parameters(n_layer, width + 1, rows) - wanted < wanted - estimate_lstm_parameters(n_layer, width, rows):
         width += 1
     return with_changes(
         config,

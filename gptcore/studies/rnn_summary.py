@@ -58,13 +58,21 @@ def summarize(results: Results) -> Summary:
     return Summary(conclusion, findings, blocks, tables, {})
 
 
-WHOLE_SPLIT = (
-    "bits per byte on the whole validation split, all trained on the same number of tokens (n-gram: counted once)"
-)
+WHOLE_SPLIT = "bits per byte on the whole validation split, all trained on the same number of tokens (n-gram: counted once)"
 STYLES = {
-    "val_bpb": ".4f", "difference": "+.4f", "flops_per_token": ".3g", "train_tok_per_sec": ",.0f", "decode_1": ",.0f", "decode_32": ",.0f",
-    "stream_reset_bpb": ".4f", "stream_carried_bpb": ".4f", "gain": "+.4f", "parameters": ",.0f", "non_embedding": ",.0f", "lr": ".4g",
-}  # fmt: skip
+    "val_bpb": ".4f",
+    "difference": "+.4f",
+    "flops_per_token": ".3g",
+    "train_tok_per_sec": ",.0f",
+    "decode_1": ",.0f",
+    "decode_32": ",.0f",
+    "stream_reset_bpb": ".4f",
+    "stream_carried_bpb": ".4f",
+    "gain": "+.4f",
+    "parameters": ",.0f",
+    "non_embedding": ",.0f",
+    "lr": ".4g",
+}
 
 
 def against(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
@@ -119,9 +127,7 @@ def _figures(results: Results, curves: pd.DataFrame, floors: pd.Series) -> list[
     blocks = []
     specs = (("tokens", "training tokens"), ("seconds", "seconds of training steps"), ("flops", "training FLOPs"))
     for axis, title in specs if not curves.empty else ():
-        plot = curves_figure(
-            curves[curves[axis] > 0], x=axis, y="val_bpb", by="arm", x_title=title, y_title="bits per byte"
-        )
+        plot = curves_figure(curves[curves[axis] > 0], x=axis, y="val_bpb", by="arm", x_title=title, y_title="bits per byte")
         for floor, bpb in floors.items():
             plot.add_hline(y=bpb, line={"color": COLOURS["reference"], "dash": "dash"}, annotation_text=str(floor))
         alt = f"Bits per byte of every family over {title}"
@@ -155,7 +161,9 @@ def _sizes(rows: pd.DataFrame, arms: list[str], tables: dict[str, pd.DataFrame])
     columns = [c for c in rows.columns if c in wanted or c.startswith("decode_")]
     sizes = rows.groupby("arm", sort=False)[columns].mean(numeric_only=True).reindex(arms).reset_index()
     tables["sizes"] = sizes
-    caption = "parameters, training FLOPs a token, chosen learning rate, tokens a second in training and in decoding (batch 1, 32)"
+    caption = (
+        "parameters, training FLOPs a token, chosen learning rate, tokens a second in training and in decoding (batch 1, 32)"
+    )
     return table("Sizes and speeds", sizes, caption, styles=STYLES)
 
 
@@ -163,9 +171,7 @@ def _states(rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> list[Markup]
     if "stream_carried_bpb" not in rows:
         return []
     recurrent = rows.dropna(subset=["stream_carried_bpb"])
-    means = (
-        recurrent.groupby(["arm", "state"], sort=False)[["stream_reset_bpb", "stream_carried_bpb"]].mean().reset_index()
-    )
+    means = recurrent.groupby(["arm", "state"], sort=False)[["stream_reset_bpb", "stream_carried_bpb"]].mean().reset_index()
     means["gain"] = means["stream_reset_bpb"] - means["stream_carried_bpb"]
     means = means.rename(columns={"state": "trained_with"})
     tables["states"] = means

@@ -51,14 +51,7 @@ def measure(subject: Subject) -> Outcome:
         values = [sample.get(section, 0.0) for sample in samples]
         mean = statistics.mean(values)
         rows.append(
-            {
-                "section": section,
-                "ms": mean,
-                "share": mean / wall,
-                "low": min(values),
-                "high": max(values),
-                "n": repeats,
-            }
+            {"section": section, "ms": mean, "share": mean / wall, "low": min(values), "high": max(values), "n": repeats}
         )
     rows.sort(key=lambda row: -row["ms"])
     top = rows[0]

@@ -86,9 +86,7 @@ def largest_other(shares: Mapping[str, float]) -> str:
     """The largest part that is not training: of the pipeline's parts, with train taken apart."""
     training = {f"train / {part}" for part in TRAINING}
     candidates = [
-        key
-        for key in shares
-        if key != "train" and key not in training and key.count(" / ") == key.startswith("train / ")
+        key for key in shares if key != "train" and key not in training and key.count(" / ") == key.startswith("train / ")
     ]
     return max(candidates, key=lambda key: shares[key])
 

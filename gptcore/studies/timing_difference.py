@@ -45,8 +45,7 @@ def section_times(directory: Path) -> pd.DataFrame:
         raise UserError(f"{directory}: has no finished cell; run the study again")
     times = pd.concat([frame[["cell", "arm", "section", "seed", "ms"]] for frame in frames], ignore_index=True)
     points = {
-        cell["name"]: ", ".join(f"{key}={value}" for key, value in sorted(cell["factors"].items()))
-        for cell in results.cells
+        cell["name"]: ", ".join(f"{key}={value}" for key, value in sorted(cell["factors"].items())) for cell in results.cells
     }
     return times.assign(point=times["cell"].map(points)).drop(columns="cell")
 
@@ -115,9 +114,20 @@ def main(argv: list[str]) -> dict[str, Any]:
             reference=0.0,
         )
         blocks = [
-            figure(plot, "The largest changes", "Seeds paired, 95 % intervals.", alt="Change of each section in ms", height=120 + 30 * len(top)),
-            table("Sections", listed, "milliseconds, B minus A", styles=dict.fromkeys(("before", "after", "change", "low", "high"), ".3f")),
-        ]  # fmt: skip
+            figure(
+                plot,
+                "The largest changes",
+                "Seeds paired, 95 % intervals.",
+                alt="Change of each section in ms",
+                height=120 + 30 * len(top),
+            ),
+            table(
+                "Sections",
+                listed,
+                "milliseconds, B minus A",
+                styles=dict.fromkeys(("before", "after", "change", "low", "high"), ".3f"),
+            ),
+        ]
     out = Path(argv[2]) if len(argv) == 3 else second / "difference.html"
     page.write_page(out, page.page(f"{first.name} → {second.name}", conclusion, blocks, kind="Difference"))
     return {"report": str(out.resolve()), "conclusion": conclusion, "sections": len(frame)}

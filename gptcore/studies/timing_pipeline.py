@@ -136,9 +136,19 @@ def _write_report(home: Path, trained: dict[str, Any]) -> None:
     block = table("result", frame, "of the mapped run")
     plot = figure(go.Figure(go.Bar(x=[1], y=[1])), "plot", "", alt="")
     write_study_page(
-        home / "report.html", title="map", question="", conclusion="", findings=[], blocks=[block, plot], cells=[],
-        tables=[], setup={}, config_text="", command="", footer="",
-    )  # fmt: skip
+        home / "report.html",
+        title="map",
+        question="",
+        conclusion="",
+        findings=[],
+        blocks=[block, plot],
+        cells=[],
+        tables=[],
+        setup={},
+        config_text="",
+        command="",
+        footer="",
+    )
 
 
 def _lend_downloads(home: Path, own: Path) -> None:

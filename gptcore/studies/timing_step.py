@@ -33,9 +33,7 @@ def measure_step(cell: Cell, bench: Bench) -> CellResult:
     """
     repeats = cell.options.repeats
     steps = 2 * repeats + 10
-    config = with_changes(
-        cell.config, train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps)}
-    )
+    config = with_changes(cell.config, train={"max_steps": steps, "warmup_steps": min(steps, cell.config.train.warmup_steps)})
     use_compile = config.train.compile == "on"
     if use_compile and (lacking := missing_compiler(bench.device)):
         raise UserError(f"train.compile=on: {lacking}, so there is nothing to measure")

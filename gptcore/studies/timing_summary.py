@@ -43,22 +43,31 @@ def _pipeline(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
         f"{not_training.text('.1f', '%')} of the time from raw text to report trains nothing; the whole takes {duration(wall.mean)}, "
         f"and {largest} is the largest part beside training with {100 * inclusive[largest]:.0f} %."
     )
-    draft.findings.append(
-        f"The map's sections add up to the wall time of another clock within {100 * gap:.2f} % (n={wall.n})."
-    )
+    draft.findings.append(f"The map's sections add up to the wall time of another clock within {100 * gap:.2f} % (n={wall.n}).")
     busy = mean_interval(100 * facts["cpu_seconds"] / (facts["wall_seconds"] * facts["threads"]))
     draft.findings.append(
         f"This process kept its {int(facts['threads'].max())} threads busy for {busy.text('.0f', '%')} of that time; the rest is idle, or the work of child processes."
     )
     draft.findings += advise_pipeline(inclusive, not_training.mean / 100)
     draft.tables["map"] = rows
-    draft.blocks.append(figure(
-        sunburst(mean), "The whole pipeline", "Angle is time: click a part to look inside it, click the middle to go back. Mean over seeds.",
-        alt="Sunburst of the pipeline's time by section", height=560,
-    ))  # fmt: skip
-    draft.blocks.append(figure(
-        icicle(mean), "The same as a flame view", "Width is time; each row is one level further inside.", alt="Icicle of the pipeline's time", height=340,
-    ))  # fmt: skip
+    draft.blocks.append(
+        figure(
+            sunburst(mean),
+            "The whole pipeline",
+            "Angle is time: click a part to look inside it, click the middle to go back. Mean over seeds.",
+            alt="Sunburst of the pipeline's time by section",
+            height=560,
+        )
+    )
+    draft.blocks.append(
+        figure(
+            icicle(mean),
+            "The same as a flame view",
+            "Width is time; each row is one level further inside.",
+            alt="Icicle of the pipeline's time",
+            height=340,
+        )
+    )
     draft.blocks.append(page.collapsible("every section of the map", _map_table(rows)))
     memory = results.table("memory")
     memory = memory[memory["kind"] == "pipeline"] if "kind" in memory else memory
@@ -104,29 +113,41 @@ def sunburst(mean: pd.DataFrame) -> go.Figure:
     tree = nodes(mean)
     return go.Figure(
         go.Sunburst(
-            ids=list(tree["id"]), labels=list(tree["label"]), parents=list(tree["parent"]), values=list(tree["seconds"]),
-            branchvalues="total", maxdepth=4, insidetextorientation="auto", sort=True, marker={"colors": _colours(tree)},
-            hovertemplate="%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>", leaf={"opacity": 0.85},
+            ids=list(tree["id"]),
+            labels=list(tree["label"]),
+            parents=list(tree["parent"]),
+            values=list(tree["seconds"]),
+            branchvalues="total",
+            maxdepth=4,
+            insidetextorientation="auto",
+            sort=True,
+            marker={"colors": _colours(tree)},
+            hovertemplate="%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>",
+            leaf={"opacity": 0.85},
         )
-    )  # fmt: skip
+    )
 
 
 def icicle(mean: pd.DataFrame) -> go.Figure:
     tree = nodes(mean)
     return go.Figure(
         go.Icicle(
-            ids=list(tree["id"]), labels=list(tree["label"]), parents=list(tree["parent"]), values=list(tree["seconds"]),
-            branchvalues="total", tiling={"orientation": "v", "flip": "y"}, marker={"colors": _colours(tree)}, pathbar={"visible": False},
+            ids=list(tree["id"]),
+            labels=list(tree["label"]),
+            parents=list(tree["parent"]),
+            values=list(tree["seconds"]),
+            branchvalues="total",
+            tiling={"orientation": "v", "flip": "y"},
+            marker={"colors": _colours(tree)},
+            pathbar={"visible": False},
             hovertemplate="%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>",
         )
-    )  # fmt: skip
+    )
 
 
 def _colours(tree: pd.DataFrame) -> list[str]:
     """One colour per first-level part, for all that is inside it."""
-    firsts = [
-        key for key, parent in zip(tree["id"], tree["parent"], strict=True) if parent.count(" / ") == 0 and parent
-    ]
+    firsts = [key for key, parent in zip(tree["id"], tree["parent"], strict=True) if parent.count(" / ") == 0 and parent]
     colours = []
     for key in tree["id"]:
         parts = str(key).split(" / ")
@@ -150,18 +171,25 @@ def _map_table(rows: pd.DataFrame) -> str:
         ]
     ).sort_values("seconds", ascending=False)
     return table(
-        "Sections, own time", frame, "without what is inside them: mean over seeds (95 % interval); processor seconds of this process",
+        "Sections, own time",
+        frame,
+        "without what is inside them: mean over seeds (95 % interval); processor seconds of this process",
         styles={"seconds": ".3f", "share": ".1f", "cpu_seconds": ".3f"},
-    )  # fmt: skip
+    )
 
 
 def _memory_of_pipeline(memory: pd.DataFrame) -> str:
     plot = go.Figure()
     for i, (seed, own) in enumerate(memory.groupby("seed", sort=False)):
         plot.add_scatter(
-            x=list(own["seconds"]), y=list(own["mib"]), name=f"seed {seed}", mode="lines+markers", text=list(own["after"]),
-            line={"color": PARTS[i % len(PARTS)]}, hovertemplate="after %{text}: %{y:,.0f} MiB at %{x:.1f} s<extra></extra>",
-        )  # fmt: skip
+            x=list(own["seconds"]),
+            y=list(own["mib"]),
+            name=f"seed {seed}",
+            mode="lines+markers",
+            text=list(own["after"]),
+            line={"color": PARTS[i % len(PARTS)]},
+            hovertemplate="after %{text}: %{y:,.0f} MiB at %{x:.1f} s<extra></extra>",
+        )
     plot.update_xaxes(title="seconds from the start")
     plot.update_yaxes(title="MiB held", rangemode="tozero")
     return figure(
@@ -208,33 +236,74 @@ def _steps(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
         draft.findings.append(
             f"{row['arm']} is {factor:.2f} times {word} than {baseline} in tokens per second (n={row['n']}, 95 % interval of the ratio {row['low']:.2f} to {row['high']:.2f})."
         )
-    draft.blocks.append(figure(
-        stacked(sections, arms), "Inside a training step", "Milliseconds a step by section, mean over seeds; click a name to hide it.",
-        alt="Stacked bars of a step's sections for each arm", height=140 + 40 * len(arms),
-    ))  # fmt: skip
-    draft.blocks.append(table(
-        "Arms", _arm_frame(rows, arms), "undisturbed steps: mean over seeds (95 % interval) of the median of the repeats",
-        styles={"step_ms": ",.1f", "tok_per_sec": ",.0f", "of_peak": ".0f", "mfu": ".1f", "of_bandwidth": ".0f", "intensity": ".1f", "peak_mib": ",.0f", "us_per_operator": ",.0f", "busy": ".0f"},
-        notes=["of peak: arithmetic (6N + attention a token) against one large product in the same precision, in %; of bandwidth: bytes of unfused "
-               "operators against one large copy, in % (above 100 where caches serve them); intensity: FLOP a byte."],
-    ))  # fmt: skip
+    draft.blocks.append(
+        figure(
+            stacked(sections, arms),
+            "Inside a training step",
+            "Milliseconds a step by section, mean over seeds; click a name to hide it.",
+            alt="Stacked bars of a step's sections for each arm",
+            height=140 + 40 * len(arms),
+        )
+    )
+    draft.blocks.append(
+        table(
+            "Arms",
+            _arm_frame(rows, arms),
+            "undisturbed steps: mean over seeds (95 % interval) of the median of the repeats",
+            styles={
+                "step_ms": ",.1f",
+                "tok_per_sec": ",.0f",
+                "of_peak": ".0f",
+                "mfu": ".1f",
+                "of_bandwidth": ".0f",
+                "intensity": ".1f",
+                "peak_mib": ",.0f",
+                "us_per_operator": ",.0f",
+                "busy": ".0f",
+            },
+            notes=[
+                "of peak: arithmetic (6N + attention a token) against one large product in the same precision, in %; of bandwidth: bytes of unfused "
+                "operators against one large copy, in % (above 100 where caches serve them); intensity: FLOP a byte."
+            ],
+        )
+    )
     if len(speed):
-        draft.blocks.append(figure(
-            interval_figure(speed, label="arm", value="difference", low="low", high="high", x_title=f"tokens per second ÷ {baseline}'s", reference=1.0),
-            "Speed against the base", "Seeds paired, 95 % intervals; right of the line is faster.", alt="Ratio of tokens per second by arm", height=120 + 36 * len(speed),
-        ))  # fmt: skip
+        draft.blocks.append(
+            figure(
+                interval_figure(
+                    speed,
+                    label="arm",
+                    value="difference",
+                    low="low",
+                    high="high",
+                    x_title=f"tokens per second ÷ {baseline}'s",
+                    reference=1.0,
+                ),
+                "Speed against the base",
+                "Seeds paired, 95 % intervals; right of the line is faster.",
+                alt="Ratio of tokens per second by arm",
+                height=120 + 36 * len(speed),
+            )
+        )
         draft.blocks.append(page.paragraph(comparison_note(speed, baseline), "tablenote"))
-    draft.blocks.append(figure(
-        roofline(rows, arms), "Under the roofline", "Each point is an arm; the roof is what one large copy and one large product reach here. Both axes logarithmic.",
-        alt="Roofline plot", height=420,
-    ))  # fmt: skip
+    draft.blocks.append(
+        figure(
+            roofline(rows, arms),
+            "Under the roofline",
+            "Each point is an arm; the roof is what one large copy and one large product reach here. Both axes logarithmic.",
+            alt="Roofline plot",
+            height=420,
+        )
+    )
     memory = results.table("memory")
     memory = memory[(memory["kind"] == "step") & (memory["arm"] == baseline)]
     if len(memory):
         draft.blocks.append(_memory_of_step(memory[memory["seed"] == memory["seed"].iloc[0]]))
-    draft.blocks.append(page.paragraph(
-        "Every step cell keeps a trace of one step, operator by operator (trace.json.gz in its folder and in MLflow): open it at ui.perfetto.dev or chrome://tracing."
-    ))  # fmt: skip
+    draft.blocks.append(
+        page.paragraph(
+            "Every step cell keeps a trace of one step, operator by operator (trace.json.gz in its folder and in MLflow): open it at ui.perfetto.dev or chrome://tracing."
+        )
+    )
 
 
 def against_best_peaks(rows: pd.DataFrame) -> pd.DataFrame:
@@ -286,10 +355,13 @@ def stacked(sections: pd.DataFrame, arms: list[str]) -> go.Figure:
     plot = go.Figure()
     for i, section in enumerate(order):
         plot.add_bar(
-            y=arms, x=[float(mean.get((arm, section), 0.0)) for arm in arms], name=str(section), orientation="h",
+            y=arms,
+            x=[float(mean.get((arm, section), 0.0)) for arm in arms],
+            name=str(section),
+            orientation="h",
             marker={"color": PARTS[i % len(PARTS)], "opacity": 1.0 if i < len(PARTS) else 0.6},
             hovertemplate=f"%{{y}}: {section} %{{x:.2f}} ms<extra></extra>",
-        )  # fmt: skip
+        )
     plot.update_layout(barmode="stack", legend={"traceorder": "normal"})
     plot.update_xaxes(title="ms a step")
     plot.update_yaxes(autorange="reversed")
@@ -306,15 +378,24 @@ def roofline(rows: pd.DataFrame, arms: list[str]) -> go.Figure:
         peak, bandwidth = float(own["peak_flops"].max()), float(own["peak_bandwidth"].max())
         name, colour = ", ".join(map(str, key)), PARTS[i % len(PARTS)]
         plot.add_scatter(
-            x=[low, peak / bandwidth, high], y=[low * bandwidth, peak, peak], mode="lines", name=f"roof, {name}",
-            line={"color": colour, "width": 2}, hoverinfo="skip",
-        )  # fmt: skip
+            x=[low, peak / bandwidth, high],
+            y=[low * bandwidth, peak, peak],
+            mode="lines",
+            name=f"roof, {name}",
+            line={"color": colour, "width": 2},
+            hoverinfo="skip",
+        )
         mine = [arm for arm in arms if (own["arm"] == arm).any()]
         plot.add_scatter(
-            x=[float(mean["intensity"][arm]) for arm in mine], y=[float(mean["flops_per_sec"][arm]) for arm in mine], text=mine,
-            mode="markers+text", textposition="bottom center", marker={"size": 10, "color": colour}, showlegend=False,
+            x=[float(mean["intensity"][arm]) for arm in mine],
+            y=[float(mean["flops_per_sec"][arm]) for arm in mine],
+            text=mine,
+            mode="markers+text",
+            textposition="bottom center",
+            marker={"size": 10, "color": colour},
+            showlegend=False,
             hovertemplate="%{text}: %{x:.1f} FLOP/byte, %{y:.3s}FLOP/s<extra></extra>",
-        )  # fmt: skip
+        )
     plot.update_xaxes(title="FLOP per byte", type="log")
     plot.update_yaxes(title="FLOP per second", type="log", exponentformat="SI")
     return plot

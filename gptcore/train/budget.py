@@ -68,9 +68,12 @@ def choose_size(config: ExperimentConfig, shards: ShardSet, seconds: float) -> d
         measured |= {"tokens": int(tokens), "steps": int(tokens / measured["tokens_per_step"])}
         tried.append(measured)
         log.info(
-            "%s: %d parameters, %.0f tok/s, %d tokens in the time", "x".join(map(str, size)), measured["parameters"],
-            measured["tok_per_sec"], tokens,
-        )  # fmt: skip
+            "%s: %d parameters, %.0f tok/s, %d tokens in the time",
+            "x".join(map(str, size)),
+            measured["parameters"],
+            measured["tok_per_sec"],
+            tokens,
+        )
         if chosen is not None and tokens < TOKENS_PER_PARAMETER * measured["parameters"]:
             break
         chosen = measured

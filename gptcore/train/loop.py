@@ -178,11 +178,7 @@ class _Loop:
         return is_over
 
     def _save(self) -> None:
-        memory = {
-            "best": asdict(self.best),
-            "owes_evaluation": self.owes_evaluation,
-            "losses": self.reporter.losses,
-        }
+        memory = {"best": asdict(self.best), "owes_evaluation": self.owes_evaluation, "losses": self.reporter.losses}
         save(self.trainer, self.writer, memory, self.best.step if self.train.select == "best" else None)
 
 
@@ -199,12 +195,7 @@ def evaluate(trainer: Trainer, journal: Journal, max_tokens: int, stop: StopFlag
         stop.interrupting() if is_interruptible else nullcontext(),
     ):
         evaluation = evaluate_loss(
-            trainer.model,
-            trainer.shards,
-            trainer.device,
-            trainer.config.evaluate.batch_size,
-            max_tokens,
-            ranks=trainer.ranks,
+            trainer.model, trainer.shards, trainer.device, trainer.config.evaluate.batch_size, max_tokens, ranks=trainer.ranks
         )
         put_away(trainer.model)
     if trainer.ranks.is_first:

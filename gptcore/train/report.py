@@ -97,9 +97,7 @@ class Reporter:
         if trainer.max_steps:
             left.append((trainer.max_steps - trainer.step) * trainer.tokens_per_step / values["perf/tok_per_sec"])
         if trainer.config.train.minutes:
-            left.append(
-                60 * trainer.config.train.minutes + trainer.started - trainer.seconds_before - time.perf_counter()
-            )
+            left.append(60 * trainer.config.train.minutes + trainer.started - trainer.seconds_before - time.perf_counter())
         parts = [
             f"step {trainer.step}/{trainer.max_steps or '?'}",
             f"loss {values['train/loss']:.4f} ({values['train/bpb']:.3f} bpb)",

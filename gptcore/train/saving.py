@@ -129,9 +129,7 @@ def check_out(out: Path, config: ExperimentConfig, shards: ShardSet) -> None:
         return
 
 
-def _check_same(
-    before: ExperimentConfig, state: dict[str, Any], config: ExperimentConfig, shards: ShardSet, out: Path
-) -> None:
+def _check_same(before: ExperimentConfig, state: dict[str, Any], config: ExperimentConfig, shards: ShardSet, out: Path) -> None:
     if differing := differences(before, config):
         raise UserError(
             f"{out}: holds checkpoints of another config ({'; '.join(differing[:3])}); give another --out, or delete "
@@ -190,8 +188,7 @@ def random_states(trainer: Trainer) -> list[dict[str, str]]:
         states["cuda"] = torch.cuda.get_rng_state()
     gathered = {key: trainer.ranks.gather(state) for key, state in states.items()}
     return [
-        {key: bytes(states[rank].tolist()).hex() for key, states in gathered.items()}
-        for rank in range(trainer.ranks.count)
+        {key: bytes(states[rank].tolist()).hex() for key, states in gathered.items()} for rank in range(trainer.ranks.count)
     ]
 
 

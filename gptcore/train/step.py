@@ -28,12 +28,7 @@ def train_step(trainer: Trainer) -> tuple[Tensor, Tensor, float]:
     """
     train = trainer.config.train
     factor = lr_factor(
-        train.schedule,
-        trainer.step,
-        trainer.progress(),
-        train.warmup_steps,
-        train.decay_fraction,
-        train.min_lr / train.lr,
+        train.schedule, trainer.step, trainer.progress(), train.warmup_steps, train.decay_fraction, train.min_lr / train.lr
     )
     trainer.optimizers.set_lr_factor(factor)
     x, y = next_batch(trainer)

@@ -91,9 +91,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
     """Everything in place before step 0, or a UserError that says which field to change."""
     train = config.train
     if config.model.family == "ngram":
-        raise UserError(
-            "model.family=ngram is counted, not trained: `gptloom study rnn` does it; choose another family"
-        )
+        raise UserError("model.family=ngram is counted, not trained: `gptloom study rnn` does it; choose another family")
     shards.check_fits(config.model.block_size)
     if train.global_batch_size % ranks.count:
         raise UserError(

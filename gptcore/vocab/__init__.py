@@ -141,9 +141,7 @@ def _make_char(vocab: VocabConfig, corpus_dir: Path, chunk_map: ChunkMap) -> tup
     counts = count_characters(corpus_dir, chunk_map, exact=vocab.coverage < 1 or vocab.size is not None)
     built = CharVocab(choose_characters(counts["train"], vocab.coverage, vocab.size))
     known = {ord(token) for token in built.tokens[2:]}
-    unknown = {
-        split: sum(count for code, count in counts[split].items() if code not in known) for split in corpus.SPLITS
-    }
+    unknown = {split: sum(count for code, count in counts[split].items() if code not in known) for split in corpus.SPLITS}
     total = sum(counts["val"].values())
     if vocab.unknown == "error" and any(unknown.values()):
         rare = [chr(code) for split in corpus.SPLITS for code in counts[split] if code not in known][:5]
@@ -153,8 +151,10 @@ def _make_char(vocab: VocabConfig, corpus_dir: Path, chunk_map: ChunkMap) -> tup
         )
     logger.info(
         "%d of %d characters of the validation split are unknown (%.3g %%)",
-        unknown["val"], total, 100 * unknown["val"] / max(total, 1),
-    )  # fmt: skip
+        unknown["val"],
+        total,
+        100 * unknown["val"] / max(total, 1),
+    )
     return built, {"val_characters": total, "val_unknown": unknown["val"], "train_unknown": unknown["train"]}
 
 

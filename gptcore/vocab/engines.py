@@ -38,9 +38,7 @@ def default_engine() -> str:
     for name in ENGINES:
         if found := installed_version(name):
             return f"{name} {found}"
-    raise UserError(
-        "byte pairs need the package fastokens or tokenizers, and neither is installed; pip install fastokens"
-    )
+    raise UserError("byte pairs need the package fastokens or tokenizers, and neither is installed; pip install fastokens")
 
 
 def check_engine(engine: str, *, strict: bool = False) -> None:

@@ -71,9 +71,7 @@ class Vocab(ABC):
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of one text, (n,) int64. Never fails: half a surrogate pair, as a terminal may give, becomes "\ufffd"."""
-        return self.encode_batch([text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")])[0].astype(
-            np.int64
-        )
+        return self.encode_batch([text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")])[0].astype(np.int64)
 
     def count_unknown(self, ids: np.ndarray) -> int:
         """How many of these ids stand for text the vocabulary lacks."""
@@ -108,9 +106,7 @@ class CharVocab(Vocab):
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(
-            json.dumps({"kind": "char", "tokens": self.tokens}, ensure_ascii=False).encode()
-        ).hexdigest()
+        return hashlib.sha256(json.dumps({"kind": "char", "tokens": self.tokens}, ensure_ascii=False).encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
@@ -135,12 +131,7 @@ class CharVocab(Vocab):
             "padding": None,
             "added_tokens": [special_token(number, content) for number, content in enumerate(SPECIALS)],
             "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": r"[\s\S]"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
             "post_processor": None,
             "decoder": {"type": "Fuse"},
             "model": {

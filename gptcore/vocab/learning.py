@@ -107,9 +107,7 @@ def trainer_name() -> str:
     return f"{name} {installed_version(name)}"
 
 
-def learn_merges(
-    corpus_dir: Path, size: int, sample_bytes: int, path: Path, chunk_map: ChunkMap
-) -> list[tuple[bytes, bytes]]:
+def learn_merges(corpus_dir: Path, size: int, sample_bytes: int, path: Path, chunk_map: ChunkMap) -> list[tuple[bytes, bytes]]:
     """Byte pairs for at most `size` ids from about `sample_bytes` of training text (0: all), which is put in `path` meanwhile."""
     chunks = [chunk for chunk in list_chunks(corpus_dir) if chunk.split == "train"]
     total = sum(chunk.bytes for chunk in chunks)

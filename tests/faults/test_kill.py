@@ -109,9 +109,7 @@ def test_stopped_at_a_random_moment(whole: Training, tmp_path: Path, seed: int) 
     training = Training(whole.config, whole.shards, tmp_path / "run")
     process = training.start()
     rng, points = random.Random(seed), len(whole.curve())
-    reached = rng.randrange(
-        int(0.6 * points)
-    )  # by the run's own progress: its speed depends on what else the machine does
+    reached = rng.randrange(int(0.6 * points))  # by the run's own progress: its speed depends on what else the machine does
     wait_until(lambda: len(training.curve()) > reached, process)
     time.sleep(rng.uniform(0.0, 0.02))
     process.send_signal(signal.SIGTERM)
@@ -210,10 +208,7 @@ def plain(config: ExperimentConfig, shards: ShardSet, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize(
     ("changes", "launcher"),
-    [
-        ({"micro_batch_size": 2}, ()),
-        ({}, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")),
-    ],
+    [({"micro_batch_size": 2}, ()), ({}, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))],
     ids=["micro-batch", "ranks"],
 )
 def test_resumed_with_another_micro_batch_or_more_ranks(

@@ -28,10 +28,10 @@ from trainer_process import IS_LONG
 from gptcore.config import dump_yaml, load_config
 from gptcore.journal import Journal, read_journal
 from gptcore.shards import prepare
-from tasks import forwarding, tracking
-from tasks.forwarding import Forwarder
-from tasks.process import run_device_process
-from tasks.runs import sync
+from gptloom.tasks.records import forwarding, tracking
+from gptloom.tasks.records.forwarding import Forwarder
+from gptloom.tasks.records.runs import sync
+from gptloom.tasks.runtime.process import run_device_process
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(290)]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,12 +58,26 @@ class MlflowServer:
     def start(self) -> None:
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-                "--backend-store-uri", self.store, "--artifacts-destination", str(self.artifacts),
+                sys.executable,
+                "-m",
+                "mlflow",
+                "server",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--workers",
+                "1",
+                "--backend-store-uri",
+                self.store,
+                "--artifacts-destination",
+                str(self.artifacts),
             ],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         deadline = time.monotonic() + 90
         while not tracking.answers(f"{self.url}/health"):
             assert time.monotonic() < deadline
@@ -244,7 +258,9 @@ def test_step_time_with_slow_mlflow(
             run_device_process(arguments, out, experiment="toy")
         else:
             subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, check=True, capture_output=True)
-        steps = [r["values"]["perf/step_ms"] for r in read_journal(out / "metrics.jsonl")[0] if "perf/step_ms" in r.get("values", {})]  # fmt: skip
+        steps = [
+            r["values"]["perf/step_ms"] for r in read_journal(out / "metrics.jsonl")[0] if "perf/step_ms" in r.get("values", {})
+        ]
         return statistics.median(steps[5:])
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)

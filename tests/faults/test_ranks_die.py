@@ -37,9 +37,14 @@ KILLS, KILLS_A_RUN = 20, 4
 @pytest.fixture(scope="module")
 def config(small_text: Path) -> ExperimentConfig:
     settings = [
-        "train.max_steps=150", "train.save_interval=7", "train.log_interval=1", "train.eval_interval=1000",
-        "train.processes=2", "train.micro_batch_size=4", "train.ema_decay=0.9",
-    ]  # fmt: skip
+        "train.max_steps=150",
+        "train.save_interval=7",
+        "train.log_interval=1",
+        "train.eval_interval=1000",
+        "train.processes=2",
+        "train.micro_batch_size=4",
+        "train.ema_decay=0.9",
+    ]
     return load_config(ROOT / "experiments" / "tiny.yaml", [f"data.source={small_text}", *settings])
 
 
@@ -97,7 +102,7 @@ def test_the_task_goes_on_where_a_killed_process_left_it(
     """One process dies, the others would wait for it for ever, and the task with them."""
     from prefect import flow
 
-    from tasks.training import train_model
+    from gptloom.tasks.training import train_model
 
     out, killed, rng = tmp_path / "run" / "train", [], random.Random(0)
 

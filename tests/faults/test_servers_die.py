@@ -22,9 +22,9 @@ import pytest
 from test_servers import ROOT, TINY, Stack, mlflow_runs, retried, running_stack, wait_for
 from trainer_process import IS_LONG
 
-from flows.prefect_api import answers, request
 from gptcore.checkpoint import list_checkpoints
 from gptcore.store import hash_file
+from gptloom.flows.servers.prefect_api import answers, request
 
 pytestmark = [
     pytest.mark.integration,
@@ -100,9 +100,7 @@ def test_cancels(stack: Stack, tiny: Path, group: int, record_property: Any) -> 
         name = run["name"]
         assert statuses(stack, name) == {name: "KILLED", f"{name}/train": "KILLED"}
         assert list_checkpoints(stack.home / "runs" / name / "train" / "checkpoints")
-    print(
-        f"\n{CANCELS} cancels: seconds until no process of the run was left {seconds}, median {statistics.median(seconds)}"
-    )
+    print(f"\n{CANCELS} cancels: seconds until no process of the run was left {seconds}, median {statistics.median(seconds)}")
 
 
 def test_prefect_server_killed(stack: Stack, tiny: Path) -> None:

@@ -38,9 +38,8 @@ class Training:
 
     def start(self, *launcher: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, *launcher, *self.arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
+            [sys.executable, *launcher, *self.arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
 
     def finish(self, *launcher: str) -> str:
         """Run to the end, from wherever it was; returns what it said to people."""

@@ -36,9 +36,7 @@ def find_directories(target: str, overrides: list[str]) -> dict[str, Path]:
         if kind == "shards":
             return {"shards": path.resolve()}
         if kind not in ("corpus", "segment", "vocab", "tokens"):
-            raise UserError(
-                f"{target}: holds {kind!r}; give a directory below data/ in GPTLOOM_HOME, or an experiment file"
-            )
+            raise UserError(f"{target}: holds {kind!r}; give a directory below data/ in GPTLOOM_HOME, or an experiment file")
         return {kind: path.resolve()}
     config, home = load_config(target, overrides), home_dir()
     corpus_dir = corpus.find_corpus(config.data, home) or corpus.locate_corpus(config.data, home)
@@ -96,11 +94,7 @@ def show_head(found: dict[str, Path]) -> dict[str, Any]:
     return result
 
 
-LOOKS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {
-    "stats": show_statistics,
-    "verify": verify,
-    "head": show_head,
-}
+LOOKS: dict[str, Callable[[dict[str, Path]], dict[str, Any]]] = {"stats": show_statistics, "verify": verify, "head": show_head}
 
 
 def _token_statistics(directory: Path) -> dict[str, Any]:

@@ -25,11 +25,11 @@ import psutil
 from gptcore.config import UserError, hide_password
 from gptcore.leftovers import find_leftovers
 from gptcore.store import MARKER, is_committed, read_json, read_manifest
-from tasks.liveness import Snapshot, device_locks, is_dead, unfinished_runs
-from tasks.tracking import answers, read_servers
+from gptloom import ROOT
+from gptloom.tasks.records.tracking import answers, read_servers
+from gptloom.tasks.runtime.liveness import Snapshot, device_locks, is_dead, unfinished_runs
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-ROOT = Path(__file__).resolve().parent.parent
 LITTLE_GIB, FULL_GIB = 10.0, 1.0  # free disk: below the first a warning, below the second a failure
 HASHED_BYTES = 1 << 30  # without --full: so much is hashed, newest first; about two seconds
 PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)")
@@ -70,18 +70,14 @@ def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
         try:
             yield from check()
         except Exception as error:
-            yield Check(
-                name, FAIL, f"could not be looked at ({type(error).__name__}: {error})", "this is a bug; report it"
-            )
+            yield Check(name, FAIL, f"could not be looked at ({type(error).__name__}: {error})", "this is a bug; report it")
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
 def check_python() -> Iterator[Check]:
-    yield Check(
-        "python", OK, f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
-    )
+    yield Check("python", OK, f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}")
 
 
 def check_packages(constraints: Path) -> Iterator[Check]:
@@ -104,13 +100,9 @@ def check_packages(constraints: Path) -> Iterator[Check]:
     if wrong:
         yield Check("packages", FAIL, ", ".join(wrong), reinstall)
     if not constraints.is_file():
-        yield Check(
-            "packages", WARN, "no constraints.txt beside the code, pins are not known", "install from a checkout"
-        )
+        yield Check("packages", WARN, "no constraints.txt beside the code, pins are not known", "install from a checkout")
         return
-    pins = [
-        match.groups() for match in map(PIN.fullmatch, constraints.read_text(encoding="utf-8").splitlines()) if match
-    ]
+    pins = [match.groups() for match in map(PIN.fullmatch, constraints.read_text(encoding="utf-8").splitlines()) if match]
     found_pins = [(name, pin, found) for name, pin in pins if (found := _version(name)) is not None]
     # A build's local part (2.13.0+cpu) is no other version.
     other = [f"{name} {found} (pinned {pin})" for name, pin, found in found_pins if found.partition("+")[0] != pin]
@@ -134,10 +126,7 @@ def check_devices() -> Iterator[Check]:
             yield Check("gpu", WARN, "a driver is here, but this torch is built for CPUs", "install torch's CUDA build")
         elif has_driver:
             yield Check(
-                "gpu",
-                WARN,
-                "a driver is here, but torch finds no usable GPU",
-                "compare nvidia-smi with torch.version.cuda",
+                "gpu", WARN, "a driver is here, but torch finds no usable GPU", "compare nvidia-smi with torch.version.cuda"
             )
         else:
             yield Check("gpu", OK, "none; training runs on the CPU")
@@ -213,9 +202,7 @@ def check_servers() -> Iterator[Check]:
             yield Check(
                 name,
                 OK,
-                "no server is up; runs use a temporary one"
-                if name == "prefect"
-                else "no server is up; runs use a file",
+                "no server is up; runs use a temporary one" if name == "prefect" else "no server is up; runs use a file",
             )
         elif not url.startswith(("http://", "https://")):
             yield Check(name, OK, f"{where}: a database, no server")
@@ -224,9 +211,7 @@ def check_servers() -> Iterator[Check]:
         elif os.environ.get(variable):
             yield Check(name, FAIL, f"{where} does not answer", f"start that server, or unset {variable}")
         else:
-            yield Check(
-                name, FAIL, f"{where} does not answer, `gptloom up` says it is up", "`gptloom down`, then `gptloom up`"
-            )
+            yield Check(name, FAIL, f"{where} does not answer, `gptloom up` says it is up", "`gptloom down`, then `gptloom up`")
     if ours and not psutil.pid_exists(int(ours.get("pid", 0))):
         yield Check("servers", WARN, "`gptloom up` was killed", "`gptloom down` tidies up, then `gptloom up`")
 
@@ -259,9 +244,7 @@ def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
     name = pattern.partition("/")[0].replace("runs", "checkpoints")
     folders = sorted({path.parent for path in home.glob(pattern)})
     directories = [
-        path
-        for path in home.glob(pattern)
-        if path.is_dir() and not path.name.startswith(".") and _is_committed_kind(path)
+        path for path in home.glob(pattern) if path.is_dir() and not path.name.startswith(".") and _is_committed_kind(path)
     ]
     directories.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     budget = float("inf") if full else float(HASHED_BYTES)
@@ -278,19 +261,14 @@ def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
             bad += 1
             problem = str(error).partition(";")[0]
             yield Check(
-                name,
-                FAIL,
-                problem,
-                f"delete {directory}; data is made again, training goes on from an older checkpoint",
+                name, FAIL, problem, f"delete {directory}; data is made again, training goes on from an older checkpoint"
             )
     left = [path for folder in folders for path in find_leftovers(folder)]
     if left:
         message = f"{len(left)} half-written, left by killed processes: {left[0]}" + (" …" if len(left) > 1 else "")
         yield Check(name, WARN, message, "`gptloom reconcile --apply` deletes them, and so does the next build")
     if not bad:
-        how = (
-            "every byte hashed" if hashed == len(directories) else f"all sizes, {hashed} hashed; --full reads the rest"
-        )
+        how = "every byte hashed" if hashed == len(directories) else f"all sizes, {hashed} hashed; --full reads the rest"
         yield Check(name, OK, f"{len(directories)} directories whole ({how})" if directories else "none yet")
 
 

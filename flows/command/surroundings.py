@@ -1,6 +1,6 @@
 """What a verb of the `gptloom` command finds around it: the home folder, Prefect's settings, a temporary Prefect server.
 
-from flows.surroundings import prepare_home, start_prefect_server, use_servers
+from gptloom.flows.command.surroundings import prepare_home, start_prefect_server, use_servers
 prepare_home(); use_servers(); start_prefect_server()      # in this order, before Prefect's first import
 """
 
@@ -17,14 +17,14 @@ import time
 import uuid
 from pathlib import Path
 
-from flows.databases import place_databases
-from flows.warden import MARK_VARIABLE
 from gptcore.config import UserError, hide_password
 from gptcore.entry import EXIT_BUG, exit_code
 from gptcore.store import home_dir
-from tasks.tracking import answers, read_servers
+from gptloom import ROOT
+from gptloom.flows.servers.databases import place_databases
+from gptloom.flows.servers.warden import MARK_VARIABLE
+from gptloom.tasks.records.tracking import answers, read_servers
 
-ROOT = Path(__file__).resolve().parent.parent
 START_S, STOP_S = 120.0, 5.0  # a first start may make a database on a slow disk
 _servers: list[subprocess.Popen[bytes]] = []  # the temporary one, if any
 _wardens: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
@@ -87,9 +87,13 @@ def launch_prefect_server() -> None:
     server = subprocess.Popen(command, env={**os.environ, **marks, MARK_VARIABLE: mark}, start_new_session=True)
     _servers.append(server)
     warden = subprocess.Popen(
-        [sys.executable, "-m", "flows.warden", mark],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "gptloom.flows.servers.warden", mark],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+    )
     _wardens.append(warden)
     atexit.register(_stop_prefect_server)  # what is registered first, before Prefect's own, runs last
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"

@@ -1,6 +1,6 @@
-"""The words of the `gptloom` command: verbs, flags, help. What a verb does is the function of flows/cli.py that `verb` names.
+"""The words of the `gptloom` command: verbs, flags, help. What a verb does is the function of flows/command/cli.py that `verb` names.
 
-from flows.arguments import parse_arguments
+from gptloom.flows.command.arguments import parse_arguments
 parse_arguments(["run", "experiments/smoke.yaml"]).verb      # "run_experiment"
 """
 
@@ -44,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"fields (default in brackets):\n{describe_fields()}\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument(
-        "experiment", metavar="EXPERIMENT.yaml", nargs="?", help="experiment file, e.g. experiments/smoke.yaml"
-    )
+    run.add_argument("experiment", metavar="EXPERIMENT.yaml", nargs="?", help="experiment file, e.g. experiments/smoke.yaml")
     run.add_argument(
         "--resume", metavar="RUN", help="go on with an interrupted run (its name or MLflow id), with its own settings"
     )
@@ -108,9 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="start Prefect, MLflow and a worker, until Ctrl-C",
         description="Start the servers and a worker, register the deployments, print the URLs; Ctrl-C or `gptloom down` stops all of it.",
     )
-    up.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
-    )
+    up.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     up.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: %(default)s)")
     up.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: %(default)s)")
     up.set_defaults(verb="start_servers")

@@ -24,8 +24,8 @@ from prefect import task
 
 from gptcore.config import ExperimentConfig, UserError, hide_password
 from gptcore.store import MANIFEST, MARKER, commit_dir, home_dir, is_committed, read_manifest
-from tasks.process import run_logger
-from tasks.tracking import first_line, is_store_trouble, open_client, save_servable, tracking_uri
+from gptloom.tasks.records.tracking import first_line, is_store_trouble, open_client, save_servable, tracking_uri
+from gptloom.tasks.runtime.process import run_logger
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS_TAG = "gptloom.champions"
@@ -73,9 +73,7 @@ def register(name: str, checkpoint: Path, mlflow_run_id: str, facts: Mapping[str
         (Path(folder) / "model" / "card.md").write_text(card, encoding="utf-8")
         client.log_artifacts(mlflow_run_id, str(Path(folder) / "model"), "model")
     tags = {f"gptloom.{key}": str(value) for key, value in {**facts, "checkpoint": checkpoint}.items()}
-    made = client.create_model_version(
-        name, f"{run.info.artifact_uri}/model", mlflow_run_id, tags=tags, description=card
-    )
+    made = client.create_model_version(name, f"{run.info.artifact_uri}/model", mlflow_run_id, tags=tags, description=card)
     client.set_registered_model_alias(name, CHALLENGER, made.version)
     run_logger().info("registered %s/%s, val_bpb %s", name, made.version, facts.get("val_bpb"))
     return _read(made)
@@ -165,9 +163,7 @@ def register_model(
     else:
         facts = {key: path.name for key, path in data.items()}
         facts |= {"run": run, "val_bpb": bpb, "val_loss": loss, "parameters": result["parameters"]}
-        card = model_card(
-            f"{config.name}: {run}", facts, f"A {config.model.family} trained on {config.data.source_name}."
-        )
+        card = model_card(f"{config.name}: {run}", facts, f"A {config.model.family} trained on {config.data.source_name}.")
         try:
             version = register(config.name, Path(result["checkpoint"]), mlflow_run_id, facts, card)
         except Exception as error:

@@ -1,6 +1,6 @@
 """What is alive: run directories by their journals' locks, processes by their parents. For the reconciler and the doctor.
 
-    python -m tasks.liveness        # unfinished runs and orphaned processes of this GPTLOOM_HOME
+    python -m gptloom.tasks.runtime.liveness        # unfinished runs and orphaned processes of this GPTLOOM_HOME
 
 A device process belongs to the process that started it (GPTLOOM_PARENT_PID); with another parent it is an orphan. On Linux
 the kernel ends it at once; here is the second net, for other systems and for what a device process started itself.

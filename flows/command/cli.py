@@ -29,37 +29,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flows.arguments import parse_arguments
-from flows.surroundings import (
+from gptcore.config import DataConfig, UserError, hide_password, load_config
+from gptcore.entry import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER, describe_error, exit_code
+from gptcore.store import home_dir, keep_private
+from gptloom.flows.command.arguments import parse_arguments
+from gptloom.flows.command.surroundings import (
     launch_prefect_server,
     prepare_home,
     quiet_expected_errors,
     start_prefect_server,
     use_servers,
 )
-from gptcore.config import DataConfig, UserError, hide_password, load_config
-from gptcore.entry import (
-    EXIT_BUG,
-    EXIT_OK,
-    EXIT_STOPPED,
-    EXIT_USER,
-    describe_error,
-    exit_code,
-)
-from gptcore.store import home_dir, keep_private
 
-STUDY_CONTRACT = (
-    "run",
-    "report",
-    "cells",
-    "measured",
-    "cached",
-    "failed",
-    "not_run",
-    "conclusion",
-    "seconds",
-    "mlflow_run_id",
-)
+STUDY_CONTRACT = ("run", "report", "cells", "measured", "cached", "failed", "not_run", "conclusion", "seconds", "mlflow_run_id")
 CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
 
 
@@ -102,17 +84,19 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     use_servers()
     where = hide_password(os.environ.get("PREFECT_API_URL", "a temporary server"))
     launch_prefect_server()  # it comes up while we import, and so does what the steps need
-    from tasks.launcher import warm_up
+    from gptloom.tasks.runtime.launcher import warm_up
 
     warm_up("gptcore.train")
-    from tasks.process import check_device
-    from tasks.runs import run_named
-    from tasks.tracking import check_store
+    from gptloom.tasks.records.runs import run_named
+    from gptloom.tasks.records.tracking import check_store
+    from gptloom.tasks.runtime.process import check_device
 
     store = check_store()
     resume = run_named(args.resume) if args.resume else ""
     print(f"{experiment or resume}: Prefect at {where}, MLflow at {hide_password(store)}", file=sys.stderr)
-    from flows.pipeline import Overrides, load_run, new_run_name, pipeline
+    from gptloom.flows.forms import Overrides
+    from gptloom.flows.pipeline import pipeline
+    from gptloom.flows.run import load_run, new_run_name
 
     if config is None:
         config = load_run(resume, overrides)
@@ -130,8 +114,8 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
 def sync_runs(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom sync`: journals to MLflow. Exit code 1 when it still misses some: it did not answer half-way."""
-    from tasks.runs import sync
-    from tasks.tracking import check_store
+    from gptloom.tasks.records.runs import sync
+    from gptloom.tasks.records.tracking import check_store
 
     check_store()
     result.update(sync(args.runs))
@@ -148,8 +132,8 @@ def run_study(args: argparse.Namespace, result: dict[str, Any]) -> int:
     check_source(plan.base.data)
     use_servers()
     start_prefect_server()
-    from flows.pipeline import new_run_name
-    from flows.study import StudyForm, study
+    from gptloom.flows.run import new_run_name
+    from gptloom.flows.study import StudyForm, study
 
     quiet_expected_errors()
     result["run"] = new_run_name(plan.name)
@@ -167,7 +151,7 @@ def run_study(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
 def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom data`: the data part of the pipeline as a flow of its own, or a look at its results."""
-    from flows.look import LOOKS, find_directories
+    from gptloom.flows.command.look import LOOKS, find_directories
 
     if args.words[0] in LOOKS:
         if len(args.words) < 2:
@@ -180,8 +164,8 @@ def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
     check_source(config.data)
     use_servers()
     start_prefect_server()
-    from flows.data import data
-    from flows.pipeline import Overrides
+    from gptloom.flows.data import data
+    from gptloom.flows.forms import Overrides
 
     quiet_expected_errors()
     result.update(data(experiment=experiment, overrides=Overrides(more=overrides)))
@@ -192,11 +176,11 @@ def run_reconciler(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom reconcile`: the scheduled flow, started by hand."""
     prepare_home()
     use_servers()
-    from tasks.tracking import check_store
+    from gptloom.tasks.records.tracking import check_store
 
     check_store()
     start_prefect_server()
-    from flows.reconcile import reconcile
+    from gptloom.flows.reconcile import reconcile
 
     result.update(reconcile(apply=args.apply, resume=args.resume))
     for finding in result["findings"]:
@@ -207,8 +191,8 @@ def run_reconciler(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
 
 def run_doctor(args: argparse.Namespace, result: dict[str, Any]) -> int:
-    """`gptloom doctor`: see flows/doctor.py."""
-    from flows.doctor import FAIL, examine
+    """`gptloom doctor`: see flows/command/doctor.py."""
+    from gptloom.flows.command.doctor import FAIL, examine
 
     for check in examine(home_dir(), full=args.full):
         print(check.line(), file=sys.stderr)
@@ -229,16 +213,16 @@ def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
     prepare_home()
     use_servers()
     start_prefect_server()
-    from flows.pipeline import Overrides
+    from gptloom.flows.forms import Overrides
 
     quiet_expected_errors()
     overrides = Overrides(more=args.words)
     if is_simulation:
-        from flows.simulation import simulate_nights
+        from gptloom.flows.simulation import simulate_nights
 
         result.update(simulate_nights(experiment, overrides, args.simulate))
     else:
-        from flows.nightly import nightly
+        from gptloom.flows.nightly import nightly
 
         result.update(nightly(experiment, overrides, args.force))
     for night in result.get("nights", [result]):
@@ -252,7 +236,7 @@ def move_champion(args: argparse.Namespace, result: dict[str, Any]) -> int:
     prepare_home()
     use_servers()
     start_prefect_server()
-    from flows import registry
+    from gptloom.flows import registry
 
     quiet_expected_errors()
     result.update(getattr(registry, args.move)(args.model, args.reason))
@@ -282,18 +266,18 @@ def _print_results(directory: Path) -> None:
 
 
 def start_servers(args: argparse.Namespace, _result: dict[str, Any]) -> int:
-    from flows.listening import check_port_number
+    from gptloom.flows.servers.listening import check_port_number
 
     check_port_number(args.prefect_port, "--prefect-port")
     check_port_number(args.mlflow_port, "--mlflow-port")
     prepare_home()
-    from flows import servers
+    from gptloom.flows.servers import stack as servers
 
     return servers.up(args.host, args.prefect_port, args.mlflow_port)
 
 
 def stop_servers(_args: argparse.Namespace, _result: dict[str, Any]) -> int:
-    from flows import servers
+    from gptloom.flows.servers import stack as servers
 
     return servers.down()
 

@@ -1,6 +1,6 @@
 """The work pools and their queues: what runs beside what, and what waits.
 
-    python -m flows.pools http://127.0.0.1:4200/api        # make both, as docker compose does
+    python -m gptloom.flows.servers.pools http://127.0.0.1:4200/api        # make both, as docker compose does
 
     cpu, gpu    two slots each: one for whatever trains (queue `default`), one for what is urgent (queue `urgent`, goes first)
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from flows.prefect_api import answers, request
+from gptloom.flows.servers.prefect_api import answers, request
 
 POOLS = ("cpu", "gpu")
 SLOTS = 2

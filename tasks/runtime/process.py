@@ -1,4 +1,4 @@
-"""Run one `python -m gptcore.…` process (started by tasks/launcher.py), watch it, and leave nothing behind: the only place that
+"""Run one `python -m gptcore.…` process (started by tasks/runtime/launcher.py), watch it, and leave nothing behind: the only place that
 starts device work.
 
 The child is a session of its own, so a crash or a cancel frees the device; its journal is tailed for progress in Prefect and
@@ -32,18 +32,10 @@ from prefect.exceptions import CancelledRun, MissingContextError
 from prefect.logging import get_run_logger
 
 from gptcore.config import TrainConfig, UserError
-from gptcore.entry import (
-    EXIT_MEMORY,
-    EXIT_NON_FINITE,
-    EXIT_STOPPED,
-    EXIT_USER,
-    DeviceMemoryError,
-    NonFinite,
-    Stopped,
-)
+from gptcore.entry import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
-from tasks.forwarding import Forwarder, write_tags
-from tasks.launcher import Child, start_process
+from gptloom.tasks.records.forwarding import Forwarder, write_tags
+from gptloom.tasks.runtime.launcher import Child, start_process
 
 LOG_NAME = "log.txt"
 GRACE_S = 20.0  # Prefect kills its own process 30 s after a cancel
@@ -61,12 +53,7 @@ def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
 
 
 def run_device_process(
-    args: list[str],
-    directory: Path,
-    *,
-    experiment: str,
-    tags: Mapping[str, str] | None = None,
-    max_steps: int | None = None,
+    args: list[str], directory: Path, *, experiment: str, tags: Mapping[str, str] | None = None, max_steps: int | None = None
 ) -> dict[str, Any]:
     """Run `python -m *args` to its end; returns the JSON object of its last line.
 
@@ -119,9 +106,7 @@ def close_journals(directory: Path, error: BaseException) -> None:
         if last is None:
             continue
         is_own = path.parent == directory
-        if last["kind"] != "close" or (
-            is_own and status == "FAILED" and (last["status"], last["reason"]) != (status, reason)
-        ):
+        if last["kind"] != "close" or (is_own and status == "FAILED" and (last["status"], last["reason"]) != (status, reason)):
             journal = Journal(path.parent)
             if is_own and (directory / LOG_NAME).exists():
                 journal.artifact(LOG_NAME)
@@ -191,9 +176,7 @@ def _signal_group(process: Child, number: int) -> None:
 def _result(args: list[str], directory: Path) -> dict[str, Any]:
     result = _last_json(directory / LOG_NAME)
     if result is None:
-        raise RuntimeError(
-            f"python -m {args[0]} ended well but printed no result; its output is {directory / LOG_NAME}"
-        )
+        raise RuntimeError(f"python -m {args[0]} ended well but printed no result; its output is {directory / LOG_NAME}")
     return result
 
 
@@ -213,9 +196,7 @@ def _failure(code: int, directory: Path) -> Exception:
         return kinds[code](f"{message} (exit code {code})\n{end}")
     if code < 0:
         who = " (the kernel does this when memory runs out)" if -code == signal.SIGKILL else ""
-        return ProcessDied(
-            f"the process of step {directory.name} was killed by {signal.Signals(-code).name}{who}; {end}"
-        )
+        return ProcessDied(f"the process of step {directory.name} was killed by {signal.Signals(-code).name}{who}; {end}")
     return RuntimeError(f"the process of step {directory.name} failed with exit code {code}; {end}")
 
 
@@ -275,17 +256,10 @@ class _Progress:
         if not self._newest or not self._first or not self._max_steps:
             return ""
         parts = [f"step {self._newest['step']}/{self._max_steps}"]
-        for key, form in (
-            ("train/loss", "loss {:.3f}"),
-            ("val/loss", "val {:.3f}"),
-            ("perf/tok_per_sec", "{:,.0f} tok/s"),
-        ):
+        for key, form in (("train/loss", "loss {:.3f}"), ("val/loss", "val {:.3f}"), ("perf/tok_per_sec", "{:,.0f} tok/s")):
             if key in self._values:
                 parts.append(form.format(self._values[key]))
-        steps, seconds = (
-            self._newest["step"] - self._first["step"],
-            (self._newest["time_ms"] - self._first["time_ms"]) / 1000,
-        )
+        steps, seconds = (self._newest["step"] - self._first["step"], (self._newest["time_ms"] - self._first["time_ms"]) / 1000)
         if steps > 0:
             parts.append(f"about {seconds / steps * (self._max_steps - self._newest['step']):.0f} s left")
         return ", ".join(parts)

@@ -3,7 +3,7 @@
 The journal (gptcore/journal.py) is the truth. Forwarding may stop at any moment, start again, or be done twice: runs are found by
 the tag `gptloom.run`, a metric's step and timestamp come from the journal, so what is already there stays as it is.
 
-    from tasks.forwarding import Forwarder
+    from gptloom.tasks.records.forwarding import Forwarder
     with Forwarder(directory, experiment="shakespeare").follow():   # a thread, about one look per second
         ...
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.journal import FILE_NAME, read_journal, read_last_record
 from gptcore.store import write_json
-from tasks.tracking import REASON_TAG, RUN_TAG, connect, find_experiment, first_line, tracking_uri
+from gptloom.tasks.records.tracking import REASON_TAG, RUN_TAG, connect, find_experiment, first_line, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,9 +54,7 @@ class Forwarder:
     slowness: whoever calls waits for `FLUSH_S` at most.
     """
 
-    def __init__(
-        self, directory: Path, experiment: str, tags: Mapping[str, str] | None = None, *, below: bool = True
-    ) -> None:
+    def __init__(self, directory: Path, experiment: str, tags: Mapping[str, str] | None = None, *, below: bool = True) -> None:
         """`tags` go to every run made here; `below=False` looks at the journal of `directory` itself only."""
         self.directory = directory
         self.experiment = experiment

@@ -12,8 +12,8 @@ import ipaddress
 import os
 import socket
 
-from flows.prefect_api import AUTH_VARIABLE
 from gptcore.config import UserError
+from gptloom.flows.servers.prefect_api import AUTH_VARIABLE
 
 
 def check_host(host: str) -> None:

@@ -1,6 +1,6 @@
 """Prefect's and MLflow's tables, made once at installation: a new home copies two files instead of running 100 migrations.
 
-    python -m flows.databases        # the last step of the installation; about ten seconds
+    python -m gptloom.flows.servers.databases        # the last step of the installation; about ten seconds
 
 The files lie in the environment, named after the versions that made them (share/gptloom/prefect-3.8.8.db), and hold tables but no
 rows of anybody's. Without them, or after an upgrade that made none, the servers make their tables themselves as they always did.
@@ -91,7 +91,7 @@ def _make_prefect(database: Path) -> None:
 
 
 def _make_mlflow(database: Path) -> None:
-    from tasks.tracking import check_store
+    from gptloom.tasks.records.tracking import check_store
 
     check_store(f"sqlite:///{database}")
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:

@@ -1,6 +1,6 @@
 """Runs by name, and what MLflow missed of them: `gptloom sync`.
 
-from tasks.runs import run_named, sync
+from gptloom.tasks.records.runs import run_named, sync
 sync(["shakespeare-20261124-103000-1a2b"])
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 from gptcore.config import UserError, load_config
 from gptcore.journal import FILE_NAME
 from gptcore.store import home_dir, is_claimed
-from tasks.forwarding import forward_tree
-from tasks.tracking import RUN_TAG, connect, first_line, tracking_uri
+from gptloom.tasks.records.forwarding import forward_tree
+from gptloom.tasks.records.tracking import RUN_TAG, connect, first_line, tracking_uri
 
 log = logging.getLogger("gptloom.tracking")
 

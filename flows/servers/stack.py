@@ -6,7 +6,7 @@
 What is up is written to $GPTLOOM_HOME/servers.json once all of it is healthy: {"prefect_api_url", "mlflow_url", "pid",
 "pids"}. Whoever holds the lock $GPTLOOM_HOME/servers/up.lock is the `up` of this home; its process id stands in it. Each
 process logs to $GPTLOOM_HOME/servers/NAME.log. All children are started from the main thread, each in a session of
-its own (Ctrl-C must not reach them before their flow runs are cancelled); flows/warden.py ends them if `up` is killed.
+its own (Ctrl-C must not reach them before their flow runs are cancelled); flows/servers/warden.py ends them if `up` is killed.
 A server or worker that ends by itself is started again: runs go on meanwhile, and their records wait for it.
 """
 
@@ -28,16 +28,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from flows.listening import check_host, check_port, is_loopback
-from flows.pools import POOLS, prepare_pool
-from flows.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
-from flows.warden import MARK_VARIABLE
 from gptcore.config import UserError
 from gptcore.store import home_dir, write_json
+from gptloom import ROOT
+from gptloom.flows.servers.listening import check_host, check_port, is_loopback
+from gptloom.flows.servers.pools import POOLS, prepare_pool
+from gptloom.flows.servers.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
+from gptloom.flows.servers.warden import MARK_VARIABLE
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent  # the checkout: prefect.yaml, experiments/
 STATE_FILE = "servers.json"
 LOCK_FILE = "up.lock"
 LOOPBACK = "127.0.0.1"
@@ -48,10 +48,7 @@ CANCEL_S = 30.0  # Prefect's own grace for a flow run
 WORKER_S = 10.0
 SERVER_S = 10.0
 DOWN_S = CANCEL_S + 60.0
-MAX_RESTARTS, RESTART_WINDOW_S = (
-    3,
-    600.0,
-)  # a server that ends more often than so has a reason that starting it will not mend
+MAX_RESTARTS, RESTART_WINDOW_S = (3, 600.0)  # a server that ends more often than so has a reason that starting it will not mend
 
 
 class _StopRequested(Exception):
@@ -72,9 +69,7 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
     if prefect_port == mlflow_port:
         raise UserError(f"--prefect-port and --mlflow-port are both {prefect_port}; choose two")
     if not (ROOT / "prefect.yaml").is_file():
-        raise UserError(
-            f"{ROOT / 'prefect.yaml'}: not found; `gptloom up` needs a checkout installed with pip install -e"
-        )
+        raise UserError(f"{ROOT / 'prefect.yaml'}: not found; `gptloom up` needs a checkout installed with pip install -e")
     home = home_dir()
     lock = _take_lock(home)
     try:
@@ -103,7 +98,7 @@ def stop() -> dict[str, Any]:
         os.kill(pid, signal.SIGTERM)
         if not wait_for(lambda: _lock_holder(home) is None, DOWN_S):
             log.error("process %d did not stop within %.0f s; it is killed now", pid, DOWN_S)
-            os.kill(pid, signal.SIGKILL)  # flows/warden.py ends the rest
+            os.kill(pid, signal.SIGKILL)  # flows/servers/warden.py ends the rest
             wait_for(lambda: _lock_holder(home) is None, 10.0)
         log.info("stopped")
     (home / STATE_FILE).unlink(missing_ok=True)
@@ -149,15 +144,32 @@ class _Stack:
         self.home.joinpath("mlartifacts").mkdir(parents=True, exist_ok=True)
         log.info("starting Prefect and MLflow for %s", self.home)
         self.warden = subprocess.Popen(
-            [sys.executable, "-m", "flows.warden", self.mark], stdin=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
-        )  # fmt: skip
+            [sys.executable, "-m", "gptloom.flows.servers.warden", self.mark],
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+        )
         prefect_port, mlflow_port = self.ports
         self._spawn("prefect", "-m", "prefect", "server", "start", "--host", self.host, "--port", str(prefect_port))
         self._spawn(
-            "mlflow", "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(mlflow_port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.home}/mlflow.db",
-            "--artifacts-destination", str(self.home / "mlartifacts"), "--uvicorn-opts", "--log-level warning",
-        )  # fmt: skip
+            "mlflow",
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            LOOPBACK,
+            "--port",
+            str(mlflow_port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{self.home}/mlflow.db",
+            "--artifacts-destination",
+            str(self.home / "mlartifacts"),
+            "--uvicorn-opts",
+            "--log-level warning",
+        )
         self._wait_until(lambda: answers(f"{self.prefect_url}/api/health"), "prefect")
         self._wait_until(lambda: answers(f"{self.mlflow_url}/health"), "mlflow")
         log.info("registering the deployments of prefect.yaml")
@@ -169,9 +181,18 @@ class _Stack:
             raise _StartFailed(f"the work pools cannot be made ({error})\n{self._tail('prefect')}") from error
         for pool in self.pools:
             self._spawn(
-                f"worker-{pool}", "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
-                "--name", f"{pool}-{socket.gethostname()}",
-            )  # fmt: skip
+                f"worker-{pool}",
+                "-m",
+                "prefect",
+                "worker",
+                "start",
+                "--pool",
+                pool,
+                "--type",
+                "process",
+                "--name",
+                f"{pool}-{socket.gethostname()}",
+            )
         self._command("deploy", "--no-prompt", "deploy", "--all")
         for pool in self.pools:
             self._wait_until(lambda pool=pool: self._worker_is_online(pool), f"worker-{pool}")  # type: ignore[misc]
@@ -198,10 +219,7 @@ class _Stack:
         for pool in POOLS:
             if pool not in self.pools:
                 print(f"pool {pool}: no worker, since no NVIDIA GPU was found here; what is sent to it waits")
-        print(
-            "`gptloom run` in another terminal uses these servers. Ctrl-C here, or `gptloom down`, stops them.",
-            flush=True,
-        )
+        print("`gptloom run` in another terminal uses these servers. Ctrl-C here, or `gptloom down`, stops them.", flush=True)
         if not is_loopback(self.host):
             log.warning("MLflow has no login and stays on %s; reach it through an SSH tunnel", LOOPBACK)
 
@@ -260,9 +278,13 @@ class _Stack:
         with open(self._log_path(name), "ab" if name in self.children else "wb") as output:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                cwd=ROOT, env=self._environment(), start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=self._environment(),
+                start_new_session=True,
+            )
         self.children[name], self.arguments[name] = child, arguments
         self.warden.stdin.write(f"{child.pid}\n")
         self.warden.stdin.flush()
@@ -312,9 +334,7 @@ class _Stack:
         return "\n".join([f"the end of {self._log_path(name)}:", *(f"  {line}" for line in lines)])
 
 
-def child_environment(
-    home: Path, prefect_url: str, mlflow_url: str, base: Mapping[str, str] = os.environ
-) -> dict[str, str]:
+def child_environment(home: Path, prefect_url: str, mlflow_url: str, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What servers, workers and through them flow runs find in their environment."""
     env = {key: value for key, value in base.items() if key != "PREFECT_PROFILE"}
     port = prefect_url.rpartition(":")[2]

@@ -1,6 +1,6 @@
 """MLflow: find the store, check it, ask it for runs and change them. With forwarding.py the only files that import mlflow.
 
-from tasks.tracking import check_store, open_client
+from gptloom.tasks.records.tracking import check_store, open_client
 check_store()      # UserError with the remedy
 """
 
@@ -191,9 +191,7 @@ def running_runs() -> list[dict[str, str]]:
         for run in page:
             if RUN_TAG in run.data.tags:
                 tags = run.data.tags
-                found.append(
-                    {"id": run.info.run_id, "run": tags[RUN_TAG], "flow_run_id": tags.get("prefect.flow_run_id", "")}
-                )
+                found.append({"id": run.info.run_id, "run": tags[RUN_TAG], "flow_run_id": tags.get("prefect.flow_run_id", "")})
         token = page.token
         if not token:
             break
@@ -220,9 +218,7 @@ def connect(uri: str) -> MlflowClient:
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # table by table, while a new database is made
-    logging.getLogger("mlflow.store.db.utils").setLevel(
-        logging.CRITICAL
-    )  # pages of SQL before the error that we explain
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # pages of SQL before the error that we explain
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
@@ -263,9 +259,7 @@ def _git_commit() -> str:
     code = Path(__file__).parent
     command = ["git", "-C", str(code), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        tracked = subprocess.run(
-            [*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5
-        )
+        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
         if tracked.returncode:
             return ""  # an installed copy inside some other project's repository
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()

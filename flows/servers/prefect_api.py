@@ -1,6 +1,6 @@
 """Prefect's REST API for the few calls `gptloom up` makes: a GET costs milliseconds, importing Prefect costs seconds.
 
-python -c "from flows.prefect_api import request; print(request('http://127.0.0.1:4200/api/health'))"
+python -c "from gptloom.flows.servers.prefect_api import request; print(request('http://127.0.0.1:4200/api/health'))"
 """
 
 from __future__ import annotations

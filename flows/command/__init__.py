@@ -1,0 +1,1 @@
+"""The `gptloom` command: its words (arguments), its verbs (cli), and what a verb finds around it (surroundings)."""
