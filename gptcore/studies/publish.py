@@ -26,7 +26,8 @@ from gptcore.entry import run_process
 log = logging.getLogger(__name__)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1200, 9000  # of the picture, before the empty rest below is cut off
+WIDTH, HEIGHT = 1200, 3100  # of the picture: question, answer, findings and the first figures
+GAP, MARGIN = 30, 24  # empty rows between two figures; what is left around the drawn part
 LARGEST_TABLE = 200_000  # bytes: what is larger (every point of every curve) stays with the run
 SHOWN_ROWS = 40
 
@@ -94,7 +95,7 @@ def add_to_log(path: Path, entry: str) -> bool:
 
 
 def take_picture(page: Path, target: Path) -> bool:
-    """The whole page as a PNG; False, with a line in the log, where no browser is installed or it fails."""
+    """The upper part of the page as a small PNG; False, with a line in the log, where no browser is installed or it fails."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         log.warning("no picture: none of %s is installed", ", ".join(BROWSERS))
@@ -111,13 +112,19 @@ def take_picture(page: Path, target: Path) -> bool:
 
 
 def _cut(picture: Path) -> None:
-    """Without the empty rest below the last thing drawn."""
-    import matplotlib.image as image
+    """Kept small for a repository: what is drawn, up to the last whole figure, in 256 colours."""
     import numpy as np
+    from PIL import Image
 
-    pixels = image.imread(picture)
-    drawn = np.flatnonzero((pixels != pixels[-1, -1]).any(axis=(1, 2)))
-    image.imsave(picture, pixels[: int(drawn[-1]) + 40])
+    image = Image.open(picture).convert("RGB")
+    pixels = np.asarray(image)
+    drawn = (pixels != pixels[0, 0]).any(axis=2)
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    # A page that is longer than the picture is cut between two figures; titles and captions stand closer to theirs.
+    ends = np.flatnonzero(np.diff(rows) > GAP)
+    bottom = int(rows[-1] if rows[-1] < len(pixels) - GAP else rows[ends[-1]]) + MARGIN
+    box = (max(0, int(columns[0]) - MARGIN), 0, int(columns[-1]) + MARGIN, bottom)
+    image.crop(box).quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 def _markdown_table(frame: pd.DataFrame) -> str:
