@@ -79,6 +79,6 @@ def train_model(config: ExperimentConfig, shards: Path, run: str, directory: Pat
 @task(task_run_name="train the bigram floor, {config.train.length}", persist_result=False, **RETRIES)
 def train_floor(config: ExperimentConfig, shards: Path, run: str, directory: Path) -> dict[str, Any]:
     """Train the bigram model with the same trainer and tokens: what every other model has to beat."""
-    from gptcore.studies.rnn_sizes import floor_config
+    from gptcore.studies.sizes import floor_config
 
     return run_step("gptcore.train", floor_config(config), shards, run, directory)

@@ -20,9 +20,9 @@ from gptcore.journal import Journal
 from gptcore.models import build_model
 from gptcore.quantize import METHODS, quantize
 from gptcore.shards import ShardSet, prepare
-from gptcore.studies.engine import Bench
-from gptcore.studies.timing_options import TimingOptions
-from gptcore.studies.timing_step import measure_step
+from gptcore.studies import Bench
+from gptcore.studies.timing.options import TimingOptions
+from gptcore.studies.timing.step import measure_step
 from gptcore.train import build_trainer, preflight, resume, train_loop, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")

@@ -22,13 +22,13 @@ from gptcore.config import EvaluateConfig, ModelConfig, check_config
 from gptcore.device import choose_device
 from gptcore.evaluate import Evaluation
 from gptcore.models import build_model
-from gptcore.studies.engine import Results
-from gptcore.studies.quantization_cell import QuantizationOptions, delta_over_text
-from gptcore.studies.quantization_summary import compare, sentence
-from gptcore.studies.rnn_budget import at_budget, comparable
-from gptcore.studies.rnn_carried import CarriedForward, ContiguousSampler, stream_bpb
-from gptcore.studies.rnn_cell import RnnOptions, count_non_embedding, sized, state_bytes
-from gptcore.studies.rnn_summary import against, summarize
+from gptcore.studies import Results
+from gptcore.studies.quantization.cell import QuantizationOptions, delta_over_text
+from gptcore.studies.quantization.summary import compare, sentence
+from gptcore.studies.rnn.budget import at_budget, comparable
+from gptcore.studies.rnn.carried import CarriedForward, ContiguousSampler, stream_bpb
+from gptcore.studies.rnn.cell import RnnOptions, count_non_embedding, sized, state_bytes
+from gptcore.studies.rnn.summary import against, summarize
 
 V = 29
 

@@ -13,7 +13,7 @@ from gptcore.models.cache import FixedCache
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.layers import apply_rotary, attend_once, rms_norm, rotary_table
 from gptcore.models.published import load_published, to_published
-from gptcore.studies.rnn_sizes import estimate_gpt_parameters, estimate_lstm_parameters
+from gptcore.studies.sizes import estimate_gpt_parameters, estimate_lstm_parameters
 
 V, T = 29, 16
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": T}

@@ -19,7 +19,7 @@ from gptcore.models import build_model
 from gptcore.optim import muon, sharing
 from gptcore.ranks import ALONE, Ranks
 from gptcore.shards import ShardSet, prepare
-from gptcore.studies.rnn_sizes import baseline_config, floor_config
+from gptcore.studies.sizes import baseline_config, floor_config
 from gptcore.train import trainer as trainer_module
 from gptcore.train.trainer import state_mib
 

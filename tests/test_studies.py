@@ -11,9 +11,11 @@ from gptcore.entry import StopFlag, recording
 from gptcore.journal import read_journal
 from gptcore.models import build_model
 from gptcore.shards import ShardSet, prepare
-from gptcore.studies import accumulation, quantization, timing
-from gptcore.studies.rnn_sizes import baseline_config, floor_config
+from gptcore.studies.accumulation import short as accumulation
+from gptcore.studies.quantization import short as quantization
 from gptcore.studies.short import Subject
+from gptcore.studies.sizes import baseline_config, floor_config
+from gptcore.studies.timing import short as timing
 from gptcore.timing import PhaseClock, format_seconds, measure_ms
 from gptcore.train import build_trainer, train_loop
 

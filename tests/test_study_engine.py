@@ -18,9 +18,9 @@ from gptcore.entry import Stopped
 from gptcore.journal import read_journal
 from gptcore.report.study import table
 from gptcore.shards import ShardSet, prepare
-from gptcore.studies import engine
+from gptcore.studies import Bench, CellResult, Study, Summary, engine
 from gptcore.studies.__main__ import run_parts
-from gptcore.studies.engine import Bench, CellResult, Study, Summary, run_cells
+from gptcore.studies.engine import run_cells
 from gptcore.studies.finish import finish
 from gptcore.studies.publish import publish
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval

@@ -15,13 +15,13 @@ from gptcore.config import ModelConfig
 from gptcore.config.study import load_study
 from gptcore.models import build_model
 from gptcore.studies.engine import CELL_FILE
-from gptcore.studies.timing_advice import advise_pipeline, advise_step
-from gptcore.studies.timing_difference import compare, conclude, main, section_times
-from gptcore.studies.timing_peaks import _covered
-from gptcore.studies.timing_pipeline import check_sum
-from gptcore.studies.timing_sections import COLLECTION, sections, trains
-from gptcore.studies.timing_step import _section_rows
-from gptcore.studies.timing_summary import inclusive_shares, nodes
+from gptcore.studies.timing.advice import advise_pipeline, advise_step
+from gptcore.studies.timing.difference import compare, conclude, main, section_times
+from gptcore.studies.timing.peaks import _covered
+from gptcore.studies.timing.pipeline import check_sum
+from gptcore.studies.timing.sections import COLLECTION, sections, trains
+from gptcore.studies.timing.step import _section_rows
+from gptcore.studies.timing.summary import inclusive_shares, nodes
 from gptcore.timing import MapClock
 
 

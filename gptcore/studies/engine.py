@@ -3,8 +3,6 @@
 A finished cell is committed to `home/studies/cells/<key>`; the key is the sha256 of all that its numbers depend on, so a second
 call, a resumed one, or a study that shares cells with another measures only what is new. A cell that fails leaves its reason
 and the others go on.
-
-A study is a module `gptcore.studies.NAME` with an object STUDY (see `Study`); its file is experiments/studies/NAME.yaml.
 """
 
 from __future__ import annotations
@@ -17,33 +15,29 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from pydantic import ValidationError
 
 from gptcore import NUMERICS_VERSION
 from gptcore.config import UserError, flatten
-from gptcore.config.base import Section
-from gptcore.config.study import Cell, StudyPlan
+from gptcore.config.study import StudyPlan
 from gptcore.device import Device, choose_device, reserve_device, seed_everything
 from gptcore.entry import StopFlag, Stopped, describe_error
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.shards import ShardSet
 from gptcore.store import commit_dir, content_id, home_dir, is_committed, read_manifest, write_json
-from gptcore.studies.training import Trained, train
+from gptcore.studies import CELL_FILE, DONE, Bench, Cell, Study
 from gptcore.timing import format_seconds
 
 log = logging.getLogger(__name__)
 
-CELL_FILE = "cell.json"
 STOP_FILE = "stop"
-DONE = ("done", "cached")
 KEPT_TAG = "gptloom.cached"
 
 
@@ -66,105 +60,6 @@ class Deadline:
     def interrupting(self) -> AbstractContextManager[None]:
         """As StopFlag's: a signal raises Stopped at once. The minutes do not, they end between two steps."""
         return self._flag.interrupting()
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where a cell is measured. Files written below `out` whose names the result lists are kept with it."""
-
-    shards: ShardSet
-    device: Device  # chosen for the cell's train.device and train.precision
-    out: Path
-    journal: Journal
-    stop: Deadline
-    home: Path
-
-    def train(self, config: Any) -> Trained:
-        """The model that `config` (an ExperimentConfig) trains on these shards: once, whichever cells and studies ask for it.
-
-        Its curves stand in this cell's journal, too. Raises Stopped with a checkpoint kept, NonFinite, UserError.
-        """
-        return train(config, self.shards, self.home, self.journal, self.stop)
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """What one cell measured. A row is flat and JSON-able; the engine puts cell, arm, the grid's factors and seed in front."""
-
-    rows: list[dict[str, Any]]  # the table "results"
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # further ones, e.g. "curves"
-    metrics: dict[str, float] = field(default_factory=dict)  # compared between cells in MLflow
-    files: tuple[str, ...] = ()  # below bench.out
-
-
-@dataclass(frozen=True)
-class Results:
-    """All cells of a study run, also those that failed or were not reached."""
-
-    plan: StudyPlan
-    cells: list[dict[str, Any]]  # name, arm, factors, seed, status, reason, seconds, device, precision, rows, tables, metrics
-    directory: Path
-
-    def table(self, name: str = "results") -> pd.DataFrame:
-        """All finished cells' rows of one table: columns cell, arm, one per grid factor, seed, then the rows' own."""
-        rows: list[dict[str, Any]] = []
-        for cell in self.cells:
-            if cell["status"] in DONE:
-                front = {"cell": cell["name"], "arm": cell["arm"], **cell["factors"], "seed": cell["seed"]}
-                own = cell["rows"] if name == "results" else cell["tables"].get(name, [])
-                rows += [{**front, **row} for row in own]
-        return pd.DataFrame(rows)
-
-    def folder(self, cell: str) -> Path:
-        """Where the files of a cell are."""
-        return max(self.directory.glob(f"cells/*/{cell}/{CELL_FILE}"), key=_age).parent
-
-    @property
-    def arms(self) -> list[str]:
-        """Names of arms with at least one finished cell, in the file's order."""
-        done = {cell["arm"] for cell in self.cells if cell["status"] in DONE}
-        return [arm.name for arm in self.plan.config.arms if arm.name in done]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the numbers say. Blocks are markup of `gptcore.report.page`, in order; tables are saved as CSV and Parquet."""
-
-    conclusion: str  # one sentence, computed, with n and an interval
-    findings: Sequence[str] = ()  # further sentences
-    blocks: Sequence[str] = ()
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)  # of the study's own MLflow run
-
-
-@dataclass
-class Draft:
-    """A summary in the making, for studies that say several things: each part adds its own."""
-
-    findings: list[str] = field(default_factory=list)
-    blocks: list[str] = field(default_factory=list)
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def summary(self) -> Summary:
-        """The first finding is the conclusion."""
-        return Summary(self.findings[0], self.findings[1:], self.blocks, self.tables, self.metrics)
-
-
-@dataclass(frozen=True)
-class Study:
-    """A measurement: what its options are, how one cell is measured, what all cells together say.
-
-    measure raises for what cannot be measured: an error is never a number. `version` is raised when it begins to measure
-    differently, so that kept results are measured again. summarize is called only when at least one cell is done, and must
-    live with any of the others missing.
-    """
-
-    title: str
-    options: type[Section]
-    measure: Callable[[Cell, Bench], CellResult]
-    summarize: Callable[[Results], Summary]
-    version: int = 1
 
 
 def find(name: str) -> Study:

@@ -18,7 +18,8 @@ from gptcore.config.study import StudyPlan, load_study
 from gptcore.entry import run_process
 from gptcore.report.study import write_study_page, write_tables
 from gptcore.store import write_json
-from gptcore.studies.engine import DONE, Results, Summary, find, read_cells
+from gptcore.studies import DONE, Results, Summary
+from gptcore.studies.engine import find, read_cells
 
 log = logging.getLogger(__name__)
 

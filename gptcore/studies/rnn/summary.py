@@ -10,8 +10,8 @@ from markupsafe import Markup
 from gptcore.report import page
 from gptcore.report.figures import COLOURS
 from gptcore.report.study import curves_figure, figure, table
-from gptcore.studies.engine import Results, Summary
-from gptcore.studies.rnn_budget import FLOORS, at_budget, comparable
+from gptcore.studies import Results, Summary
+from gptcore.studies.rnn.budget import FLOORS, at_budget, comparable
 from gptcore.studies.statistics import comparison_note, mean_interval, paired
 
 CAVEAT = (

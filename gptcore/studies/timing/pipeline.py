@@ -15,15 +15,14 @@ import torch
 
 from gptcore import corpus, vocab
 from gptcore.checkpoint import load_model
-from gptcore.config.study import Cell
 from gptcore.entry import StopFlag
 from gptcore.evaluate import bootstrap_bpb, evaluate_loss
 from gptcore.generate import generate
 from gptcore.journal import Journal
 from gptcore.report.study import figure, table, write_study_page
 from gptcore.shards import ShardSet, write_shards
-from gptcore.studies.engine import Bench, CellResult
-from gptcore.studies.timing_sections import label, sections, trains
+from gptcore.studies import Bench, Cell, CellResult
+from gptcore.studies.timing.sections import label, sections, trains
 from gptcore.timing import MapClock
 from gptcore.train import build_trainer, preflight, train_loop, train_step
 

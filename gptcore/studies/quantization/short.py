@@ -17,11 +17,11 @@ from gptcore.device import choose_device
 from gptcore.entry import run_process
 from gptcore.evaluate import evaluate_loss
 from gptcore.quantize import METHODS, quantize
-from gptcore.studies.engine import Study
-from gptcore.studies.quantization_cell import QuantizationOptions, measure_cell
-from gptcore.studies.quantization_speed import measure_decoding
-from gptcore.studies.quantization_summary import summarize
+from gptcore.studies import Study
+from gptcore.studies.quantization.cell import QuantizationOptions, measure_cell
+from gptcore.studies.quantization.summary import summarize
 from gptcore.studies.short import Outcome, Subject, run_study
+from gptcore.studies.speed import measure_decoding
 
 DECODE_TOKENS = 100
 

@@ -9,9 +9,9 @@ from gptcore.report import page
 from gptcore.report.figures import PARTS
 from gptcore.report.study import figure, interval_figure, table
 from gptcore.report.wording import duration
-from gptcore.studies.engine import Draft, Results, Summary
+from gptcore.studies import Draft, Results, Summary
 from gptcore.studies.statistics import comparison_note, mean_interval, paired
-from gptcore.studies.timing_advice import advise_pipeline, advise_step, largest_other
+from gptcore.studies.timing.advice import advise_pipeline, advise_step, largest_other
 
 
 def summarize(results: Results) -> Summary:

@@ -19,15 +19,12 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from gptcore.config import with_changes
-from gptcore.config.study import Cell
 from gptcore.entry import run_process
-from gptcore.studies.engine import Bench, CellResult, Study
+from gptcore.studies import Bench, Cell, CellResult
 from gptcore.studies.short import Outcome, Subject, run_study
-from gptcore.studies.timing_options import TimingOptions
-from gptcore.studies.timing_pipeline import measure_pipeline
-from gptcore.studies.timing_sections import sections
-from gptcore.studies.timing_step import measure_step
-from gptcore.studies.timing_summary import summarize
+from gptcore.studies.timing.pipeline import measure_pipeline
+from gptcore.studies.timing.sections import sections
+from gptcore.studies.timing.step import measure_step
 from gptcore.timing import MapClock, measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 
@@ -102,9 +99,6 @@ def trace_step(trainer: Trainer, path: Path) -> None:
 def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     """One cell of the study."""
     return {"pipeline": measure_pipeline, "step": measure_step}[cell.options.kind](cell, bench)
-
-
-STUDY = Study("Timing map", TimingOptions, measure_cell, summarize)
 
 
 def main(argv: list[str]) -> dict[str, Any]:

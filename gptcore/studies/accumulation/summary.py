@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from gptcore.report import page
 from gptcore.report.figures import PARTS
 from gptcore.report.study import curves_figure, figure, interval_figure, table
-from gptcore.studies.engine import Draft, Results, Summary
+from gptcore.studies import Draft, Results, Summary
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval
 
 COUNTS = ("micro_steps", "micro_batch_size", "repeats")  # floats where other kinds of cells have no such column

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from gptcore.report import page
 from gptcore.report.study import curves_figure, figure, interval_figure, table
-from gptcore.studies.engine import Results, Summary
+from gptcore.studies import Results, Summary
 from gptcore.studies.statistics import comparison_note, paired, ratio_interval
 
 MEASURES = ("size_mib", "val_bpb")

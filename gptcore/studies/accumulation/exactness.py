@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptcore.config import UserError, dump_yaml, with_changes
-from gptcore.config.study import Cell
 from gptcore.device import choose_device
 from gptcore.models import LanguageModel
-from gptcore.studies.engine import Bench, CellResult
+from gptcore.studies import Bench, Cell, CellResult
 from gptcore.train import Trainer, build_trainer, train_step
 from gptcore.train.step import backward_all, next_batch
 
@@ -169,7 +168,7 @@ def gradients_of_ranks(bench: Bench, trainer: Trainer, x: Tensor, batches: dict[
     config = with_changes(trainer.config, train={"device": "cpu", "precision": "fp32"})
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    command += ["-m", "gptcore.studies.accumulation_ranks", str(folder / "config.yaml")]
+    command += ["-m", "gptcore.studies.accumulation.ranks", str(folder / "config.yaml")]
     command += ["--shards", str(bench.shards.directory), "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPTLOOM_PARENT_PID": str(os.getpid())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S)

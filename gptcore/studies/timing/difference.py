@@ -1,6 +1,6 @@
 """What became slower between two runs of the timing study.
 
-    python -m gptcore.studies.timing_difference RUN_A RUN_B [OUT.html]
+    python -m gptcore.studies.timing.difference RUN_A RUN_B [OUT.html]
 
 Compares every section of every cell that both have, by arm and point of the grid, seeds paired; writes a page (default: RUN_B/difference.html).
 """
@@ -17,7 +17,8 @@ from gptcore.config.study import load_study
 from gptcore.entry import run_process
 from gptcore.report import page
 from gptcore.report.study import figure, interval_figure, table
-from gptcore.studies.engine import Results, read_cells
+from gptcore.studies import Results
+from gptcore.studies.engine import read_cells
 from gptcore.studies.statistics import mean_interval
 
 SHOWN = 20
@@ -95,7 +96,7 @@ def conclude(frame: pd.DataFrame, a: str, b: str) -> str:
 
 def main(argv: list[str]) -> dict[str, Any]:
     if len(argv) not in (2, 3) or argv[0].startswith("-"):
-        raise UserError("usage: python -m gptcore.studies.timing_difference RUN_A RUN_B [OUT.html]")
+        raise UserError("usage: python -m gptcore.studies.timing.difference RUN_A RUN_B [OUT.html]")
     first, second = Path(argv[0]), Path(argv[1])
     frame = compare(section_times(first), section_times(second))
     conclusion = conclude(frame, first.name, second.name)

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from gptcore.checkpoint import load_model
 from gptcore.config import ExperimentConfig, ModelConfig, UserError, with_changes
-from gptcore.config.base import Section
-from gptcore.config.study import Cell
 from gptcore.device import Device
 from gptcore.evaluate import evaluate_loss
 from gptcore.models import LanguageModel, build_model
 from gptcore.models.ngram import NGram
 from gptcore.models.rnn import RecurrentState
-from gptcore.studies.engine import Bench, CellResult
-from gptcore.studies.quantization_speed import measure_decoding
-from gptcore.studies.rnn_carried import stream_bpb, train_carried
+from gptcore.studies import Bench, Cell, CellResult
+from gptcore.studies.rnn.carried import stream_bpb, train_carried
+from gptcore.studies.rnn.options import RnnOptions
+from gptcore.studies.speed import measure_decoding
 
 RECURRENT = ("lstm", "gru", "mingru")
 TABLES = ("wte", "wpe", "lm_head")  # what "non-embedding" leaves out
 SEARCH_SEED = 0  # not one of the study's, so that no result is the best of several tries
-
-
-class RnnOptions(Section):
-    """Settings of the RNN study. The base experiment's model is the reference, a GPT."""
-
-    family: Literal["gpt", "lstm", "gru", "mingru", "bigram", "ngram"] = Field("gpt", description="The model of the arm.")
-    n_layer: int | None = Field(None, ge=1, description="Layers of a recurrent family; empty: the reference's.")
-    carried: bool = Field(False, description="Train with a state that goes on from batch to batch.")
-    lrs: tuple[float, ...] = Field((), description="Learning rates tried on a short training; empty: the experiment's.")
-    search_tokens: int = Field(262_144, ge=1, description="Training tokens of a try.")
-    contexts: tuple[int, ...] = Field((64, 256, 1024, 4096), description="Lengths of text for the memory of decoding.")
-    batches: tuple[int, ...] = Field((1, 32), min_length=1, description="Texts decoded at once.")
-    decode_tokens: int = Field(64, ge=2, description="Tokens of a timed decoding.")
-    repeats: int = Field(3, ge=2, description="Timed repeats.")
 
 
 def measure_cell(cell: Cell, bench: Bench) -> CellResult:

@@ -1,6 +1,6 @@
 """The gradients of batches as several processes make it: started by the accumulation study.
 
-torchrun --nproc-per-node=2 -m gptcore.studies.accumulation_ranks CONFIG.yaml --shards DIR --out DIR
+torchrun --nproc-per-node=2 -m gptcore.studies.accumulation.ranks CONFIG.yaml --shards DIR --out DIR
 
 Reads `batch.safetensors` (weights, x, targets of each kind) in --out; the first process writes `gradients.safetensors` there.
 """
@@ -15,7 +15,7 @@ from gptcore.config import load_config
 from gptcore.entry import process_parser, run_process
 from gptcore.ranks import joined_ranks
 from gptcore.shards import ShardSet
-from gptcore.studies.accumulation_exact import flat_gradient
+from gptcore.studies.accumulation.exactness import flat_gradient
 from gptcore.train import build_trainer
 from gptcore.train.step import backward_all
 from gptcore.train.trainer import build_forward

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from gptcore.config import UserError, with_changes
-from gptcore.config.study import Cell
-from gptcore.studies.engine import Bench, CellResult
-from gptcore.studies.timing_peaks import Trace, count_traffic, measure_peaks, trace_step
-from gptcore.studies.timing_pipeline import check_sum
-from gptcore.studies.timing_sections import label, sections, trains
+from gptcore.studies import Bench, Cell, CellResult
+from gptcore.studies.timing.peaks import Trace, count_traffic, measure_peaks, trace_step
+from gptcore.studies.timing.pipeline import check_sum
+from gptcore.studies.timing.sections import label, sections, trains
 from gptcore.timing import MapClock, Path
 from gptcore.train import Trainer, build_trainer, preflight, train_step
 from gptcore.train.graph import WARMUP_STEPS

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gptcore.config import with_changes
-from gptcore.config.study import Cell
-from gptcore.studies.engine import Bench, CellResult
+from gptcore.studies import Bench, Cell, CellResult
 from gptcore.timing import measure_ms
 from gptcore.train import Trainer, accumulate_gradients, build_trainer
 

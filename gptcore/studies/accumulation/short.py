@@ -16,13 +16,12 @@ from torch import Tensor
 
 from gptcore.checkpoint import load_checkpoint
 from gptcore.config import with_changes
-from gptcore.config.study import Cell
 from gptcore.entry import run_process
-from gptcore.studies.accumulation_economy import measure_economy, saved_mib
-from gptcore.studies.accumulation_exact import measure_exactness
-from gptcore.studies.accumulation_options import AccumulationOptions
-from gptcore.studies.accumulation_summary import summarize
-from gptcore.studies.engine import Bench, CellResult, Study
+from gptcore.studies import Bench, Cell, CellResult, Study
+from gptcore.studies.accumulation.economy import measure_economy, saved_mib
+from gptcore.studies.accumulation.exactness import measure_exactness
+from gptcore.studies.accumulation.options import AccumulationOptions
+from gptcore.studies.accumulation.summary import summarize
 from gptcore.studies.short import Outcome, Subject, run_study
 from gptcore.timing import measure_ms
 from gptcore.train import Trainer, accumulate_gradients, build_trainer

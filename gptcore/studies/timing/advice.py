@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptcore.studies.timing_sections import TRAINING
+from gptcore.studies.timing.sections import TRAINING
 
 # Shares of a step or of a run from which a rule speaks.
 DATA, COPY, OPTIMIZER, CLIP = 0.05, 0.05, 0.20, 0.10
