@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
 
 from gptcore.config import refuse_secret
-from gptloom import ROOT
+from gptloom import PACKAGE, find_project
 
 
 def experiment_files() -> list[str]:
-    """The experiment files of this checkout, as flows name them."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").glob("*.yaml"))
+    """The experiment files of this project, as flows name them."""
+    project = find_project() or PACKAGE
+    return sorted(str(path.relative_to(project)) for path in (project / "experiments").glob("*.yaml"))
 
 
 def titled(title: str, **bounds: Any) -> Any:

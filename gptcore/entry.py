@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import site
 import sys
 import threading
 import time
@@ -90,6 +91,16 @@ class StopFlag:
         return self._raised_at is not None
 
 
+def python_environment() -> dict[str, str]:
+    """The environment in which we start a Python: it finds gptcore where we found it, and imports nothing from the folder it happens
+    to stand in, where a user's own random.py or flows/ may lie."""
+    root, path = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+    # A folder of Python's own is found anyway, and put first it would come before the standard library.
+    if root not in [*site.getsitepackages(), site.getusersitepackages(), *path.split(os.pathsep)]:
+        path = os.pathsep.join(filter(None, [root, path]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
 def follow_parent() -> None:
     """Die with the process that started us (named in GPTLOOM_PARENT_PID), also when it is killed without warning.
 
@@ -145,6 +156,7 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
     """Run `main(argv)`; print its result as the last line on stdout; turn exceptions into exit codes and one sentence."""
     follow_parent()
     keep_private()
+    os.environ.update(python_environment())  # for what a library starts, too
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes under torchrun one speaks for all
     try:

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from gptcore.entry import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, PARENT_VARIABLE
+from gptcore.entry import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, PARENT_VARIABLE, python_environment
 
 # Of several that failed the cause is told, not those who lost their partner by it.
 CAUSES = (EXIT_MEMORY, EXIT_NON_FINITE, EXIT_USER, EXIT_STOPPED)
@@ -33,7 +33,7 @@ def launch(module: str, argv: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ[PARENT_VARIABLE] = str(os.getpid())  # they end with us
+    os.environ.update(python_environment() | {PARENT_VARIABLE: str(os.getpid())})  # they end with us
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory(prefix="gptloom-ranks-") as folder:
         config = LaunchConfig(

@@ -4,7 +4,23 @@ In a checkout the folders lie at its top and are linked from here; in a wheel th
 name, `gptloom.flows.…` and `gptloom.tasks.…`, so that nothing of ours answers to a name that a user's own folder may have.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
-# Where prefect.yaml and experiments/ are: the checkout, or this package.
-ROOT = (Path(__file__).parent / "prefect.yaml").resolve().parent
+PACKAGE = Path(__file__).resolve().parent
+NO_PROJECT = "is no gptloom project: `gptloom init DIR` lays one down, call this in it"
+
+
+def find_project() -> Path | None:
+    """The folder whose prefect.yaml and experiments/ count: the working folder if it is a project, else the checkout that we run
+    from; None outside of both."""
+    checkout = (PACKAGE / "prefect.yaml").resolve().parent
+    for folder in (Path.cwd(), checkout):
+        if folder != PACKAGE and _is_ours(folder / "prefect.yaml"):
+            return folder
+    return None
+
+
+def _is_ours(file: Path) -> bool:
+    return file.is_file() and "name: gptloom" in file.read_text(encoding="utf-8", errors="replace").splitlines()

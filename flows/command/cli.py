@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gptcore.config import DataConfig, UserError, hide_password, load_config
-from gptcore.entry import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER, describe_error, exit_code
+from gptcore.entry import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER, describe_error, exit_code, python_environment
 from gptcore.store import home_dir, keep_private
 from gptloom.flows.command.arguments import parse_arguments
 from gptloom.flows.command.surroundings import (
+    find_experiment,
     launch_prefect_server,
     prepare_home,
     quiet_expected_errors,
@@ -48,6 +49,7 @@ CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "check
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     keep_private()
+    os.environ.update(python_environment())  # for what Prefect, MLflow and torch start
     atexit.register(gc.freeze)  # else Python looks for cycles among all it has imported, for a second, before it ends
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     verb: Callable[[argparse.Namespace, dict[str, Any]], int] = globals()[args.verb]
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom run`: check what can be checked in a moment, then the flow."""
     words = [*filter(None, [args.experiment]), *args.overrides]
-    experiment, overrides = ("", words) if args.resume else ("".join(words[:1]), words[1:])
+    experiment, overrides = ("", words) if args.resume else ("".join(map(find_experiment, words[:1])), words[1:])
     if not experiment and not args.resume:
         raise UserError(
             "gptloom run: EXPERIMENT.yaml is missing; give an experiment file, e.g. experiments/smoke.yaml, or --resume RUN"
@@ -158,7 +160,7 @@ def work_on_data(args: argparse.Namespace, result: dict[str, Any]) -> int:
             raise UserError(f"gptloom data {args.words[0]} needs an experiment file or a directory below data/")
         result.update(LOOKS[args.words[0]](find_directories(args.words[1], args.words[2:])))
         return EXIT_OK
-    experiment, overrides = args.words[0], args.words[1:]
+    experiment, overrides = find_experiment(args.words[0]), args.words[1:]
     config = load_config(experiment, overrides)
     prepare_home()
     check_source(config.data)
@@ -207,6 +209,7 @@ def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
     experiment = "experiments/nights.yaml" if is_simulation else "experiments/shakespeare.yaml"
     if args.words and "=" not in args.words[0]:
         experiment = args.words.pop(0)
+    experiment = find_experiment(experiment)
     load_config(experiment, args.words)
     if is_simulation and args.simulate < 1:
         raise UserError(f"--simulate {args.simulate}: there is no night in that; give 1 or more, e.g. --simulate 7")

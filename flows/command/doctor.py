@@ -25,7 +25,7 @@ import psutil
 from gptcore.config import UserError, hide_password
 from gptcore.leftovers import find_leftovers
 from gptcore.store import MARKER, is_committed, read_json, read_manifest
-from gptloom import ROOT
+from gptloom import PACKAGE
 from gptloom.tasks.records.tracking import answers, read_servers
 from gptloom.tasks.runtime.liveness import Snapshot, device_locks, is_dead, unfinished_runs
 
@@ -55,7 +55,7 @@ def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
     """All checks, in the order in which a beginner would ask. One that breaks is a failed check and does not stop the rest."""
     checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         ("python", check_python),
-        ("packages", lambda: check_packages(ROOT / "constraints.txt")),
+        ("packages", lambda: check_packages(PACKAGE / "constraints.txt")),
         ("devices", check_devices),
         ("compiler", check_compiler),
         ("disk", lambda: check_disk(home)),
@@ -84,7 +84,7 @@ def check_packages(constraints: Path) -> Iterator[Check]:
     """Installed packages against the pins; what the project asks for must be there within its bounds."""
     from packaging.requirements import Requirement
 
-    reinstall = "pip install -c constraints.txt -e . in the checkout"
+    reinstall = f"pip install -c {constraints} gptloom (in a checkout: make run)"
     try:
         wanted = [Requirement(text) for text in distribution("gptloom").requires or []]
     except PackageNotFoundError:
@@ -99,9 +99,6 @@ def check_packages(constraints: Path) -> Iterator[Check]:
             wrong.append(f"{requirement.name} {found or 'missing'} (needs {requirement.specifier})")
     if wrong:
         yield Check("packages", FAIL, ", ".join(wrong), reinstall)
-    if not constraints.is_file():
-        yield Check("packages", WARN, "no constraints.txt beside the code, pins are not known", "install from a checkout")
-        return
     pins = [match.groups() for match in map(PIN.fullmatch, constraints.read_text(encoding="utf-8").splitlines()) if match]
     found_pins = [(name, pin, found) for name, pin in pins if (found := _version(name)) is not None]
     # A build's local part (2.13.0+cpu) is no other version.

@@ -18,9 +18,9 @@ import uuid
 from pathlib import Path
 
 from gptcore.config import UserError, hide_password
-from gptcore.entry import EXIT_BUG, exit_code
+from gptcore.entry import EXIT_BUG, exit_code, python_environment
 from gptcore.store import home_dir
-from gptloom import ROOT
+from gptloom import NO_PROJECT, find_project
 from gptloom.flows.servers.databases import place_databases
 from gptloom.flows.servers.warden import MARK_VARIABLE
 from gptloom.tasks.records.tracking import answers, read_servers
@@ -41,6 +41,16 @@ def prepare_home() -> Path:
         ) from None
     place_databases(home)
     return home
+
+
+def find_experiment(name: str) -> str:
+    """An experiment file as named, else as the project has it. Raises UserError for one that is not here, outside of a project."""
+    if Path(name).exists():
+        return name
+    project = find_project()
+    if project is None:
+        raise UserError(f"experiment {name}: no such file, and {Path.cwd()} {NO_PROJECT}")
+    return str(project / name) if (project / name).is_file() else name
 
 
 def use_servers() -> None:
@@ -84,14 +94,16 @@ def launch_prefect_server() -> None:
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     # The marks of Prefect's own temporary server: fewer background services, and no pages for a browser.
     marks = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
-    server = subprocess.Popen(command, env={**os.environ, **marks, MARK_VARIABLE: mark}, start_new_session=True)
+    # uvicorn puts its working folder before all others to import from: not the user's.
+    environment = python_environment() | marks | {MARK_VARIABLE: mark}
+    server = subprocess.Popen(command, env=environment, cwd=home_dir(), start_new_session=True)
     _servers.append(server)
     warden = subprocess.Popen(
         [sys.executable, "-m", "gptloom.flows.servers.warden", mark],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        cwd=ROOT,
+        env=python_environment(),
         start_new_session=True,
     )
     _wardens.append(warden)

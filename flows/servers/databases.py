@@ -2,7 +2,7 @@
 
     python -m gptloom.flows.servers.databases        # the last step of the installation; about ten seconds
 
-The files lie in the environment, named after the versions that made them (share/gptloom/prefect-3.8.8.db), and hold tables but no
+The files lie in the environment, named after the versions that made them (share/gptloom/prefect-3.9.1.db), and hold tables but no
 rows of anybody's. Without them, or after an upgrade that made none, the servers make their tables themselves as they always did.
 """
 
@@ -17,6 +17,8 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+from gptcore.entry import python_environment
 
 FOLDER = Path(sys.prefix) / "share" / "gptloom"
 PLACES = {"prefect": Path("prefect/prefect.db"), "mlflow": Path("mlflow.db")}  # below GPTLOOM_HOME
@@ -84,7 +86,7 @@ def make_databases() -> list[Path]:
 
 def _make_prefect(database: Path) -> None:
     # Nothing of the user's settings: they may name the database of a server at work.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {name: value for name, value in python_environment().items() if not name.startswith("PREFECT_")}
     environment |= {"PREFECT_HOME": str(database.parent), "DO_NOT_TRACK": "1"}
     command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
     subprocess.run(command, env=environment, cwd=database.parent, stdout=subprocess.DEVNULL, check=True)

@@ -23,14 +23,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from gptcore.config import UserError
+from gptcore.entry import python_environment
 from gptcore.store import home_dir, write_json
-from gptloom import ROOT
+from gptloom import NO_PROJECT, find_project
 from gptloom.flows.servers.listening import check_host, check_port, is_loopback
 from gptloom.flows.servers.pools import POOLS, prepare_pool
 from gptloom.flows.servers.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
@@ -68,14 +69,15 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
     check_host(host)
     if prefect_port == mlflow_port:
         raise UserError(f"--prefect-port and --mlflow-port are both {prefect_port}; choose two")
-    if not (ROOT / "prefect.yaml").is_file():
-        raise UserError(f"{ROOT / 'prefect.yaml'}: not found; `gptloom up` needs a checkout installed with pip install -e")
+    project = find_project()
+    if project is None:
+        raise UserError(f"{Path.cwd()} {NO_PROJECT}")
     home = home_dir()
     lock = _take_lock(home)
     try:
         check_port(host, prefect_port, "Prefect", "--prefect-port")
         check_port(LOOPBACK, mlflow_port, "MLflow", "--mlflow-port")
-        return _Stack(home, host, prefect_port, mlflow_port).run()
+        return _Stack(home, project, host, prefect_port, mlflow_port).run()
     finally:
         lock.close()
 
@@ -108,8 +110,9 @@ def stop() -> dict[str, Any]:
 class _Stack:
     """The processes of one `up`, in the order they start."""
 
-    def __init__(self, home: Path, host: str, prefect_port: int, mlflow_port: int) -> None:
+    def __init__(self, home: Path, project: Path, host: str, prefect_port: int, mlflow_port: int) -> None:
         self.home = home
+        self.project = project
         self.logs = home / "servers"
         self.host = host
         self.ports = (prefect_port, mlflow_port)
@@ -147,7 +150,7 @@ class _Stack:
             [sys.executable, "-m", "gptloom.flows.servers.warden", self.mark],
             stdin=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
+            env=python_environment(),
             start_new_session=True,
         )
         prefect_port, mlflow_port = self.ports
@@ -272,7 +275,7 @@ class _Stack:
             _signal_group(self.children[name], signal.SIGTERM)
         wait_for(lambda: all(self.children[name].poll() is not None for name in names), seconds)
 
-    def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
         assert self.warden is not None
         assert self.warden.stdin is not None
         with open(self._log_path(name), "ab" if name in self.children else "wb") as output:
@@ -281,7 +284,7 @@ class _Stack:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                cwd=cwd or self.logs,  # not the user's folder: uvicorn imports from where it is started
                 env=self._environment(),
                 start_new_session=True,
             )
@@ -291,8 +294,8 @@ class _Stack:
         return child
 
     def _command(self, name: str, *arguments: str) -> None:
-        """A `prefect` command that ends; its output is its log."""
-        child = self._spawn(name, "-m", "prefect", *arguments)
+        """A `prefect` command in the project's folder that ends; its output is its log."""
+        child = self._spawn(name, "-m", "prefect", *arguments, cwd=self.project)
         del self.children[name]
         deadline = time.monotonic() + COMMAND_S
         while child.poll() is None and time.monotonic() < deadline:
@@ -303,7 +306,7 @@ class _Stack:
             raise _StartFailed(f"prefect {' '.join(arguments)} {reason}\n{self._tail(name)}")
 
     def _environment(self) -> dict[str, str]:
-        env = child_environment(self.home, self.prefect_url, self.mlflow_url) | {MARK_VARIABLE: self.mark}
+        env = child_environment(self.home, self.project, self.prefect_url, self.mlflow_url) | {MARK_VARIABLE: self.mark}
         if not is_loopback(self.host):  # what a browser elsewhere calls
             name = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
             env["PREFECT_SERVER_UI_API_URL"] = f"http://{name}:{self.ports[0]}/api"
@@ -334,13 +337,13 @@ class _Stack:
         return "\n".join([f"the end of {self._log_path(name)}:", *(f"  {line}" for line in lines)])
 
 
-def child_environment(home: Path, prefect_url: str, mlflow_url: str, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+def child_environment(home: Path, project: Path, prefect_url: str, mlflow_url: str) -> dict[str, str]:
     """What servers, workers and through them flow runs find in their environment."""
-    env = {key: value for key, value in base.items() if key != "PREFECT_PROFILE"}
+    env = {key: value for key, value in python_environment().items() if key != "PREFECT_PROFILE"}
     port = prefect_url.rpartition(":")[2]
     env |= {
         "GPTLOOM_HOME": str(home),
-        "GPTLOOM_ROOT": str(ROOT),  # prefect.yaml's pull step
+        "GPTLOOM_ROOT": str(project),  # prefect.yaml's pull step
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_API_URL": f"{prefect_url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -355,9 +358,9 @@ def child_environment(home: Path, prefect_url: str, mlflow_url: str, base: Mappi
         "PYTHONUNBUFFERED": "1",
     }
     for name in ("NO_PROXY", "no_proxy"):
-        env[name] = ",".join(filter(None, [base.get(name), "127.0.0.1", "localhost"]))
-    if base.get(AUTH_VARIABLE):
-        env["PREFECT_API_AUTH_STRING"] = base[AUTH_VARIABLE]
+        env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
+    if env.get(AUTH_VARIABLE):
+        env["PREFECT_API_AUTH_STRING"] = env[AUTH_VARIABLE]
     return env
 
 

@@ -118,7 +118,7 @@ def find_study(name: str) -> Path:
     """The file of a study by its name or path. Raises UserError for a study that is not there."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    for folder in (FOLDER, Path(__file__).parents[2] / FOLDER):
+    for folder in (FOLDER, Path(__file__).parents[2] / "gptloom" / FOLDER):
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     raise UserError(f"study {name!r}: not known; give one of {', '.join(STUDIES)}, or the path of a study file (YAML)")

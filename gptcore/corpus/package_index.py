@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gptcore.config import UserError
+from gptcore.entry import python_environment
 from gptcore.store import hash_file
 
 if TYPE_CHECKING:
@@ -133,7 +134,12 @@ def read_members(archive: Path, package: PackageSource) -> list[tuple[str, bytes
 def pip_settings() -> dict[str, str]:
     """pip's own configuration (files and environment), option name → value: index-url, cert, proxy, … Empty ones count as not set."""
     listing = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "pip", "config", "list"],
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     ).stdout
     by_section: dict[str, dict[str, str]] = {}
     for line in listing.splitlines():

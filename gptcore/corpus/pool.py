@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-import gptcore
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus.records import Batch, read_batches_of
 from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import Entry
-from gptcore.entry import EXIT_MEMORY, EXIT_USER
+from gptcore.entry import EXIT_MEMORY, EXIT_USER, python_environment
 from gptcore.parallel import count_cores
 
 PIPE_BYTES = 1 << 20  # Linux gives 64 KiB, and a process switch for each; 1 MiB is what it allows anyone
@@ -57,18 +54,12 @@ class _Pool:
         self.turns: queue.SimpleQueue[queue.Queue[Any] | Exception | None] = queue.SimpleQueue()
         self.stopping = threading.Event()
         settings = json.dumps({"data": data.model_dump(mode="json"), "plan": plan.as_json()}) + "\n"
-        root = str(Path(gptcore.__file__).parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-m", "gptcore.corpus.worker"]
         self.workers: list[subprocess.Popen[bytes]] = []
         self.threads: list[threading.Thread] = []
         for _ in range(processes):
             worker = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": path},
-                pipesize=PIPE_BYTES,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=python_environment(), pipesize=PIPE_BYTES
             )
             self.workers.append(worker)
             self.threads.append(threading.Thread(target=self._serve, args=(worker, settings), daemon=True))

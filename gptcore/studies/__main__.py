@@ -21,7 +21,7 @@ import torch
 
 from gptcore.config import UserError, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
-from gptcore.entry import EXIT_STOPPED, PARENT_VARIABLE, Stopped, process_parser, run_process
+from gptcore.entry import EXIT_STOPPED, PARENT_VARIABLE, Stopped, process_parser, python_environment, run_process
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import home_dir
 from gptcore.studies.engine import check_options, count_parts, run_cells
@@ -59,7 +59,7 @@ def longest(plan: StudyPlan) -> Any:
 def run_parts(study: Path, shards: Path, out: Path, run: str, parts: int) -> None:
     """All cells, each part in a process with a GPU of its own. Raises Stopped after a signal, RuntimeError when one failed."""
     command = [sys.executable, "-m", "gptcore.studies", str(study), "--shards", str(shards), "--run", run]
-    environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}  # they end with us
+    environment = python_environment() | {PARENT_VARIABLE: str(os.getpid())}  # they end with us
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parts)))
     processes = [
         subprocess.Popen(

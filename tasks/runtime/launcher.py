@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import IO, Any, Protocol
 
-from gptcore.entry import PARENT_VARIABLE
+from gptcore.entry import PARENT_VARIABLE, python_environment
 from gptcore.forkserver import PADDING
 
 # What a service client reads, not torch: a change of these needs no other fork server.
@@ -71,7 +71,7 @@ def _launcher() -> ThreadPoolExecutor:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    return python_environment() | {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
 
 
 def _start(args: list[str], log_file: int) -> Child:

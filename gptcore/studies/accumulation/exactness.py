@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptcore.config import UserError, dump_yaml, with_changes
 from gptcore.device import choose_device
+from gptcore.entry import PARENT_VARIABLE, python_environment
 from gptcore.models import LanguageModel
 from gptcore.studies import Bench, Cell, CellResult
 from gptcore.train import Trainer, build_trainer, train_step
@@ -170,7 +171,7 @@ def gradients_of_ranks(bench: Bench, trainer: Trainer, x: Tensor, batches: dict[
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["-m", "gptcore.studies.accumulation.ranks", str(folder / "config.yaml")]
     command += ["--shards", str(bench.shards.directory), "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPTLOOM_PARENT_PID": str(os.getpid())}
+    environment = python_environment() | {"OMP_NUM_THREADS": "1", PARENT_VARIABLE: str(os.getpid())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RANKS_TIMEOUT_S)
     if done.returncode:
         raise RuntimeError(f"two processes: exit code {done.returncode}: {done.stderr[-1500:]}")
