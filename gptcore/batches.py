@@ -6,7 +6,6 @@ the samples it is told. An epoch covers a source's tokens, read as a circle from
 
     sampler = build_sampler(shards, config)            # what the trainer reads from
     x, y = sampler.batch(start, count)                 # samples start … start + count - 1, int64 (count, T) each
-    positions = document_positions(x, shards.eot_id)   # where attention and positions restart, if wanted
 
 Samplers: `BatchSampler` (one source), `MixtureSampler` (several, interleaved by weight), `ChunkSampler` (the course's
 random chunks, a study arm); around any of them `Prefetcher` (a thread ahead of the trainer) or `DeviceTokens` (all ids on the device).
@@ -256,16 +255,6 @@ class DeviceTokens:
         starts = torch.from_numpy(self.sampler.starts(start, count)).to(self.device, non_blocking=True)
         windows = self.ids[(starts[:, None] + self._reach) % len(self.ids)].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
-def document_positions(x: np.ndarray, eot_id: int) -> np.ndarray:
-    """Each token's place in its document, int64 (B, T), 0 at every `<|endoftext|>` and at the start of a window.
-
-    With these as positions and `x[i]` attending to `x[j]` only where `i - positions[i] <= j <= i`, documents packed into
-    one window do not see each other.
-    """
-    places = np.arange(x.shape[1])
-    return places - np.maximum.accumulate(np.where(x == eot_id, places, 0), axis=1)
 
 
 def val_batches(tokens: Tokens, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -11,16 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore.batches import (
-    CYCLE,
-    BatchSampler,
-    ChunkSampler,
-    DeviceTokens,
-    MixtureSampler,
-    Prefetcher,
-    document_positions,
-    val_batches,
-)
+from gptcore.batches import CYCLE, BatchSampler, ChunkSampler, DeviceTokens, MixtureSampler, Prefetcher, val_batches
 from gptcore.config import UserError
 from gptcore.shards import TokenView
 
@@ -265,9 +256,3 @@ def test_tokens_on_the_device_give_the_same_batches() -> None:
             assert np.array_equal(a, b.numpy())
     with pytest.raises(UserError, match="need 4000 bytes on the device"):
         DeviceTokens(plain, "cpu", max_bytes=3999)
-
-
-def test_positions_restart_with_each_document() -> None:
-    """Guards document masks: position 0 at every end of text, and no position that reaches into another document."""
-    x = np.array([[7, 7, 0, 7, 7], [0, 7, 0, 0, 7], [7, 7, 7, 7, 0]])
-    assert document_positions(x, 0).tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.config import DataConfig, UserError
-from gptcore.corpus import build_corpus, corpus_statistics, locate_corpus, package_index, read_documents, read_records
+from gptcore.corpus import build_corpus, locate_corpus, package_index, read_documents, read_records
 from gptcore.corpus.sections import cut_sections, hash_document, section_key
 from gptcore.store import is_committed, read_manifest
 
@@ -248,20 +248,6 @@ def test_tail_is_the_end_of_the_text(tmp_path: Path) -> None:
     (train,), (val,) = sides["train"], sides["val"]
     assert train + val == text
     assert len(val) / len(text) == pytest.approx(0.1, abs=0.001)
-
-
-def test_statistics(tmp_path: Path) -> None:
-    folder = tmp_path / "texts"
-    write(folder / "first.txt", prose(1, 30_000))
-    write(folder / "second.txt", "é" * 20_000)
-    corpus = build(folder, tmp_path)
-    table = corpus_statistics(corpus)
-    assert table["title"].tolist() == ["first", "second"]
-    assert table.loc[1, ["bytes", "characters"]].tolist() == [40_000, 20_000]
-    manifest = read_manifest(corpus)
-    assert table["sections"].sum() == manifest["sections"]
-    assert table["val_bytes"].sum() == manifest["splits"]["val"]["bytes"]
-    assert table["val_share"].between(0, 1).all()
 
 
 # --- a package from an index ---------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def check_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConf
         errors = error.errors()
         # A list of sources fails twice, as a list and as a string; only the first says something.
         told = [e for e in errors if not (e["loc"][-1:] == ("str",) and isinstance(e["input"], tuple))] or errors
-        raise UserError(f"{origin}: " + "; ".join(_describe(e, tree) for e in told[:MAX_TOLD])) from None
+        raise UserError(f"{origin}: " + "; ".join(_describe(e) for e in told[:MAX_TOLD])) from None
 
 
 def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     branch[field] = value
 
 
-def _describe(error: Any, tree: dict[str, Any]) -> str:
+def _describe(error: Any) -> str:
     loc = [part for part in error["loc"] if part not in UNION_ARMS]
     where = ".".join(map(str, loc))
     if error["type"] == "extra_forbidden":

@@ -19,7 +19,7 @@ from gptcore.config import DataConfig, UserError, load_config
 from gptcore.corpus.build import Build, commit
 from gptcore.corpus.preflight import Estimate, estimate
 from gptcore.corpus.segments import FILE_NAME, FORMAT, SPLITS, Record, read_batches, read_documents, read_records, segment_dirs
-from gptcore.corpus.statistics import corpus_statistics, length_histogram, summarise, text_overlap
+from gptcore.corpus.statistics import length_histogram, summarise
 from gptcore.store import home_dir, read_manifest
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Estimate",
     "Record",
     "build_corpus",
-    "corpus_statistics",
     "estimate",
     "find_corpus",
     "length_histogram",
@@ -39,7 +38,6 @@ __all__ = [
     "read_records",
     "segment_dirs",
     "summarise",
-    "text_overlap",
 ]
 
 

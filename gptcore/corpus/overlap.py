@@ -8,7 +8,7 @@ sketch; Broder, 1997), so the memory does not grow with the corpus.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -84,15 +84,6 @@ def measure_overlap(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) ->
     mine, other = (_distinct(np.concatenate([NgramSketch().hashes, *side])) for side in (ours, theirs))
     mine, other = mine[mine <= limit], other[other <= limit]
     return float(np.isin(mine, other, assume_unique=True).mean()) if len(mine) else 0.0
-
-
-def sketch_texts(texts: Iterable[str]) -> np.ndarray:
-    """The sketch of some texts, for comparing them with a corpus."""
-    sketch = NgramSketch()
-    for text in texts:
-        utf8 = np.frombuffer(text.encode(), dtype=np.uint8)
-        sketch.add(sample_ngrams(utf8, np.array([len(utf8)]))[0])
-    return sketch.finish()
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:

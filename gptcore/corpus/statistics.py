@@ -1,42 +1,14 @@
-"""What is in a corpus: a table of its documents, and one of its sources, with pandas."""
+"""What is in a corpus: a table of its sources and one of its lengths, with pandas."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptcore.corpus.overlap import measure_overlap, sketch_texts
-from gptcore.corpus.segments import load_arrays, read_batches
 from gptcore.store import read_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import numpy as np
     import pandas
-
-
-def corpus_statistics(corpus_dir: Path) -> pandas.DataFrame:
-    """One row per document: title, bytes, characters, sections, val_bytes, val_share (0 to 1); index: document number.
-
-    Reads no text, but holds a row per document: for a very large corpus take `summarise`.
-    """
-    import pandas as pd
-
-    columns = ["document", "title", "split", "source", "bytes", "characters"]
-    rows = pd.concat([batch.to_pandas() for batch in read_batches(corpus_dir, None, columns)])
-    rows = rows.sort_values("document", kind="stable")
-    rows["val_bytes"] = rows["bytes"].where(rows["split"] == "val", 0)
-    table = rows.groupby("document").agg(
-        title=("title", "first"),
-        source=("source", "first"),
-        bytes=("bytes", "sum"),
-        characters=("characters", "sum"),
-        sections=("split", "size"),
-        val_bytes=("val_bytes", "sum"),
-    )
-    table["val_share"] = table["val_bytes"] / table["bytes"]
-    return table
 
 
 def summarise(corpus_dir: Path) -> pandas.DataFrame:
@@ -65,9 +37,3 @@ def length_histogram(corpus_dir: Path) -> pandas.DataFrame:
     used = [power for power, count in enumerate(counts) if count]
     span = range(min(used), max(used) + 1) if used else range(0)
     return pd.DataFrame({"from_bytes": [1 << power for power in span], "documents": [counts[power] for power in span]})
-
-
-def text_overlap(corpus_dir: Path, texts: Iterable[str], split: str = "train") -> float:
-    """Share (0 to 1) of the texts' sampled 48-byte sequences that stand in a split: is a model's sample copied?"""
-    mine: np.ndarray = sketch_texts(texts)
-    return measure_overlap([mine], load_arrays(corpus_dir, f"ngrams_{split}"))
