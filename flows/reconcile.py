@@ -37,8 +37,9 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Scheduled
 
 from gptcore.config import UserError, load_config
 from gptcore.entry import Stopped
-from gptcore.journal import FILE_NAME, is_held, last_record, read_journal
+from gptcore.journal import FILE_NAME, last_record, read_journal
 from gptcore.leftovers import find_leftovers, sweep
+from gptcore.locks import is_held
 from gptcore.store import home_dir
 from gptloom.flows.forms import titled
 from gptloom.tasks.records.forwarding import forward_tree

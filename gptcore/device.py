@@ -7,7 +7,6 @@ python -m gptcore.device cuda fp8       # has it this device, and on it this pre
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import tempfile
@@ -20,6 +19,7 @@ import torch
 
 from gptcore.config import UserError
 from gptcore.entry import run_process
+from gptcore.locks import take_lock, try_lock
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def seed_everything(seed: int) -> None:
 def reserve_device(device: Device) -> Iterator[None]:
     """Hold the one training slot of a GPU, machine-wide, whoever started it; a CPU is shared freely.
 
-    Waits for its turn; the kernel frees the lock when the process ends, however it ends.
+    Waits for its turn.
     """
     if not device.is_cuda:
         yield
@@ -191,11 +191,9 @@ def reserve_device(device: Device) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"gptloom-{uuid}.lock"
     fd = _open_lock(path)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(fd):
             log.info("waiting for %s: another training holds it", device.name)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            take_lock(fd)
         yield
     finally:
         os.close(fd)

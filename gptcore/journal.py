@@ -14,8 +14,8 @@ A writer holds the file's lock, which the kernel frees however it ends: an unclo
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError
+from gptcore.locks import take_lock
 
 FILE_NAME = "metrics.jsonl"
 LOCK_S = 2.0  # a look at the lock holds it for an instant; another writer holds it for hours
@@ -44,7 +45,9 @@ class Journal:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / FILE_NAME
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        _lock(self._fd, self.path)
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not take_lock(self._fd, LOCK_S):
+                raise UserError(f"{directory}: another process writes this run; stop it, or give another directory")
         records: list[dict[str, Any]] = []
         if self.path.exists():
             records, whole = read_journal(self.path)
@@ -124,43 +127,12 @@ def read_journal(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[dic
     return [json.loads(line) for line in data[:whole].splitlines()], offset + whole
 
 
-def is_held(path: Path) -> bool:
-    """Does a living process write this journal? True also where a file system has no locks: then nobody can tell."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
 def last_record(path: Path) -> dict[str, Any] | None:
     """The newest whole line, without reading what stands before it; None for a journal without one."""
     try:
         return read_last_record(path)[0]
     except IndexError:
         return None
-
-
-def _lock(fd: int, path: Path) -> None:
-    deadline = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(f"{path.parent}: another process writes this run; stop it, or give another directory") from None
-            time.sleep(0.05)
-        except OSError:  # a file system without locks
-            return
 
 
 def read_last_record(path: Path) -> tuple[dict[str, Any], int]:

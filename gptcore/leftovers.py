@@ -9,13 +9,14 @@ living one's: the kernel frees it when the process ends, however it ends.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
+
+from gptcore.locks import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def hold(directory: Path) -> int:
     """Keep `sweep` away from a directory, until the descriptor is closed; the lock follows a rename."""
     fd = os.open(directory, os.O_RDONLY)
     with contextlib.suppress(OSError):  # a network file system may have no locks on directories; `sweep` then leaves it
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(fd)
     return fd
 
 
@@ -62,9 +63,8 @@ def _is_left(path: Path, new_s: float) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return age >= new_s
-    except OSError:  # held, or locks are not to be had: nobody knows
+        return try_lock(fd) and age >= new_s
+    except OSError:  # locks are not to be had: nobody knows
         return False
     finally:
         os.close(fd)

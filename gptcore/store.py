@@ -8,12 +8,10 @@ nothing, so a kill at any moment leaves either the old state or the new one. Wha
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import Any
 
 from gptcore.config import UserError
 from gptcore.leftovers import hold, sweep
+from gptcore.locks import is_held, read_holder, sign_lock, take_lock
 
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
@@ -102,8 +101,7 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 def claim(directory: Path, patience_s: float = 5.0) -> Iterator[None]:
     """Be the only process that writes below `directory` while the block lasts.
 
-    The lock is the kernel's, so it falls with its holder, however that ends; a holder that was just killed is waited for. Raises
-    UserError naming the process that holds it.
+    A holder that was just killed is waited for. Raises UserError naming the process that holds it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -111,15 +109,11 @@ def claim(directory: Path, patience_s: float = 5.0) -> Iterator[None]:
         raise UserError(f"{directory}: a file is in the way; give a directory") from None
     path = directory / LOCK
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    deadline = time.monotonic() + patience_s
     try:
-        while not _is_locked_by_us(lock):
-            if time.monotonic() > deadline:
-                holder = path.read_text(encoding="utf-8").strip() or "unknown"
-                raise UserError(f"{directory}: process {holder} is at work there; wait for its end, or stop it first")
-            time.sleep(0.1)
-        os.truncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        if not take_lock(lock, patience_s):
+            holder = read_holder(path) or "unknown"
+            raise UserError(f"{directory}: process {holder} is at work there; wait for its end, or stop it first")
+        sign_lock(lock)
         yield
     finally:
         os.close(lock)
@@ -127,22 +121,7 @@ def claim(directory: Path, patience_s: float = 5.0) -> Iterator[None]:
 
 def is_claimed(directory: Path) -> bool:
     """Whether a living process has claimed `directory`."""
-    try:
-        lock = os.open(directory / LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        return not _is_locked_by_us(lock)
-    finally:
-        os.close(lock)
-
-
-def _is_locked_by_us(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return is_held(directory / LOCK)
 
 
 def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 SIDE = (
     "config",
     "store",
+    "locks",
     "leftovers",
     "journal",
     "entry",

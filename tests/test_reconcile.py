@@ -24,7 +24,8 @@ from mlflow import MlflowClient
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from gptcore.config import UserError
-from gptcore.journal import FILE_NAME, Journal, is_held, last_record
+from gptcore.journal import FILE_NAME, Journal, last_record
+from gptcore.locks import is_held
 from gptloom.flows.reconcile import GONE, MARK, OWN_FLOWS, Reconciler
 from gptloom.tasks.records.forwarding import Forwarder
 from gptloom.tasks.runtime.liveness import Snapshot, end_processes, unfinished_runs

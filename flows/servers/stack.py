@@ -13,7 +13,6 @@ A server or worker that ends by itself is started again: runs go on meanwhile, a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -26,10 +25,11 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from gptcore.config import UserError
 from gptcore.entry import python_environment
+from gptcore.locks import read_holder, sign_lock, try_lock
 from gptcore.store import home_dir, write_json
 from gptloom import NO_PROJECT, find_project
 from gptloom.flows.servers.listening import check_host, check_port, is_loopback
@@ -79,7 +79,7 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
         check_port(LOOPBACK, mlflow_port, "MLflow", "--mlflow-port")
         return _Stack(home, project, host, prefect_port, mlflow_port).run()
     finally:
-        lock.close()
+        os.close(lock)
 
 
 def down() -> int:
@@ -92,16 +92,16 @@ def stop() -> dict[str, Any]:
     """What `down` does, without printing: {"stopped": was one running, "pid": its process id or None, "home"}."""
     _log_to_stderr()
     home = home_dir()
-    pid = _lock_holder(home)
+    pid = read_holder(_lock_file(home))
     if pid is None:
         log.info("nothing to stop: no `gptloom up` runs for %s", home)
     else:
         log.info("stopping `gptloom up` (process %d); running flow runs get %.0f s", pid, CANCEL_S)
         os.kill(pid, signal.SIGTERM)
-        if not wait_for(lambda: _lock_holder(home) is None, DOWN_S):
+        if not wait_for(lambda: read_holder(_lock_file(home)) is None, DOWN_S):
             log.error("process %d did not stop within %.0f s; it is killed now", pid, DOWN_S)
             os.kill(pid, signal.SIGKILL)  # flows/servers/warden.py ends the rest
-            wait_for(lambda: _lock_holder(home) is None, 10.0)
+            wait_for(lambda: read_holder(_lock_file(home)) is None, 10.0)
         log.info("stopped")
     (home / STATE_FILE).unlink(missing_ok=True)
     return {"stopped": pid is not None, "pid": pid, "home": str(home)}
@@ -377,34 +377,20 @@ def _has_gpu() -> bool:
     return listing.returncode == 0 and listing.stdout.startswith("GPU ")
 
 
-def _take_lock(home: Path) -> IO[str]:
-    """The lock of this home with our process id in it; it falls when the process ends, however it ends."""
-    (home / "servers").mkdir(parents=True, exist_ok=True)
-    lock = open(home / "servers" / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (held as long as we live)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(
-            f"`gptloom up` already runs for {home} (process {_lock_holder(home)}); stop it with `gptloom down`"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+def _lock_file(home: Path) -> Path:
+    return home / "servers" / LOCK_FILE
+
+
+def _take_lock(home: Path) -> int:
+    """The lock of this home with our process id in it; it falls when the process ends."""
+    path = _lock_file(home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if not try_lock(lock):
+        os.close(lock)
+        raise UserError(f"`gptloom up` already runs for {home} (process {read_holder(path)}); stop it with `gptloom down`")
+    sign_lock(lock)
     return lock
-
-
-def _lock_holder(home: Path) -> int | None:
-    """Process id of the `up` of this home, None when there is none."""
-    try:
-        with open(home / "servers" / LOCK_FILE, encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(lock.read() or 0) or None  # empty for an instant, before it is written
-    except FileNotFoundError:
-        pass
-    return None
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:

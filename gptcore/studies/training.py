@@ -5,7 +5,6 @@ Each has a folder `home/studies/trainings/<key>` with checkpoints, a journal and
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from gptcore import NUMERICS_VERSION
 from gptcore.config import ExperimentConfig, dump_yaml
 from gptcore.device import choose_device
 from gptcore.journal import FILE_NAME, Journal, read_journal
+from gptcore.locks import take_lock
 from gptcore.shards import ShardSet
 from gptcore.store import content_id, write_json
 from gptcore.train import build_trainer, preflight, resume, train_loop
@@ -106,10 +106,10 @@ def train(config: ExperimentConfig, shards: ShardSet, home: Path, journal: Journ
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time trains the same thing; the kernel frees the lock when the process ends."""
+    """One process at a time trains the same thing."""
     fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        take_lock(fd)
         yield
     finally:
         os.close(fd)

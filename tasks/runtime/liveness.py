@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 
 from gptcore.entry import PARENT_VARIABLE
-from gptcore.journal import FILE_NAME, is_held, last_record, read_journal
+from gptcore.journal import FILE_NAME, last_record, read_journal
+from gptcore.locks import find_holder, is_held
 from gptcore.store import home_dir
 
 FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"  # Prefect's, in the environment of a worker's flow-run process
@@ -135,19 +136,8 @@ def device_locks() -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for path in Path(tempfile.gettempdir()).glob("gptloom-*.lock"):
         if is_held(path):
-            found[path.stem.removeprefix("gptloom-")] = _holder(path)
+            found[path.stem.removeprefix("gptloom-")] = find_holder(path)
     return found
-
-
-def _holder(path: Path) -> int | None:
-    """The process that holds a file's lock, from /proc/locks (Linux)."""
-    inode = path.stat().st_ino
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            words = line.split()
-            if words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode) and int(words[4]) > 0:
-                return int(words[4])
-    return None
 
 
 def main() -> dict[str, Any]:
