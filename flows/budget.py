@@ -18,10 +18,10 @@ from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.store import home_dir
 from gptloom.flows.forms import Experiment, Overrides, titled
 from gptloom.flows.pipeline import pipeline
-from gptloom.flows.run import STOPS, cancelled
-from gptloom.tasks.data import build_vocabulary, ingest, write_shards
+from gptloom.flows.run import STOPS, cancelled, prepare_data
 from gptloom.tasks.records.tracking import check_store, common_tags
-from gptloom.tasks.runtime.process import run_device_process, run_logger
+from gptloom.tasks.runtime.log import run_logger
+from gptloom.tasks.runtime.process import run_device_process
 
 Minutes = Annotated[float, titled("Budget (minutes)", ge=1, le=100_000)]
 Corpus = Annotated[str, titled("Corpus")]
@@ -48,9 +48,7 @@ def budget(
     config, home = load_config(experiment, overrides), home_dir()
     check_store()
     try:
-        found = ingest(config.data, home, return_state=True).result()
-        vocab = build_vocabulary(config.vocab, found, home, config.data.dask_address, return_state=True).result()
-        shards = write_shards(found, vocab, home, 32, config.data.dask_address, return_state=True).result()
+        shards = prepare_data(config, home, block_size=32).shards
         began = time.monotonic()
         plan = calibrate(config, shards, minutes, home / "budgets" / f"{time.time_ns()}")
         overhead = time.monotonic() - began - plan["seconds"]  # what a process costs before and after its work

@@ -16,8 +16,7 @@ from gptcore.config import load_config
 from gptcore.shards import ShardSet
 from gptcore.store import home_dir, read_manifest
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment
-from gptloom.flows.run import STOPS, cancelled, named_by_experiment
-from gptloom.tasks.data import build_vocabulary, ingest, write_shards
+from gptloom.flows.run import STOPS, cancelled, named_by_experiment, prepare_data
 from gptloom.tasks.reporting import markdown_table
 
 
@@ -31,11 +30,8 @@ def data(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Cha
     """
     start = time.perf_counter()
     config, home = load_config(experiment, overrides.as_list()), home_dir()
-    cluster = config.data.dask_address
     try:
-        corpus = ingest(config.data, home, return_state=True).result()
-        vocab = build_vocabulary(config.vocab, corpus, home, cluster, return_state=True).result()
-        shards = write_shards(corpus, vocab, home, config.model.block_size, cluster, return_state=True).result()
+        corpus, vocab, shards = prepare_data(config, home)
     except STOPS as stop:
         return cancelled(stop)
     manifest, tokens = read_manifest(corpus), ShardSet.open(shards).n_tokens

@@ -27,11 +27,11 @@ from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import content_id, home_dir, read_manifest
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
-from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run
+from gptloom.flows.run import STOPS, cancelled, finish, named_by_experiment, new_run_name, open_run
 from gptloom.tasks.data import ingest
 from gptloom.tasks.records.tracking import NOTE_TAG, check_store, find_run, first_line
 from gptloom.tasks.reporting import data_url, links
-from gptloom.tasks.runtime.process import run_logger
+from gptloom.tasks.runtime.log import run_logger
 
 if TYPE_CHECKING:
     from gptcore.nights.gate import Decision
@@ -141,7 +141,7 @@ class Night:
                 "files back, or start the night with force if that is how it should be"
             )
             return "refused", self.error
-        corpus = ingest(self.config.data, self.home, return_state=True).result()
+        corpus = finish(ingest, self.config.data, self.home)
         steps.seed_ledger(self.ledger, self.champion, corpus, self.home)
         tonight = steps.find_new_text(corpus, self.ledger, self.home)
         settings_id = content_id(self.config.model_dump(mode="json"))
@@ -306,6 +306,7 @@ class Night:
         }
         card = registry.model_card(f"{self.config.name}, night {self.number}", facts, f"{outcome[0]}: {outcome[1]}.")
         version = registry.register(self.config.name, Path(trained["checkpoint"]), run_id, facts, card)
+        run_logger().info("registered %s, val_bpb %s", version.label, trained["val_bpb"])
         if outcome[0] == "promoted":
             registry.promote(version.label, outcome[1])
             self.ledger.models.append(KnownModel(key, version.version, trained["checkpoint"]))

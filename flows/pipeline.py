@@ -16,12 +16,11 @@ from gptcore.config import load_config
 from gptcore.leftovers import sweep
 from gptcore.store import home_dir
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
-from gptloom.flows.run import STOPS, cancelled, load_run, named_by_experiment, new_run_name, open_run
-from gptloom.tasks.data import build_vocabulary, ingest, write_shards
+from gptloom.flows.run import STOPS, cancelled, load_run, named_by_experiment, new_run_name, open_run, prepare_data
 from gptloom.tasks.evaluation import evaluate_model
-from gptloom.tasks.records.registry import register_model
 from gptloom.tasks.records.runs import run_named
 from gptloom.tasks.records.tracking import check_store
+from gptloom.tasks.registry import register_model
 from gptloom.tasks.runtime.launcher import warm_up
 from gptloom.tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
 from gptloom.tasks.training import train_floor, train_model
@@ -53,32 +52,37 @@ def pipeline(
     try:
         with open_run(config, directory) as run:
             warm_up("gptcore.train")
-            corpus = run.step(ingest, config.data, home)
-            run.describe_data(corpus)
-            cluster = config.data.dask_address
-            vocab = run.step(build_vocabulary, config.vocab, corpus, home, cluster)
-            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, cluster)
+            data = prepare_data(config, home, run)
+            shards = data.shards
 
-            trained = run.process(train_model, config, shards)
+            trained = run.process("train", train_model, config, shards)
             checkpoint = Path(trained["checkpoint"])
-            evaluation = run.process(evaluate_model, config, checkpoint, shards)
+            evaluation = run.process("evaluate", evaluate_model, config, checkpoint, shards)
             run.compare(trained, evaluation)
 
-            floor = run.process(train_floor, config, shards) if config.studies.floor else {}
+            floor = run.process("floor", train_floor, config, shards) if config.studies.floor else {}
             if config.studies.timing:
-                run.process(timing_profile, config, checkpoint, shards)
+                run.process("timing", timing_profile, config, checkpoint, shards)
             if config.studies.quantization:
-                run.process(quantize_model, config, checkpoint, shards)
+                run.process("quantization", quantize_model, config, checkpoint, shards)
             if config.studies.accumulation:
-                run.process(gradient_accumulation, config, checkpoint, shards)
+                run.process("accumulation", gradient_accumulation, config, checkpoint, shards)
             if config.studies.rnn:
-                run.process(rnn_baseline, config, shards)
+                run.process("rnn", rnn_baseline, config, shards)
 
-            data = {"corpus": corpus, "vocab": vocab, "shards": shards}
             run.forwarder.flush()
-            run.step(register_model, config, evaluation, floor.get("val_bpb"), data, run.name, run.mlflow_run_id)
+            run.step(
+                "register",
+                register_model,
+                config,
+                evaluation,
+                floor.get("val_bpb"),
+                data._asdict(),
+                run.name,
+                run.mlflow_run_id,
+            )
             report = run.report()
-            run.keep("config.yaml", "report.html", vocab / "tokenizer.json", "evaluate/samples/samples.json")
+            run.keep("config.yaml", "report.html", data.vocab / "tokenizer.json", "evaluate/samples/samples.json")
     except STOPS as stop:
         return cancelled(stop)
     return {

@@ -46,7 +46,8 @@ from gptloom.tasks.records.forwarding import forward_tree
 from gptloom.tasks.records.tracking import end_run, running_runs
 from gptloom.tasks.reporting import markdown_table
 from gptloom.tasks.runtime.liveness import Run, Snapshot, device_locks, end_processes, is_alive, is_dead, unfinished_runs
-from gptloom.tasks.runtime.process import close_journals, run_logger
+from gptloom.tasks.runtime.log import run_logger
+from gptloom.tasks.runtime.process import close_journals
 
 log = logging.getLogger("gptloom.reconcile")
 

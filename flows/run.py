@@ -1,8 +1,8 @@
 """A run under way: its name, its directory and journal, its steps, and how it ends.
 
 with open_run(config, home / "runs" / name) as run:
-    corpus, vocab, shards = run.prepare_data(config, home)
-    trained = run.process(train_model, config, shards)
+    data = prepare_data(config, home, run)
+    trained = run.process("train", train_model, config, data.shards)
 
 A flow that is stopped in its own process, by Ctrl-C or SIGTERM, is Cancelled in Prefect, as if it had been cancelled there:
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from prefect import Task
 from prefect.exceptions import TerminationSignal
@@ -34,12 +34,13 @@ from gptcore.entry import RESUMES_TAG
 from gptcore.journal import FILE_NAME, Journal
 from gptcore.store import claim, home_dir, is_claimed, is_committed, read_manifest, write_json
 from gptloom.flows.forms import NO_OVERRIDES
-from gptloom.tasks.data import describe_corpus, short_source
+from gptloom.tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from gptloom.tasks.records.forwarding import Forwarder, forward_tree, write_tags
 from gptloom.tasks.records.tracking import NOTE_TAG, common_tags
 from gptloom.tasks.reporting import build_report
 from gptloom.tasks.runtime.liveness import FLOW_RUN_VARIABLE
-from gptloom.tasks.runtime.process import closing_line, run_logger
+from gptloom.tasks.runtime.log import run_logger
+from gptloom.tasks.runtime.process import closing_line
 
 FINISHED_S, INTERRUPTED_S = 30.0, 3.0  # for the last records to a slow MLflow; Prefect kills 30 s after a cancel
 
@@ -103,26 +104,6 @@ def load_run(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Experime
     return now
 
 
-# Steps that a run directory has folders for, by the task that does them.
-FOLDERS = {
-    "train_model": "train",
-    "train_floor": "floor",
-    "evaluate_model": "evaluate",
-    "timing_profile": "timing",
-    "quantize_model": "quantization",
-    "gradient_accumulation": "accumulation",
-    "rnn_baseline": "rnn",
-}
-NAMES = {
-    **FOLDERS,
-    "build_vocabulary": "vocabulary",
-    "write_shards": "shards",
-    "build_report": "report",
-    "report_study": "report",
-    "register_model": "register",
-}
-
-
 class PipelineRun:
     """The parent run while it is under way: its directory, its journal, and the seconds of each step."""
 
@@ -140,23 +121,18 @@ class PipelineRun:
         """None while MLflow could not be reached."""
         return self.forwarder.run_id
 
-    def step(self, task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a task to its end and note its seconds, over all attempts; returns its value also when Prefect calls it cached."""
-        name = NAMES.get(task.fn.__name__, task.fn.__name__)
+    def step(self, name: str, task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a task to its end and note its seconds as those of step `name`, over all attempts; returns its value."""
         start = time.perf_counter()
-        value: T = task(*args, return_state=True, **kwargs).result()
+        value = finish(task, *args, **kwargs)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
         write_json(self.directory / "timing.json", self.seconds)
         return value
 
-    def process(self, task: Task[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-        """A step that is a process of its own, in a folder of its own."""
-        result = self.step(task, *args, self.name, self.directory / FOLDERS[task.fn.__name__])
-        metrics = {
-            f"{FOLDERS[task.fn.__name__]}/{key}": result[key]
-            for key in ("val_bpb", "val_loss")
-            if isinstance(result.get(key), float)
-        }
+    def process(self, name: str, task: Task[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+        """A step that is a process of its own, in a folder of its own, both called `name`."""
+        result = self.step(name, task, *args, self.name, self.directory / name)
+        metrics = {f"{name}/{key}": result[key] for key in ("val_bpb", "val_loss") if isinstance(result.get(key), float)}
         if metrics:
             self.journal.metrics(metrics, tokens_seen=int(result.get("tokens_seen", 0)))
         return result
@@ -191,7 +167,7 @@ class PipelineRun:
         """The report as a page; its first sentence is the run's description in MLflow."""
         from gptcore.report import headline
 
-        page = self.step(build_report, self.directory, self.mlflow_run_id)
+        page = self.step("report", build_report, self.directory, self.mlflow_run_id)
         self.journal.tags({NOTE_TAG: headline(self.directory)})
         return page
 
@@ -200,6 +176,44 @@ class PipelineRun:
         for file in files:
             if (self.directory / file).exists():
                 self.journal.artifact(file)
+
+
+class Data(NamedTuple):
+    """The directories of the data steps."""
+
+    corpus: Path
+    vocab: Path
+    shards: Path
+
+
+def prepare_data(
+    config: ExperimentConfig,
+    home: Path,
+    run: PipelineRun | None = None,
+    *,
+    block_size: int | None = None,
+    vocab: Path | None = None,
+) -> Data:
+    """Source → corpus → vocabulary → shards, as steps of `run` where there is one; what is there already is found again.
+
+    block_size: the context that the text has to be long enough for (default: the model's). vocab: one to take as it is.
+    """
+
+    def do(name: str, task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return finish(task, *args, **kwargs) if run is None else run.step(name, task, *args, **kwargs)
+
+    cluster = config.data.dask_address
+    corpus = do("ingest", ingest, config.data, home)
+    if run is not None:
+        run.describe_data(corpus)
+    vocab = vocab or do("vocabulary", build_vocabulary, config.vocab, corpus, home, cluster)
+    return Data(corpus, vocab, do("shards", write_shards, corpus, vocab, home, block_size or config.model.block_size, cluster))
+
+
+def finish(task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a task to its end; its value also when Prefect calls it cached."""
+    value: T = task(*args, return_state=True, **kwargs).result()
+    return value
 
 
 def _earlier_seconds(directory: Path) -> dict[str, float]:

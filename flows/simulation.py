@@ -31,7 +31,7 @@ from gptloom.flows.forms import Experiment, Overrides
 from gptloom.flows.nightly import DEFAULTS, Night
 from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name
 from gptloom.tasks.records.tracking import check_store
-from gptloom.tasks.runtime.process import run_logger
+from gptloom.tasks.runtime.log import run_logger
 
 PLANTED = ("good", "good", "duplicates", "corrupted", "another author", "good", "good")
 FIRST_SHARE = 0.4  # of the texts, on the first night

@@ -5,7 +5,6 @@ python -c "from gptloom.flows.steps import train; print(train('experiments/smoke
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
@@ -13,11 +12,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
-from gptcore.config import load_config
+from gptcore.config import load_config, with_changes
 from gptcore.store import home_dir
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
-from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run
-from gptloom.tasks.data import build_vocabulary, ingest, short_source, write_shards
+from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run, prepare_data
+from gptloom.tasks.data import short_source
 from gptloom.tasks.evaluation import evaluate_model
 from gptloom.tasks.records.tracking import NOTE_TAG, check_store, run_page
 from gptloom.tasks.training import train_model
@@ -38,11 +37,7 @@ def train(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Ch
     check_store()
     try:
         with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
-            corpus = run.step(ingest, config.data, home)
-            run.describe_data(corpus)
-            vocab = run.step(build_vocabulary, config.vocab, corpus, home, config.data.dask_address)
-            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, config.data.dask_address)
-            trained = run.process(train_model, config, shards)
+            trained = run.process("train", train_model, config, prepare_data(config, home, run).shards)
             run.compare(trained, trained)
             run.report()
             run.keep("config.yaml", "report.html")
@@ -75,14 +70,11 @@ def evaluate(model: AnyModel, data_source: Source = "") -> dict[str, Any]:
     try:
         with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
             run.journal.tags({"gptloom.step": "evaluate", "gptloom.model": version.label})
-            corpus = run.step(ingest, config.data, home)
-            run.describe_data(corpus)
-            vocab = home / "data" / "vocabs" / version.facts.get("vocab", "-")
-            if not vocab.is_dir():
-                own = config.vocab.model_copy(update={"source": str(checkpoint / "tokenizer.json")})
-                vocab = run.step(build_vocabulary, own, corpus, home, None)
-            shards = run.step(write_shards, corpus, vocab, home, config.model.block_size, None)
-            result = run.process(evaluate_model, config, Path(checkpoint), shards)
+            own = home / "data" / "vocabs" / version.facts.get("vocab", "-")
+            # The cluster of its training may be gone.
+            source = with_changes(config, data={"dask_address": None}, vocab={"source": str(checkpoint / "tokenizer.json")})
+            shards = prepare_data(source, home, run, vocab=own if own.is_dir() else None).shards
+            result = run.process("evaluate", evaluate_model, config, checkpoint, shards)
             run.compare(
                 {"parameters": result["parameters"], "tokens_seen": 0, "steps": 0, "device": "", "precision": ""}, result
             )

@@ -17,8 +17,7 @@ from gptcore.config import ExperimentConfig, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.store import home_dir
 from gptloom.flows.forms import StudyName, titled
-from gptloom.flows.run import STOPS, cancelled, new_run_name, open_run
-from gptloom.tasks.data import build_vocabulary, ingest, write_shards
+from gptloom.flows.run import STOPS, cancelled, new_run_name, open_run, prepare_data
 from gptloom.tasks.records.tracking import NOTE_TAG, check_store
 from gptloom.tasks.studies import report_study, run_part
 
@@ -71,18 +70,14 @@ def study(name: StudyName = "timing", smoke: Smoke = False, changes: Changes = N
     directory = home / "runs" / (flow_run.get_name() or new_run_name(plan.name))
     try:
         with open_run(experiment, directory, step="study") as run:
-            corpus = run.step(ingest, plan.base.data, home)
-            run.describe_data(corpus)
-            cluster = plan.base.data.dask_address
-            vocab = run.step(build_vocabulary, plan.base.vocab, corpus, home, cluster)
-            shards = run.step(write_shards, corpus, vocab, home, plan.block_size, cluster)
+            shards = prepare_data(plan.base, home, run, block_size=plan.block_size).shards
             file = write_plan(plan, directory)
             from gptcore.studies.engine import count_parts
 
             parts = count_parts(plan)
             measure(file, shards, run.name, directory, parts)
             command = " ".join(["gptloom study", name, *(["--smoke"] if smoke else []), *changes.as_list()])
-            result = run.step(report_study, directory, command, time.monotonic() - start, run.mlflow_run_id)
+            result = run.step("report", report_study, directory, command, time.monotonic() - start, run.mlflow_run_id)
             run.journal.tags({NOTE_TAG: result["conclusion"]})
             if result["metrics"]:
                 run.journal.metrics(result["metrics"], tokens_seen=0)

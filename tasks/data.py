@@ -6,7 +6,6 @@ A directory that is already there is the cache: the task returns it at once, in 
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from collections import deque
@@ -24,7 +23,7 @@ from prefect.states import Completed
 from gptcore.config import DataConfig, UserError, VocabConfig
 from gptcore.parallel import AHEAD, ChunkMap, map_processes
 from gptcore.store import MARKER, is_committed, read_manifest
-from gptloom.tasks.runtime.process import run_logger
+from gptloom.tasks.runtime.log import run_logger
 
 T = TypeVar("T")
 
@@ -119,10 +118,10 @@ def describe_corpus(corpus: Path, directory: Path) -> dict[str, str]:
 # --- many machines -------------------------------------------------------------------------------------------------------
 
 
-@task(task_run_name="{function}", retries=2, retry_condition_fn=may_pass_with_time, persist_result=False)
-def work_on_chunk(module: str, function: str, job: Any) -> Any:
-    """`module.function(job)`, on whatever machine this task run landed on."""
-    return getattr(importlib.import_module(module), function)(job)
+@task(task_run_name="{function.__name__}", retries=2, retry_condition_fn=may_pass_with_time, persist_result=False)
+def work_on_chunk(function: Callable[[Any], Any], job: Any) -> Any:
+    """`function(job)`, on whatever machine this task run landed on. A function travels as its module and name."""
+    return function(job)
 
 
 def chunk_map_of(dask_address: str | None) -> ChunkMap:
@@ -136,12 +135,11 @@ def chunk_map_of(dask_address: str | None) -> ChunkMap:
         runner: Any = DaskTaskRunner(address=dask_address, client_kwargs={"timeout": "30s"})
         with runner:
             window = AHEAD * max(sum(_connect(runner, dask_address).nthreads().values()), 1)
-            where = {"module": function.__module__, "function": function.__name__}
             waiting: deque[Any] = deque()
             for job in jobs:
                 if len(waiting) == window:
                     yield waiting.popleft().result()
-                waiting.append(runner.submit(work_on_chunk, {**where, "job": job}))
+                waiting.append(runner.submit(work_on_chunk, {"function": function, "job": job}))
             while waiting:
                 yield waiting.popleft().result()
 

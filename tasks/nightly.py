@@ -18,7 +18,8 @@ from gptcore.nights.settings import NightlySettings
 from gptcore.store import is_committed, read_json, read_manifest, write_json
 from gptloom.tasks.records import registry
 from gptloom.tasks.records.tracking import common_tags, first_line
-from gptloom.tasks.runtime.process import run_device_process, run_logger
+from gptloom.tasks.runtime.log import run_logger
+from gptloom.tasks.runtime.process import run_device_process
 
 if TYPE_CHECKING:
     from gptcore.shards import ShardSet

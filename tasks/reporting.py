@@ -14,7 +14,7 @@ from prefect.context import TaskRunContext
 
 from gptcore.store import home_dir
 from gptloom.tasks.records.tracking import run_page
-from gptloom.tasks.runtime.process import run_logger
+from gptloom.tasks.runtime.log import run_logger
 
 
 @task(task_run_name="write the report", persist_result=False)

@@ -24,7 +24,8 @@ from gptcore.config import ExperimentConfig
 from gptcore.config.study import load_study
 from gptloom.tasks.records.tracking import common_tags
 from gptloom.tasks.reporting import links
-from gptloom.tasks.runtime.process import run_device_process, run_logger
+from gptloom.tasks.runtime.log import run_logger
+from gptloom.tasks.runtime.process import run_device_process
 from gptloom.tasks.training import RETRIES, run_step
 
 PROGRESS_S = 3.0

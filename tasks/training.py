@@ -12,7 +12,8 @@ from prefect.client.schemas.objects import State
 from gptcore.config import ExperimentConfig, dump_yaml
 from gptcore.store import content_id, is_committed, write_json
 from gptloom.tasks.records.tracking import common_tags
-from gptloom.tasks.runtime.process import ProcessDied, run_device_process, run_logger
+from gptloom.tasks.runtime.log import run_logger
+from gptloom.tasks.runtime.process import ProcessDied, run_device_process
 
 DONE_FILE = "done.json"  # what a step was asked and what it answered
 CHECKPOINT_FIRST = ("gptcore.evaluate", "gptcore.generate")  # their first argument; the others take the config first

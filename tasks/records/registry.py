@@ -11,7 +11,6 @@ champions so far stand, oldest first, in the registered model's tag `gptloom.cha
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,12 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-
-from gptcore.config import ExperimentConfig, UserError, hide_password
+from gptcore.config import UserError, hide_password
 from gptcore.store import MANIFEST, MARKER, commit_dir, home_dir, is_committed, read_manifest
-from gptloom.tasks.records.tracking import first_line, is_store_trouble, open_client, save_servable, tracking_uri
-from gptloom.tasks.runtime.process import run_logger
+from gptloom.tasks.records.tracking import first_line, open_client, save_servable, tracking_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS_TAG = "gptloom.champions"
@@ -75,7 +71,6 @@ def register(name: str, checkpoint: Path, mlflow_run_id: str, facts: Mapping[str
     tags = {f"gptloom.{key}": str(value) for key, value in {**facts, "checkpoint": checkpoint}.items()}
     made = client.create_model_version(name, f"{run.info.artifact_uri}/model", mlflow_run_id, tags=tags, description=card)
     client.set_registered_model_alias(name, CHALLENGER, made.version)
-    run_logger().info("registered %s/%s, val_bpb %s", name, made.version, facts.get("val_bpb"))
     return _read(made)
 
 
@@ -136,44 +131,6 @@ def forget_model(name: str) -> None:
     """Delete a registered model with all versions (their runs stay); for simulations, which start from nothing."""
     if _registered(name) is not None:
         open_client().delete_registered_model(name)
-
-
-@task(task_run_name="register the model", persist_result=False)
-def register_model(
-    config: ExperimentConfig,
-    result: Mapping[str, Any],
-    floor_bpb: float | None,
-    data: Mapping[str, Path],
-    run: str,
-    mlflow_run_id: str | None,
-) -> dict[str, Any]:
-    """Register what a pipeline run trained, if it is good: {"model": NAME/VERSION or None, "reason"}.
-
-    Good is better than the bigram floor, where that was trained, else than a uniform guess. result: of the evaluation. data:
-    the run's corpus, vocab and shards. The registry is a service of MLflow's: while it is away, the run goes on without.
-    """
-    bpb, loss = result["val_bpb"], result["val_loss"]
-    vocab_size = read_manifest(data["shards"])["vocab_size"]
-    if floor_bpb is not None and bpb >= floor_bpb:
-        reason = f"{bpb:.4f} bits per byte are no better than the bigram floor's {floor_bpb:.4f}"
-    elif loss >= math.log(vocab_size):
-        reason = f"{loss:.4f} nats are no better than a uniform guess"
-    elif mlflow_run_id is None:
-        reason = "MLflow could not be reached"
-    else:
-        facts = {key: path.name for key, path in data.items()}
-        facts |= {"run": run, "val_bpb": bpb, "val_loss": loss, "parameters": result["parameters"]}
-        card = model_card(f"{config.name}: {run}", facts, f"A {config.model.family} trained on {config.data.source_name}.")
-        try:
-            version = register(config.name, Path(result["checkpoint"]), mlflow_run_id, facts, card)
-        except Exception as error:
-            if not is_store_trouble(error):
-                raise
-            reason = f"MLflow does not take it ({first_line(error)})"
-        else:
-            return {"model": version.label, "reason": "good: the new challenger"}
-    run_logger().warning("not registered: %s", reason)
-    return {"model": None, "reason": reason}
 
 
 # --- read --------------------------------------------------------------------------------------------------------------

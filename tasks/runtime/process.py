@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import re
 import signal
@@ -28,28 +27,20 @@ from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
-from prefect.exceptions import CancelledRun, MissingContextError
-from prefect.logging import get_run_logger
+from prefect.exceptions import CancelledRun
 
 from gptcore.config import TrainConfig, UserError
 from gptcore.entry import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
 from gptloom.tasks.records.forwarding import Forwarder, write_tags
 from gptloom.tasks.runtime.launcher import Child, start_process
+from gptloom.tasks.runtime.log import run_logger
 
 LOG_NAME = "log.txt"
 GRACE_S = 20.0  # Prefect kills its own process 30 s after a cancel
 POLL_S = 0.2
 REPORT_S = 5.0
 MAX_TAIL, MAX_REASON = 2000, 5000  # characters of a log's end, of a reason; an MLflow tag holds 6000
-
-
-def run_logger() -> logging.Logger | logging.LoggerAdapter[Any]:
-    """Prefect's logger of the run we are in; a plain one outside of runs."""
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return logging.getLogger("gptloom.tasks")
 
 
 def run_device_process(
