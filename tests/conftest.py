@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,24 @@ os.environ.update(
 )
 for _name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "MLFLOW_TRACKING_URI"):
     os.environ.pop(_name, None)
+
+
+def forms(short: Iterable[Any], long: Iterable[Any]) -> list[Any]:
+    """The values of a test's parameter: those of its short form (`make test`) and those that its long form adds (`make test-long`)."""
+    return [*short, *(pytest.param(value, marks=pytest.mark.long) for value in long)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long forms run only where `-m` asks for them."""
+    if "long" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_no_garbage() -> None:
+    """A trainer collects garbage: not among the hundreds of thousands of objects that the imports of all tests have left."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -68,39 +88,8 @@ def prefect_server() -> Iterator[None]:
 def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 kB of made-up English-like prose in paragraphs, the same every time."""
     rng = random.Random(0)
-    syllables = [
-        "ba",
-        "be",
-        "bi",
-        "bo",
-        "da",
-        "de",
-        "di",
-        "do",
-        "ka",
-        "ke",
-        "la",
-        "le",
-        "li",
-        "lo",
-        "ma",
-        "me",
-        "mi",
-        "mo",
-        "na",
-        "ne",
-        "no",
-        "ra",
-        "re",
-        "ri",
-        "ro",
-        "sa",
-        "se",
-        "so",
-        "ta",
-        "te",
-        "to",
-    ]
+    vowels = {"b": "aeio", "d": "aeio", "k": "ae", "l": "aeio", "m": "aeio", "n": "aeo", "r": "aeio", "s": "aeo", "t": "aeo"}
+    syllables = [consonant + vowel for consonant in vowels for vowel in vowels[consonant]]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(400)]
     paragraphs: list[str] = []
     while sum(map(len, paragraphs)) < 60_000:

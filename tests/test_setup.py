@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import forms, pytest_collection_modifyitems
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -114,6 +116,25 @@ def test_second_make_installs_nothing(bare_checkout):
     os.utime(stamp, (0, 0))
     outdated = subprocess.run(plan, cwd=bare_checkout, capture_output=True, text=True, check=True)
     assert "pip install" in outdated.stdout
+
+
+def test_tests_in_containers_are_not_passed_in_silence(bare_checkout):
+    """A tier that does not exist yet must not look like one that passed."""
+    result = subprocess.run(["make", "test-stack"], cwd=bare_checkout, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "test-stack: the tests that need containers" in result.stderr
+
+
+@pytest.mark.parametrize(("asked", "left"), [("", [0]), ("not integration", [0]), ("long", [0, 1, 2])])
+def test_long_forms_run_only_where_they_are_asked_for(asked, left):
+    """In `make test` they would cost an hour; left out of `make test-long`, nobody would ever run them."""
+    marks = [[]] + [value.marks for value in forms(short=[0], long=[1, 2])[1:]]
+    items = [
+        SimpleNamespace(name=n, get_closest_marker=lambda name, n=n: [m for m in marks[n] if m.name == name]) for n in range(3)
+    ]
+    hook = SimpleNamespace(pytest_deselected=lambda items: None)
+    pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(markexpr=asked), hook=hook), items)
+    assert [item.name for item in items] == left  # what `-m` itself leaves out, pytest does
 
 
 def test_deployments_point_at_what_exists():

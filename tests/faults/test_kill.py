@@ -1,7 +1,7 @@
 """A training killed at any moment ends with the same bits: SIGKILL (also in the middle of a save), SIGTERM, other ranks, a full disk.
 
-.venv/bin/pytest tests/faults/test_kill.py         # the short form: 3 kills, 1 stop; part of make test
-make test-faults                                   # the long form: 50 kills, 20 stops
+.venv/bin/pytest tests/faults/test_kill.py               # the short form: 3 kills, 1 stop; part of make test
+.venv/bin/pytest -s -m long tests/faults/test_kill.py    # the long form: 51 kills, 20 stops more
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trainer_process import IS_LONG, Training, wait_until
+from conftest import forms
+from trainer_process import Training, wait_until
 
 from gptcore.checkpoint import list_checkpoints
 from gptcore.config import ExperimentConfig, load_config, with_changes
@@ -29,7 +30,7 @@ from gptcore.shards import ShardSet, prepare
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(280)]
 ROOT = Path(__file__).resolve().parent.parent.parent
-KILLS_A_RUN = 5 if IS_LONG else 3
+KILLS_A_RUN = 3
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def assert_as_if_nothing_had_happened(training: Training, whole: Training) -> No
     assert {r["attempt"] for r in records if r["kind"] == "open"} == set(range(records[-1]["attempt"] + 1))
 
 
-@pytest.mark.parametrize("seed", range(10 if IS_LONG else 1))
+@pytest.mark.parametrize("seed", forms(short=[0], long=range(1, 18)))
 def test_killed_at_random_moments(whole: Training, tmp_path: Path, seed: int) -> None:
     """A repeated or skipped batch, a torn checkpoint that is loaded, dropout that starts over: the bits would differ."""
     rng, kills, saves, has_saved = random.Random(seed), 0, 0, False
@@ -103,7 +104,7 @@ def test_killed_at_random_moments(whole: Training, tmp_path: Path, seed: int) ->
     print(f"\nseed {seed}: {kills} kills, {saves} of them during a save; weights and curve identical")
 
 
-@pytest.mark.parametrize("seed", range(20 if IS_LONG else 1))
+@pytest.mark.parametrize("seed", forms(short=[0], long=range(1, 21)))
 def test_stopped_at_a_random_moment(whole: Training, tmp_path: Path, seed: int) -> None:
     """SIGTERM: a checkpoint of the very step, exit code 75 within seconds, and the rest to the bit."""
     training = Training(whole.config, whole.shards, tmp_path / "run")
@@ -240,7 +241,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("when", ["save", "journal"] if IS_LONG else ["save"])
+@pytest.mark.parametrize("when", forms(short=["save"], long=["journal"]))
 def test_full_disk_keeps_the_checkpoint_before(whole: Training, small_disk: Path, when: str) -> None:
     """A full disk must not cost what was saved, nor leave half a line or half a checkpoint that is taken for whole."""
     training = Training(whole.config, whole.shards, small_disk / "run")

@@ -1,7 +1,7 @@
 """MLflow away, slow or hung while a training runs: the training does not notice, and nothing is missing afterwards.
 
-.venv/bin/pytest tests/faults/test_outages.py         # the short form, with a stand-in for the training; part of make test
-make test-faults                                      # also: 10 alternating pairs of a real training with MLflow 5 s away, and without
+.venv/bin/pytest tests/faults/test_outages.py               # the short form, with a stand-in for the training; part of make test
+.venv/bin/pytest -s -m long tests/faults/test_outages.py    # 10 alternating pairs of a real training with MLflow 5 s away, and without
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from trainer_process import IS_LONG
 
 from gptcore.config import dump_yaml, load_config
 from gptcore.journal import Journal, read_journal
@@ -233,10 +232,10 @@ def test_hung_server_delays_the_end_of_a_step_by_seconds_only(home: Path, monkey
 # --- the long form ------------------------------------------------------------------------------------------------------
 
 T_95 = {9: 1.833, 10: 1.812, 14: 1.761, 19: 1.729}  # Student's t, one-sided, by degrees of freedom
-PAIRS = int(os.environ.get("GPTLOOM_FAULTS_PAIRS", "10"))
+PAIRS = 10
 
 
-@pytest.mark.skipif(not IS_LONG, reason="measures for minutes: make test-faults")
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_step_time_with_slow_mlflow(
     home: Path, small_text: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,7 @@
 """One of several processes of a training killed at any moment: all end, the checkpoint stays, the run goes on and ends as if nothing had been.
 
-.venv/bin/pytest tests/faults/test_ranks_die.py      # the short form, part of make test: one kill, found and mended by the Prefect task
-make test-faults                                     # also: 20 kills of a random one, whole and spread models in turn
+.venv/bin/pytest tests/faults/test_ranks_die.py               # the short form, part of make test: one kill, mended by the Prefect task
+.venv/bin/pytest -s -m long tests/faults/test_ranks_die.py    # 20 kills of a random one, whole and spread models in turn
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_process import IS_LONG, Training, wait_until
+from trainer_process import Training, wait_until
 
 from gptcore.checkpoint import list_checkpoints, step_of
 from gptcore.config import ExperimentConfig, load_config, with_changes
@@ -27,7 +27,7 @@ from gptcore.shards import ShardSet, prepare
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(900 if IS_LONG else 280),
+    pytest.mark.timeout(280),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc"),
 ]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -131,7 +131,8 @@ def test_the_task_goes_on_where_a_killed_process_left_it(
     assert_ended_as(Training(config, whole.shards, out), whole)
 
 
-@pytest.mark.skipif(not IS_LONG, reason="the long form (GPTLOOM_FAULTS=long)")
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_killing_a_random_process_never_loses_a_run(whole: Training, config: ExperimentConfig, tmp_path: Path) -> None:
     rng, kills, slowest = random.Random(1), 0, 0.0
     for number in range(KILLS // KILLS_A_RUN):
@@ -157,7 +158,8 @@ def test_killing_a_random_process_never_loses_a_run(whole: Training, config: Exp
     print(f"\n{kills} kills, no run lost; at most {slowest:.1f} s until all processes had ended")
 
 
-@pytest.mark.skipif(not IS_LONG, reason="the long form (GPTLOOM_FAULTS=long)")
+@pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_stopped_together(whole: Training, config: ExperimentConfig, tmp_path: Path, parallel: str) -> None:
     """SIGTERM reaches every process twice, from outside and from the one that started it: the second must not cost the checkpoint."""

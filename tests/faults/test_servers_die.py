@@ -1,7 +1,6 @@
 """A real Prefect server, worker and MLflow server: cancels through the API, and each of them killed in the middle of a run.
 
-make test-faults                                   # about 20 minutes on 2 cores; make test has one cancel, in test_servers.py
-GPTLOOM_FAULTS=long .venv/bin/pytest tests/faults/test_servers_die.py -k cancels
+.venv/bin/pytest -s -m long tests/faults/test_servers_die.py    # about 20 minutes on 2 cores; make test has one cancel, in test_servers.py
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 from test_servers import ROOT, TINY, Stack, mlflow_runs, retried, running_stack, wait_for
-from trainer_process import IS_LONG
 
 from gptcore.checkpoint import list_checkpoints
 from gptcore.store import hash_file
@@ -29,7 +27,7 @@ from gptloom.flows.servers.prefect_api import answers, request
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(not IS_LONG, reason="minutes: make test-faults"),
+    pytest.mark.long,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="counts processes in /proc (Linux)"),
 ]
 GROUPS, CANCELS = 4, 5

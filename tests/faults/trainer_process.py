@@ -5,7 +5,6 @@ Every fault test asks the same question: does the run end with the bits, and the
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from gptcore.shards import ShardSet
 from gptcore.store import hash_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-IS_LONG = os.environ.get("GPTLOOM_FAULTS") == "long"  # `make test-faults`
 
 
 @dataclass
