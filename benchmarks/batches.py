@@ -9,10 +9,6 @@ median round counts. The last line on stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -21,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import figure, print_figures
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,22 +48,6 @@ def measure(call: Callable[[int], object], tokens: int, seconds: float) -> float
     return done * tokens / (time.perf_counter() - start)
 
 
-def build_figure(B: int, T: int, ours: list[float], peer: list[float]) -> dict[str, Any]:
-    """One figure: medians of the rounds, and how far the ratios of the rounds lie apart."""
-    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
-    return {
-        "name": f"batches ({B}, {T})",
-        "unit": "tokens per second",
-        "ours": round(statistics.median(ours)),
-        "peer": round(statistics.median(peer)),
-        "ratio": round(statistics.median(ratios), 2),
-        "goal": GOAL,
-        "met": statistics.median(ratios) >= GOAL,
-        "n": len(ours),
-        "spread": [round(min(ratios), 2), round(max(ratios), 2)],
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100_000_000, help="ids in the file (2 bytes each), one shard at most")
@@ -89,10 +70,10 @@ def main() -> int:
             for _ in range(args.repeats):
                 peer.append(measure(lambda _: slice_per_row(path, B, T, rng), B * T, args.seconds))  # noqa: B023
                 ours.append(measure(lambda i: sampler.batch(i * B, B), B * T, args.seconds))  # noqa: B023
-            figures.append(build_figure(B, T, ours, peer))
+            goals: dict[str, Any] = {"goal": GOAL, "goal_is": "at least", "of": "ratio", "in_turns": True}
+            figures.append(figure(f"batches ({B}, {T})", "tokens per second", ours, peer=peer, digits=0, **goals))
             print(figures[-1], file=sys.stderr)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}"
-    print(json.dumps({"figures": figures, "machine": machine, "command": " ".join(sys.argv)}), flush=True)
+    print_figures(figures, numpy=np.__version__)
     return 0
 
 

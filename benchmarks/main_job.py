@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from figures import figure, print_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "gptloom.flows.command.cli", "run", "experiments/shakespeare.yaml"]
@@ -26,24 +26,10 @@ GOAL_SECONDS, GOAL_LOSS = 600.0, 1.75  # on 2 CPU cores
 
 def build_figures(seconds: list[float], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per figure, the median over runs with lowest and highest: seconds, nats per token, bits per byte. No peer yet."""
-    figures = [
-        ("main job, wall clock", "s", seconds, GOAL_SECONDS),
-        ("main job, validation loss", "nats per token", [r["val_loss"] for r in results], GOAL_LOSS),
-        ("main job, bits per byte", "bits", [r["val_bpb"] for r in results], None),
-    ]
     return [
-        {
-            "name": name,
-            "unit": unit,
-            "ours": statistics.median(values),
-            "peer": None,
-            "ratio": None,
-            "goal": goal,
-            "met": None if goal is None else max(values) <= goal,
-            "n": len(values),
-            "spread": [min(values), max(values)],
-        }
-        for name, unit, values, goal in figures
+        figure("main job, wall clock", "s", seconds, goal=GOAL_SECONDS),
+        figure("main job, validation loss", "nats per token", [r["val_loss"] for r in results], goal=GOAL_LOSS),
+        figure("main job, bits per byte", "bits", [r["val_bpb"] for r in results]),
     ]
 
 
@@ -67,9 +53,7 @@ def main() -> int:
         if done.returncode != 0:
             print(json.dumps({"error": results[-1]["error"]}), flush=True)
             return done.returncode
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    command = f"python benchmarks/main_job.py --runs {args.runs}"
-    print(json.dumps({"figures": build_figures(seconds, results), "machine": machine, "command": command}), flush=True)
+    print_figures(build_figures(seconds, results))
     return 0
 
 

@@ -15,6 +15,11 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def modules_beside_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
 def test_main_job_says_which_goals_were_met():
     """A benchmark whose goal can never be missed, or whose figures lack a field that programs read."""
     build_figures = runpy.run_path(str(BENCHMARKS / "main_job.py"))["build_figures"]
@@ -37,7 +42,6 @@ def test_a_goal_about_a_ratio_and_one_about_every_run():
 def test_training_seconds_leave_evaluations_out(tmp_path, monkeypatch):
     from gptcore.journal import Journal
 
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     evaluations = runpy.run_path(str(BENCHMARKS / "ours.py"))["evaluations"]
     journal = Journal(tmp_path)
     journal.metrics({"val/loss": 4.0}, tokens_seen=0)
@@ -50,7 +54,6 @@ def test_training_seconds_leave_evaluations_out(tmp_path, monkeypatch):
 @pytest.mark.integration
 def test_recovery_from_a_kill(monkeypatch, capsys):
     """A benchmark that breaks when a trainer's journal or command line changes is noticed on the GPU, weeks later."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     settings = ["train.max_steps=90", "train.eval_interval=90", "train.compile=off"]
     sizes = ["--experiment", "tiny.yaml", "--kills", "1", "--pairs", "2", "--steps", "5"]
     monkeypatch.setattr(sys, "argv", ["recovery.py", *settings, *sizes])
@@ -67,10 +70,10 @@ FIELDS = {"name", "unit", "ours", "peer", "ratio", "goal", "met", "n", "spread"}
 def test_data_goals_are_values_ratios_or_limits():
     """A figure that counts as met on the wrong side of its goal."""
     figure = runpy.run_path(str(BENCHMARKS / "data.py"))["figure"]
-    assert figure("speed", "MB/s", [59.0, 61.0, 70.0], goal=60.0)["met"]
-    assert not figure("speed", "MB/s", [99.0], goal=10.0, peer=10.0)["met"]
-    assert figure("memory", "MiB", [900.0], goal=953.0, at_most=True)["met"]
-    assert not figure("memory", "MiB", [960.0], goal=953.0, at_most=True)["met"]
+    assert figure("speed", "MB/s", [59.0, 61.0, 70.0], goal=60.0, goal_is="at least", of="median")["met"]
+    assert not figure("speed", "MB/s", [99.0], goal=10.0, peer=[10.0], goal_is="at least", of="ratio")["met"]
+    assert figure("memory", "MiB", [900.0], goal=953.0, of="median")["met"]
+    assert not figure("memory", "MiB", [960.0], goal=953.0, of="median")["met"]
     assert figure("no goal", "MB/s", [1.0])["met"] is None
     assert set(figure("any", "s", [1.0])) == FIELDS
 
@@ -89,8 +92,9 @@ def test_data_takes_every_text_once_and_says_what_it_varied(tmp_path):
 
 
 def test_batches_compare_medians_of_rounds():
-    build_figure = runpy.run_path(str(BENCHMARKS / "batches.py"))["build_figure"]
-    made = build_figure(64, 256, [100.0, 110.0, 300.0], [10.0, 12.0, 10.0])
+    figure = runpy.run_path(str(BENCHMARKS / "batches.py"))["figure"]
+    goals = {"goal": 10.0, "goal_is": "at least", "of": "ratio", "in_turns": True}
+    made = figure("batches", "tokens per second", [100.0, 110.0, 300.0], peer=[10.0, 12.0, 10.0], **goals)
     assert (made["ratio"], made["met"], made["spread"]) == (10.0, True, [9.17, 30.0])
     assert set(made) == FIELDS
 
@@ -119,7 +123,6 @@ def scaling_records():
 
 def test_scaling_judges_efficiency_exchange_and_losses(monkeypatch):
     """Two GPUs held against one as if they had done the same work, or a loss that is off and counts as met."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     figures = {f["name"]: f for f in runpy.run_path(str(BENCHMARKS / "scaling.py"))["build_figures"](scaling_records())}
     assert figures["weak: 2 GPUs, ddp"]["ratio"] == pytest.approx(1.8)
     assert figures["weak: 2 GPUs, ddp"]["mfu_percent"] == pytest.approx(0.9)
