@@ -13,6 +13,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+DOCS = BENCHMARKS.parent / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +137,7 @@ def test_scaling_judges_efficiency_exchange_and_losses(monkeypatch):
 
 
 def test_the_scaling_model_on_cases_one_can_do_by_hand():
-    module = runpy.run_path(str(BENCHMARKS / "scaling_model.py"))
+    module = runpy.run_path(str(DOCS / "scaling_model.py"))
     machine = module["Machine"](link=100e9, network=10e9, link_latency=0.0, network_latency=0.0, mfu=1.0, peak_flops=1e14)
     assert machine.all_reduce(1e9, 2) == pytest.approx(0.01)
     assert machine.all_reduce(1e9, 4) == 2 * machine.all_gather(1e9, 4) == pytest.approx(0.015)
@@ -162,7 +163,7 @@ def test_the_scaling_model_on_cases_one_can_do_by_hand():
 
 
 def test_the_scaling_model_is_checked_against_what_was_measured():
-    module = runpy.run_path(str(BENCHMARKS / "scaling_model.py"))
+    module = runpy.run_path(str(DOCS / "scaling_model.py"))
     records = scaling_records()
     machine, facts = module["from_records"](records)
     assert (facts["compute"], facts["tokens"]) == (pytest.approx(0.09), 1000)
@@ -174,10 +175,10 @@ def test_the_scaling_model_is_checked_against_what_was_measured():
 
 
 def test_the_predictions_in_the_documentation_are_the_models():
-    module = runpy.run_path(str(BENCHMARKS / "scaling_model.py"))
-    text = (BENCHMARKS.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    module = runpy.run_path(str(DOCS / "scaling_model.py"))
+    text = (DOCS / "scaling.md").read_text(encoding="utf-8")
     told = text.split("<!-- MODEL -->\n")[1].split("\n<!-- END MODEL -->")[0]
-    assert told == module["tables"](module["Machine"](), [1, 2, 4, 8, 16, 32, 64])
+    assert told == module["tables"](module["Machine"]())
 
 
 @pytest.mark.integration

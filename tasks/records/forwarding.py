@@ -296,9 +296,8 @@ class _JournalCopy:
             for key, value in record["values"].items()
             for name in (key, *([HEADLINES[key]] if key in HEADLINES else []))
         ]
-        points.sort(
-            key=lambda point: point.key not in HEADLINES.values()
-        )  # the compare page opens with the metric that came first
+        # MLflow's compare page opens with the metric that came first.
+        points.sort(key=lambda point: point.key not in HEADLINES.values())
         for chunk in _chunks(points, MAX_METRICS):
             self._client.log_batch(self.run_id, metrics=chunk)
 

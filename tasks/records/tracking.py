@@ -101,11 +101,8 @@ def save_servable(directory: Path, checkpoint: Path, code: Path, requirements: l
     import mlflow.pyfunc
     from mlflow.models import infer_signature
 
-    for name in (
-        "mlflow.models.model",
-        "mlflow.pyfunc",
-        "mlflow.utils.requirements_utils",
-    ):  # warnings about what is on purpose here
+    # They warn about what is on purpose here.
+    for name in ("mlflow.models.model", "mlflow.pyfunc", "mlflow.utils.requirements_utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     parameters = {"max_new_tokens": 200, "temperature": 0.8, "seed": 0}
     # Recorded, not shown: MLflow puts a filter of its own before any of ours.

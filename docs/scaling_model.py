@@ -1,7 +1,7 @@
-"""What training on p GPUs should cost, by arithmetic: computing, bandwidth, latency. The numbers of docs/scaling.md.
+"""The arithmetic of scaling.md: what training on p GPUs should cost, from computing, bandwidth and latency.
 
-    python benchmarks/scaling_model.py                      # an H100 host by its data sheet: 1 to 64 GPUs, as Markdown
-    python benchmarks/scaling_model.py RESULT.json          # from one GPU's measured steps; measured points beside the model's
+    python docs/scaling_model.py                      # an H100 host by its data sheet: 1 to 64 GPUs, as Markdown
+    python docs/scaling_model.py RESULT.json          # from one GPU's measured steps; measured points beside the model's
 
 RESULT.json holds the last line of benchmarks/scaling.py. An exchange of n bytes among p GPUs takes (2 (p - 1) / p) · n / bandwidth +
 latency for an all-reduce, half of that for an all-gather, a reduce-scatter or an all-to-all of n bytes in all (Thakur et al. 2005; the
@@ -103,6 +103,7 @@ class Job:
         return total / (machine.peak_flops * self.ns_mfu)
 
 
+COUNTS = (1, 2, 4, 8, 16, 32, 64)  # GPUs, in the page's tables
 GPT2 = Job(layers=12, width=768, vocab=50_304, context=1024)
 MODELS = {
     "12 × 768": GPT2,
@@ -186,9 +187,9 @@ def break_even_tokens(machine: Machine, p: int, parallel: str) -> float:
     return share * speed * (8 / 4 if parallel == "ddp" else 8 / 6)
 
 
-def smallest_width(machine: Machine, p: int, ns_mfu: float = Job.ns_mfu) -> float:
+def smallest_width(machine: Machine, p: int) -> float:
     """Width from which a matrix is sooner sent (2 bytes a number) than made orthogonal again: 30·m FLOPs a number of a square one."""
-    return 2 / machine.bandwidth(p) * machine.peak_flops * ns_mfu / 30
+    return 2 / machine.bandwidth(p) * machine.peak_flops * Job.ns_mfu / 30
 
 
 def from_records(records: Sequence[Record]) -> tuple[Machine, dict[str, float]]:
@@ -213,16 +214,12 @@ def from_records(records: Sequence[Record]) -> tuple[Machine, dict[str, float]]:
 
 def measured_points(records: Sequence[Record]) -> list[tuple[str, int, str, int, float]]:
     """(weak or strong, GPUs, ddp or fsdp, tokens a GPU, seconds) of every speed with several GPUs."""
+    several = [r for r in records if r["kind"] in ("weak", "strong") and r["processes"] > 1]
+    middles = [statistics.median(r["step_ms"]) / 1e3 for r in several]
+    tokens = [r["tokens_per_step"] // r["processes"] for r in several]
     return [
-        (
-            r["kind"],
-            r["processes"],
-            r["parallel"],
-            r["tokens_per_step"] // r["processes"],
-            statistics.median(r["step_ms"]) / 1e3,
-        )
-        for r in records
-        if r["kind"] in ("weak", "strong") and r["processes"] > 1
+        (r["kind"], r["processes"], r["parallel"], share, seconds)
+        for r, share, seconds in zip(several, tokens, middles, strict=True)
     ]
 
 
@@ -240,13 +237,13 @@ def fit_contention(machine: Machine, facts: dict[str, float], points: Sequence[t
     return replace(machine, contention=max(0.0, (seconds - plain.seconds) / slow.slowed))
 
 
-def tables(machine: Machine, counts: Sequence[int]) -> str:
+def tables(machine: Machine) -> str:
     """Markdown: efficiencies by number of GPUs, and where each way stops paying."""
     lines = [
         "| GPUs | weak, 64 × 1024 tokens each: DDP | FSDP | strong, 512 × 1024 in all: DDP | FSDP | tokens each: DDP needs | FSDP needs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for p in counts:
+    for p in COUNTS:
         cells = [weak_efficiency(GPT2, machine, p, 64 * 1024, parallel) for parallel in ("ddp", "fsdp")]
         cells += [strong_efficiency(GPT2, machine, p, 512 * 1024, parallel) for parallel in ("ddp", "fsdp")]
         needs = [break_even_tokens(machine, p, parallel) for parallel in ("ddp", "fsdp")]
@@ -256,7 +253,7 @@ def tables(machine: Machine, counts: Sequence[int]) -> str:
     lines += [
         "",
         f"Newton-Schulz of GPT-2 124M: {1e3 * GPT2.muon_seconds(machine, 1):.1f} ms on one GPU, "
-        + ", ".join(f"{1e3 * GPT2.muon_seconds(machine, p):.1f} ms on {p}" for p in counts if p > 1)
+        + ", ".join(f"{1e3 * GPT2.muon_seconds(machine, p):.1f} ms on {p}" for p in COUNTS if p > 1)
         + f". Sharing it pays from width {smallest_width(machine, 8):.0f} on within a host.",
     ]
     lines += [
@@ -277,7 +274,6 @@ def tables(machine: Machine, counts: Sequence[int]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, nargs="?", help="a file with the last line of benchmarks/scaling.py")
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     args = parser.parse_args()
     machine = Machine()
     if args.result is not None:
@@ -293,7 +289,7 @@ def main() -> int:
             print(f"| {kind} | {p} | {parallel} | {1e3 * seconds:.1f} | {1e3 * step.seconds:.1f} | {ratio:.3f} |")
         print()
     print(f"MFU {100 * machine.mfu:.0f} %, link {machine.link / 1e9:.0f} GB/s, contention {machine.contention:.2f}\n")
-    print(tables(machine, args.counts))
+    print(tables(machine))
     return 0
 
 
