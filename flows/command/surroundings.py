@@ -22,12 +22,12 @@ from gptcore.entry import EXIT_BUG, exit_code, python_environment
 from gptcore.store import home_dir
 from gptloom import NO_PROJECT, find_project
 from gptloom.flows.servers.databases import place_databases
-from gptloom.flows.servers.warden import MARK_VARIABLE
+from gptloom.flows.servers.reaper import MARK_VARIABLE
 from gptloom.tasks.records.tracking import answers, read_servers
 
 START_S, STOP_S = 120.0, 5.0  # a first start may make a database on a slow disk
 _servers: list[subprocess.Popen[bytes]] = []  # the temporary one, if any
-_wardens: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
+_reapers: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
 
 
 def prepare_home() -> Path:
@@ -82,7 +82,7 @@ def launch_prefect_server() -> None:
 
     After `use_servers`, before Prefect's first import. It has a session of its own, for it has to record how the run ended: a terminal's
     Ctrl-C, or a SIGTERM to our whole group, does not reach it. At our exit it gets SIGTERM, after Prefect's last log lines; if we are
-    killed, the warden ends it.
+    killed, the reaper ends it.
     """
     if os.environ.get("PREFECT_API_URL"):
         return
@@ -98,15 +98,15 @@ def launch_prefect_server() -> None:
     environment = python_environment() | marks | {MARK_VARIABLE: mark}
     server = subprocess.Popen(command, env=environment, cwd=home_dir(), start_new_session=True)
     _servers.append(server)
-    warden = subprocess.Popen(
-        [sys.executable, "-m", "gptloom.flows.servers.warden", mark],
+    reaper = subprocess.Popen(
+        [sys.executable, "-m", "gptloom.flows.servers.reaper", mark],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=python_environment(),
         start_new_session=True,
     )
-    _wardens.append(warden)
+    _reapers.append(reaper)
     atexit.register(_stop_prefect_server)  # what is registered first, before Prefect's own, runs last
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_UI_URL"] = ""  # else Prefect prints links to pages that this server does not have

@@ -6,7 +6,7 @@
 What is up is written to $GPTLOOM_HOME/servers.json once all of it is healthy: {"prefect_api_url", "mlflow_url", "pid",
 "pids"}. Whoever holds the lock $GPTLOOM_HOME/servers/up.lock is the `up` of this home; its process id stands in it. Each
 process logs to $GPTLOOM_HOME/servers/NAME.log. All children are started from the main thread, each in a session of
-its own (Ctrl-C must not reach them before their flow runs are cancelled); flows/servers/warden.py ends them if `up` is killed.
+its own (Ctrl-C must not reach them before their flow runs are cancelled); flows/servers/reaper.py ends them if `up` is killed.
 A server or worker that ends by itself is started again: runs go on meanwhile, and their records wait for it.
 """
 
@@ -35,7 +35,7 @@ from gptloom import NO_PROJECT, find_project
 from gptloom.flows.servers.listening import check_host, check_port, is_loopback
 from gptloom.flows.servers.pools import POOLS, prepare_pool
 from gptloom.flows.servers.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
-from gptloom.flows.servers.warden import MARK_VARIABLE
+from gptloom.flows.servers.reaper import MARK_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def stop() -> dict[str, Any]:
         os.kill(pid, signal.SIGTERM)
         if not wait_for(lambda: read_holder(_lock_file(home)) is None, DOWN_S):
             log.error("process %d did not stop within %.0f s; it is killed now", pid, DOWN_S)
-            os.kill(pid, signal.SIGKILL)  # flows/servers/warden.py ends the rest
+            os.kill(pid, signal.SIGKILL)  # flows/servers/reaper.py ends the rest
             wait_for(lambda: read_holder(_lock_file(home)) is None, 10.0)
         log.info("stopped")
     (home / STATE_FILE).unlink(missing_ok=True)
@@ -123,7 +123,7 @@ class _Stack:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.mark = uuid.uuid4().hex
         self.began = datetime.now(UTC)
-        self.warden: subprocess.Popen[str] | None = None
+        self.reaper: subprocess.Popen[str] | None = None
         self.arguments: dict[str, tuple[str, ...]] = {}
         self.restarts: dict[str, list[float]] = {}
 
@@ -146,8 +146,8 @@ class _Stack:
     def _start(self) -> None:
         self.home.joinpath("mlartifacts").mkdir(parents=True, exist_ok=True)
         log.info("starting Prefect and MLflow for %s", self.home)
-        self.warden = subprocess.Popen(
-            [sys.executable, "-m", "gptloom.flows.servers.warden", self.mark],
+        self.reaper = subprocess.Popen(
+            [sys.executable, "-m", "gptloom.flows.servers.reaper", self.mark],
             stdin=subprocess.PIPE,
             text=True,
             env=python_environment(),
@@ -263,9 +263,9 @@ class _Stack:
             log.warning("stopping at once")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        if self.warden is not None and self.warden.stdin is not None:
-            self.warden.stdin.close()  # it ends whatever is left, then itself
-            self.warden.wait()
+        if self.reaper is not None and self.reaper.stdin is not None:
+            self.reaper.stdin.close()  # it ends whatever is left, then itself
+            self.reaper.wait()
         for child in self.children.values():
             child.wait()
         log.info("all processes ended")
@@ -276,8 +276,8 @@ class _Stack:
         wait_for(lambda: all(self.children[name].poll() is not None for name in names), seconds)
 
     def _spawn(self, name: str, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
-        assert self.warden is not None
-        assert self.warden.stdin is not None
+        assert self.reaper is not None
+        assert self.reaper.stdin is not None
         with open(self._log_path(name), "ab" if name in self.children else "wb") as output:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -289,8 +289,8 @@ class _Stack:
                 start_new_session=True,
             )
         self.children[name], self.arguments[name] = child, arguments
-        self.warden.stdin.write(f"{child.pid}\n")
-        self.warden.stdin.flush()
+        self.reaper.stdin.write(f"{child.pid}\n")
+        self.reaper.stdin.flush()
         return child
 
     def _command(self, name: str, *arguments: str) -> None:
