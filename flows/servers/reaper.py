@@ -1,8 +1,6 @@
 """The last one out: ends every process a `gptloom up` leaves behind, also when it was killed without warning.
 
-    python -m gptloom.flows.servers.reaper MARK        # started by flows/servers/stack.py, with a pipe on stdin
-
-The pipe closes when `up` is gone, however it went. Prefect gives each flow run a session of its own and MLflow has
+Its stdin is a pipe that closes when `up` is gone, however it went. Prefect gives each flow run a session of its own and MLflow has
 a process under its process, so neither the parent-death signal nor a process group reaches them all. What they all
 have is the environment they inherited: `up` puts a mark into it, and whoever carries the mark is ended here.
 Without /proc (macOS) only the process groups that `up` wrote into the pipe are ended. Standard library only: it

@@ -1,8 +1,6 @@
 """One of the processes that read and clean: units of work in on stdin, batches of records out on stdout.
 
-    python -m gptcore.corpus.worker        # started by gptcore.corpus.pool, not by hand
-
-First line in: {"data": settings, "plan": split}; then one unit a line. Out: one Arrow IPC stream; each batch's
+Started by `gptcore.corpus.pool`. First line in: {"data": settings, "plan": split}; then one unit a line. Out: one Arrow IPC stream; each batch's
 metadata holds its facts, and an empty batch ends a unit or tells an error. End of stdin ends the process.
 """
 

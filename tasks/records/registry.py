@@ -1,6 +1,6 @@
 """The model registry: which trained model is in use, which one waits, and the way back. Records are MLflow's.
 
-    version = register("shakespeare", checkpoint, mlflow_run_id, facts)    # becomes `challenger`
+    version = register("shakespeare", checkpoint, mlflow_run_id, facts, card)    # becomes `challenger`
     promote("shakespeare")                                                # challenger → champion
     rollback("shakespeare")                                               # the champion before it
 
