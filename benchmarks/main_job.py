@@ -8,19 +8,13 @@ Minutes on 2 cores. The last line on stdout is one JSON object; the goals are th
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from figures import figure, print_figures
+from ours import run_pipeline
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-m", "gptloom.flows.command.cli", "run", "experiments/shakespeare.yaml"]
 GOAL_SECONDS, GOAL_LOSS = 600.0, 1.75  # on 2 CPU cores
 
 
@@ -40,19 +34,9 @@ def main() -> int:
     seconds, results = [], []
     for run in range(args.runs):
         with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as home:
-            start = time.perf_counter()
-            done = subprocess.run(
-                [*COMMAND, f"train.seed={1337 + run}"],
-                cwd=ROOT,
-                env={**os.environ, "GPTLOOM_HOME": home},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            seconds.append(round(time.perf_counter() - start, 1))
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        if done.returncode != 0:
-            print(json.dumps({"error": results[-1]["error"]}), flush=True)
-            return done.returncode
+            wall, result = run_pipeline(Path(home), "experiments/shakespeare.yaml", f"train.seed={1337 + run}")
+        seconds.append(round(wall, 1))
+        results.append(result)
     print_figures(build_figures(seconds, results))
     return 0
 

@@ -34,6 +34,27 @@ def make_shards(experiment: str, text: Path | str, home: Path, *overrides: str) 
     return prepare(load_config(ROOT / "experiments" / experiment, [f"data.source={text}", *overrides]), home).shards
 
 
+def make_toy_shards(folder: Path) -> Path:
+    """Shards of a short text, where tokens are random and a trainer only wants to have some."""
+    text = folder / "text.txt"
+    text.write_text("To be, or not to be, that is the question.\n\n" * 2000, encoding="utf-8")
+    return make_shards("tiny.yaml", text, folder, "data.split=tail")
+
+
+def run_pipeline(home: Path, experiment: str, *overrides: str) -> tuple[float, dict[str, Any]]:
+    """Wall seconds of `gptloom run` with this home, and its last line. Where it fails, this process ends with its error and exit code."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "gptloom.flows.command.cli", "run", experiment, *overrides]
+    variables = {**os.environ, "GPTLOOM_HOME": str(home)}
+    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    result = json.loads(done.stdout.splitlines()[-1])
+    if done.returncode != 0:
+        print(json.dumps({"error": result["error"]}), flush=True)
+        raise SystemExit(done.returncode)
+    return seconds, result
+
+
 def train(
     experiment: str, text: Path | str, shards: Path, out: Path, *overrides: str, shared_card: str | None = None
 ) -> OurRun:

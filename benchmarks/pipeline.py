@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 from figures import figure, print_figures
+from ours import run_pipeline
 
 from gptcore.journal import FILE_NAME, read_journal
 from gptloom.flows.servers.databases import PLACES, prepared
 
-ROOT = Path(__file__).resolve().parent.parent
 GOAL_PERCENT = 5.0
 IN_PROCESS = ("ingest", "vocabulary", "shards", "report")  # steps without a process of their own
 TRACKING = ("register",)  # steps that only tell MLflow
@@ -52,19 +48,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as home:
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "gptloom.flows.command.cli", "run", args.experiment, *args.overrides],
-            cwd=ROOT,
-            env={**os.environ, "GPTLOOM_HOME": home},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        wall = time.perf_counter() - start
-        result = json.loads(done.stdout.splitlines()[-1])
-        if done.returncode != 0:
-            print(json.dumps({"error": result["error"]}), flush=True)
-            return done.returncode
+        wall, result = run_pipeline(Path(home), args.experiment, *args.overrides)
         work = working_seconds(Path(home) / "runs" / result["run"])
     steps = sum(result["seconds"].values())
     total = sum(work.values())

@@ -30,12 +30,9 @@ from typing import Any
 
 import torch
 from figures import figure, print_figures
-
-from gptcore.config import load_config
-from gptcore.shards import prepare
+from ours import ROOT, make_toy_shards
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 WEAK_GOAL = {2: 95.0, 8: 90.0}  # % of one GPU's speed, by number of GPUs
 LOSS_TOLERANCE = 0.02  # nats: bf16 keeps 8 bits, and sums in another order part the runs a little more with every step
 Record = dict[str, Any]
@@ -216,7 +213,7 @@ def main() -> int:
     troubles: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
         folder = Path(name)
-        plan["shards"] = str(args.shards.resolve() if args.shards else make_shards(folder))
+        plan["shards"] = str(args.shards.resolve() if args.shards else make_toy_shards(folder))
         # One GPU first, for all else is held against it; then the most, in case time runs out.
         for count in sorted(counts, key=lambda count: (count > 1, -count)):
             left = args.limit - (time.perf_counter() - start)
@@ -241,14 +238,6 @@ def main() -> int:
         seconds=seconds,
     )
     return 1 if troubles else 0
-
-
-def make_shards(folder: Path) -> Path:
-    """Shards of a short text: of them only the form is used."""
-    text = folder / "text.txt"
-    text.write_text("To be, or not to be, that is the question.\n\n" * 2000, encoding="utf-8")
-    tiny = load_config(ROOT / "experiments" / "tiny.yaml", [f"data.source={text}", "data.split=tail"])
-    return prepare(tiny, folder).shards
 
 
 if __name__ == "__main__":

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 from figures import figure, print_figures
+from ours import ROOT, make_toy_shards
 from scaling_process import RandomTokens
 
 from gptcore.config import load_config
-from gptcore.shards import ShardSet, prepare
+from gptcore.shards import ShardSet
 from gptcore.train import Trainer, build_trainer, train_step
 
 EXPERIMENT = "gpt2-124m.yaml"
 V, T = 50_304, 1024
 GOAL = 1.5
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_trainer(shards: ShardSet, batch: int, precision: str, changes: list[str]) -> Trainer:
@@ -79,10 +79,7 @@ def main() -> int:
     peers = {b: [measure_peer(args.peer_dir, b)] for b in args.peer_batches} if args.peer_dir else {}
     found, mfu = [], {}
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
-        text = Path(name) / "text.txt"  # only its shards' form is used
-        text.write_text("To be, or not to be, that is the question.\n\n" * 2000, encoding="utf-8")
-        tiny = load_config(ROOT / "experiments" / "tiny.yaml", [f"data.source={text}", "data.split=tail"])
-        shards = ShardSet.open(prepare(tiny, Path(name)).shards)
+        shards = ShardSet.open(make_toy_shards(Path(name)))
         for precision in args.precisions:
             for batch in args.batches:
                 torch._dynamo.reset()
