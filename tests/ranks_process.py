@@ -20,7 +20,7 @@ from gptcore.optim import muon
 from gptcore.ranks import Ranks, joined_ranks
 from gptcore.shards import ShardSet
 from gptcore.train import Trainer, build_trainer, preflight, resume, train_step
-from gptcore.train.certificate import certify
+from gptcore.train.gradient_check import check_gradient
 from gptcore.train.loop import evaluate
 from gptcore.train.preflight import measure_sequence_mib
 from gptcore.train.saving import save
@@ -36,7 +36,7 @@ def train(config: ExperimentConfig, shards: ShardSet, out: Path, ranks: Ranks) -
     memory, began = resume(trainer, out), trainer.step
     sequence = measure_sequence_mib(trainer, *[tensor[:1] for tensor in next_batch(trainer)])
     preflight(trainer)
-    certificate = certify(trainer)
+    check = check_gradient(trainer)
     writer = CheckpointWriter(out / "checkpoints", 9, 0, lambda written: None)
     losses: list[float] = []
     norms: list[float] = []
@@ -54,7 +54,7 @@ def train(config: ExperimentConfig, shards: ShardSet, out: Path, ranks: Ranks) -
         "losses": losses,
         "norms": norms,
         "sequence_mib": sequence,
-        "certificate": None if certificate is None else certificate["error"],
+        "gradient_check": None if check is None else check["error"],
         "orthogonalized": ranks.sum_(torch.tensor(sum(made))).item(),
         "untold": [tensor.item() for tensor in memory.get("losses", [])],
         "val": evaluate(trainer, NoJournal(), 2048, StopFlag()).loss,

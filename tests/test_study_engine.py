@@ -25,7 +25,7 @@ from gptcore.studies.finish import finish
 from gptcore.studies.publish import publish
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval
 from gptcore.timing import format_seconds
-from gptcore.train import build_trainer, certificate
+from gptcore.train import build_trainer, gradient_check
 
 ROOT = Path(__file__).parent.parent
 BASE = {
@@ -299,13 +299,13 @@ def test_tables_keep_whole_numbers_and_show_what_is_missing() -> None:
     json.dumps(str(html))
 
 
-def test_every_training_has_a_certificate_that_can_fail(
+def test_every_training_has_a_gradient_check_that_can_fail(
     shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = {**BASE, "model": {**BASE["model"], "dropout": 0.3}, "train": {**BASE["train"], "micro_batch_size": 4}}
     trainer = build_trainer(check_config(tree), shards)
     before = torch.get_rng_state()
-    found = certificate.write_certificate(trainer, tmp_path)
+    found = gradient_check.write_gradient_check(trainer, tmp_path)
     assert found == json.loads((tmp_path / "accumulation.json").read_text())
     assert found["passed"]
     assert found["error"] < 1e-6
@@ -316,15 +316,15 @@ def test_every_training_has_a_certificate_that_can_fail(
     forward = type(trainer.model).forward
     wrong = lambda self, x, y=None, *, reduction="mean", **_: forward(self, x, y, reduction="mean")  # noqa: E731
     monkeypatch.setattr(type(trainer.model), "forward", wrong)
-    assert not certificate.certify(trainer)["passed"]
+    assert not gradient_check.check_gradient(trainer)["passed"]
 
 
-def test_a_certificate_names_the_precision_it_was_computed_in(shards: ShardSet) -> None:
+def test_the_gradient_check_names_the_precision_it_was_computed_in(shards: ShardSet) -> None:
     """Evaluation mode turns fp8 off: what was called fp8, and allowed to be off by a half, was bf16."""
     trainer = build_trainer(check_config({**BASE, "train": {**BASE["train"], "micro_batch_size": 4}}), shards)
     trainer.device = replace(trainer.device, precision="fp8")
-    found = certificate.certify(trainer)
-    assert (found["precision"], found["limit"]) == ("bf16", certificate.LIMITS["bf16"])
+    found = gradient_check.check_gradient(trainer)
+    assert (found["precision"], found["limit"]) == ("bf16", gradient_check.LIMITS["bf16"])
 
 
 @pytest.mark.integration

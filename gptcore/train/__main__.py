@@ -24,8 +24,8 @@ from gptcore.ranks import Ranks, joined_ranks
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import MANIFEST, content_id, hash_file, home_dir, read_manifest
 from gptcore.train import build_trainer, preflight, resume, train_loop
-from gptcore.train.certificate import FILE_NAME as CERTIFICATE
-from gptcore.train.certificate import write_certificate
+from gptcore.train.gradient_check import FILE_NAME as GRADIENT_CHECK
+from gptcore.train.gradient_check import write_gradient_check
 from gptcore.train.saving import check_out
 
 log = logging.getLogger(__name__)
@@ -119,13 +119,13 @@ def run(
             trainer.local_batch_size // trainer.micro_batch_size,
         )
         log.info("%s", preflight(trainer).line(device.name))
-        certificate = write_certificate(trainer, out)
-        if certificate:
-            journal.artifact(CERTIFICATE)
+        check = write_gradient_check(trainer, out)
+        if check:
+            journal.artifact(GRADIENT_CHECK)
         setting_up.close()
         result = train_loop(trainer, journal, out, stop, memory)
-        if certificate:  # late, because MLflow's compare page shows the metric that came first
-            journal.metrics({"train/accumulation_error": certificate["error"]}, tokens_seen=0)
+        if check:  # late, because MLflow's compare page shows the metric that came first
+            journal.metrics({"train/accumulation_error": check["error"]}, tokens_seen=0)
         journal.artifact("config.yaml")
         # The files stay where they are; MLflow is told where that is, and by the manifest what every one of them must hash to.
         manifest = Path(result["checkpoint"]) / MANIFEST

@@ -235,7 +235,7 @@ class _Progress:
             if record["kind"] == "metrics":
                 if self._newest is None or self._newest["attempt"] != record["attempt"]:
                     self._first = self._newest = record  # an interruption is no time of training
-                # What belongs to no step, as a certificate, is told as of step 0.
+                # What belongs to no step, as the gradient check, is told as of step 0.
                 elif record["step"] >= self._newest["step"]:
                     self._newest = record
                 self._values.update(record["values"])

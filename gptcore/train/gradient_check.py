@@ -1,4 +1,4 @@
-"""A certificate that a run's micro-steps add up: the gradient of a few of its own sequences at once, and in two micro-steps.
+"""A check that a run's micro-steps add up: the gradient of a few of its own sequences at once, and in two micro-steps.
 
 Made once before step 0, without dropout; nothing is learnt and no random number is used up. In the run's own precision, but for
 fp8 in bf16: evaluation mode, which turns dropout off, turns products in 8 bits off too. The full measurement is the
@@ -32,7 +32,7 @@ SEQUENCES = 4
 LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 
 
-def certify(trainer: Trainer) -> dict[str, Any] | None:
+def check_gradient(trainer: Trainer) -> dict[str, Any] | None:
     """{error, limit, passed, sequences, targets, precision, seconds}; error is |g2 - g1| / |g1|, g1 of all sequences at once.
 
     None where a forward pass holds a single sequence: it cannot be split. Uses the run's first sequences; gradients are cleared.
@@ -64,14 +64,14 @@ def certify(trainer: Trainer) -> dict[str, Any] | None:
     }
 
 
-def write_certificate(trainer: Trainer, out: Path) -> dict[str, Any] | None:
-    """`certify`, kept as `out/accumulation.json`; a run that goes on keeps the one it has. A warning where it did not pass.
+def write_gradient_check(trainer: Trainer, out: Path) -> dict[str, Any] | None:
+    """`check_gradient`, kept as `out/accumulation.json`; a run that goes on keeps the one it has. A warning where it did not pass.
 
     All processes call it; None for all but the first.
     """
     if trainer.step or not (trainer.ranks.is_first or trainer.is_spread):
         return None
-    found = certify(trainer)
+    found = check_gradient(trainer)
     if found is None or not trainer.ranks.is_first:
         return None
     write_json(out / FILE_NAME, found)
