@@ -15,6 +15,8 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import CancelledRun
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
+from gptcore.config.switches import SWITCHES
+from gptcore.markdown import markdown_table
 from gptcore.store import home_dir
 from gptloom.flows.forms import Experiment, Overrides, titled
 from gptloom.flows.pipeline import pipeline
@@ -59,7 +61,7 @@ def budget(
             )
         show_estimate(plan, minutes, left)
         sizes = [f"{s}.{k}={v}" for s, fields in plan["changes"].items() for k, v in fields.items()]
-        studies = [f"studies.{name}=false" for name in ("floor", "timing", "quantization", "accumulation", "rnn")]
+        studies = [f"studies.{name}=false" for name in SWITCHES]
         result = pipeline(
             experiment=experiment,
             overrides=Overrides(more=[*overrides, *sizes, *studies, f"train.minutes={left / 60:.4f}", "evaluate.samples=1"]),
@@ -109,11 +111,8 @@ def show_estimate(plan: dict[str, Any], minutes: float, seconds: float) -> None:
     run_logger().info("%s", text)
     if FlowRunContext.get() is None:
         return
-    rows = "\n".join(
-        f"| {t['parameters']:,} | {t['tok_per_sec']:,.0f} | {t['tokens'] / t['parameters']:.1f} |" for t in plan["tried"]
-    )
+    rows = [[f"{t['parameters']:,}", f"{t['tok_per_sec']:,.0f}", f"{t['tokens'] / t['parameters']:.1f}"] for t in plan["tried"]]
+    table = markdown_table(rows, ["parameters tried", "tok/s", "tokens per parameter in the time"])
     create_markdown_artifact(
-        key="estimate",
-        markdown=f"{text}.\n\n| parameters tried | tok/s | tokens per parameter in the time |\n|---:|---:|---:|\n{rows}\n",
-        description="What these minutes buy, before they begin",
+        key="estimate", markdown=f"{text}.\n\n{table}\n", description="What these minutes buy, before they begin"
     )

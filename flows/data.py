@@ -13,11 +13,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 
 from gptcore.config import load_config
+from gptcore.markdown import markdown_table
 from gptcore.shards import ShardSet
 from gptcore.store import home_dir, read_manifest
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment
 from gptloom.flows.run import STOPS, cancelled, named_by_experiment, prepare_data
-from gptloom.tasks.reporting import markdown_table
 
 
 @flow(name="data", flow_run_name=named_by_experiment("data"), persist_result=False)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
 
 from gptcore.config import refuse_secret
+from gptcore.config.switches import STUDIES
 from gptloom import PACKAGE, find_project
 
 
@@ -39,9 +40,7 @@ def one_of(names: list[str], title: str) -> WithJsonSchema:
 
 
 Experiment = Annotated[str, one_of(experiment_files(), "One of experiments/"), titled("Experiment")]
-StudyName = Annotated[
-    str, one_of(["timing", "quantization", "accumulation", "rnn"], "One of experiments/studies/"), titled("Study")
-]
+StudyName = Annotated[str, one_of(list(STUDIES), "One of experiments/studies/"), titled("Study")]
 
 # "Left empty" as a type that Prefect's form shows as an empty input, not as a choice between a value and None. The switches
 # of the studies keep that choice: an empty switch would look switched off.

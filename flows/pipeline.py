@@ -22,7 +22,7 @@ from gptloom.tasks.records.runs import run_named
 from gptloom.tasks.records.tracking import check_store
 from gptloom.tasks.registry import register_model
 from gptloom.tasks.runtime.launcher import warm_up
-from gptloom.tasks.studies import gradient_accumulation, quantize_model, rnn_baseline, timing_profile
+from gptloom.tasks.studies import measure_short, rnn_baseline
 from gptloom.tasks.training import train_floor, train_model
 
 Resume = Annotated[str, titled("Resume a run")]
@@ -61,12 +61,7 @@ def pipeline(
             run.compare(trained, evaluation)
 
             floor = run.process("floor", train_floor, config, shards) if config.studies.floor else {}
-            if config.studies.timing:
-                run.process("timing", timing_profile, config, checkpoint, shards)
-            if config.studies.quantization:
-                run.process("quantization", quantize_model, config, checkpoint, shards)
-            if config.studies.accumulation:
-                run.process("accumulation", gradient_accumulation, config, checkpoint, shards)
+            failed = run.studies(measure_short, config, checkpoint, shards) if config.studies.short else {}
             if config.studies.rnn:
                 run.process("rnn", rnn_baseline, config, shards)
 
@@ -83,6 +78,8 @@ def pipeline(
             )
             report = run.report()
             run.keep("config.yaml", "report.html", data.vocab / "tokenizer.json", "evaluate/samples/samples.json")
+            if failed:  # a measurement that failed is an error, once everything else is safe
+                raise RuntimeError("; ".join(f"the study {name} failed: {reason}" for name, reason in failed.items()))
     except STOPS as stop:
         return cancelled(stop)
     return {

@@ -40,11 +40,11 @@ from gptcore.entry import Stopped
 from gptcore.journal import FILE_NAME, last_record, read_journal
 from gptcore.leftovers import find_leftovers, sweep
 from gptcore.locks import is_held
+from gptcore.markdown import markdown_table
 from gptcore.store import home_dir
 from gptloom.flows.forms import titled
 from gptloom.tasks.records.forwarding import forward_tree
 from gptloom.tasks.records.tracking import end_run, running_runs
-from gptloom.tasks.reporting import markdown_table
 from gptloom.tasks.runtime.liveness import Run, Snapshot, device_locks, end_processes, is_alive, is_dead, unfinished_runs
 from gptloom.tasks.runtime.log import run_logger
 from gptloom.tasks.runtime.process import close_journals

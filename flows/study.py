@@ -58,7 +58,7 @@ def study(name: StudyName = "timing", smoke: Smoke = False, changes: Changes = N
     """Measure every cell of a study and write its report; cells that are kept from before are not measured again.
 
     Args:
-        name: timing, quantization, accumulation, rnn, or the path of a study file (YAML).
+        name: One of experiments/studies/, or the path of a study file (YAML).
         smoke: Only to see that everything works; no figure to believe.
         changes: What differs from the study file.
     """

@@ -35,6 +35,7 @@ class Evaluation:
     record_nats: np.ndarray  # (records,) of text targets: `<|endoftext|>` excluded
     record_bytes: np.ndarray  # (records,) UTF-8 bytes of those targets
     position_nats: np.ndarray  # (block_size,) mean nats of a target by its position in the window
+    record_documents: np.ndarray  # (records,) number of each record's document: what an interval may draw together
 
     @property
     def loss(self) -> float:
@@ -112,7 +113,7 @@ def evaluate_loss(
     if not max_tokens:
         # Every text token was a target, so the bytes are those of the text itself, unknown characters included.
         record_bytes = index[:, 2].astype(np.float64)
-    return Evaluation(float(nats), seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1))
+    return Evaluation(float(nats), seen, record_nats, record_bytes, position_nats / np.maximum(position_count, 1), index[:, 1])
 
 
 def _losses(model: LanguageModel, device: Device, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -126,12 +127,12 @@ def _losses(model: LanguageModel, device: Device, x: np.ndarray, y: np.ndarray) 
 FEWEST_CLUSTERS = 5  # an interval from fewer would say more about luck than about the model
 
 
-def bootstrap_bpb(evaluation: Evaluation, documents: np.ndarray, resamples: int, seed: int) -> tuple[float, float, str] | None:
+def bootstrap_bpb(evaluation: Evaluation, resamples: int, seed: int) -> tuple[float, float, str] | None:
     """95 % percentile interval of bits per byte, and what was resampled; None where too little can be resampled.
 
     Whole documents are drawn (sections of one text are alike), or sections where fewer than 10 documents have any.
-    documents: (records,) number of each record's document.
     """
+    documents = evaluation.record_documents
     unit = "documents" if len(np.unique(documents)) >= 10 else "sections"
     cluster = np.unique(documents, return_inverse=True)[1] if unit == "documents" else np.arange(len(documents))
     nats = np.bincount(cluster, evaluation.record_nats)
@@ -176,7 +177,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             "checkpoint": str(args.checkpoint.resolve()),
         }
         metrics = evaluation.metrics()
-        interval = bootstrap_bpb(evaluation, shards.index("val")[:, 1], config.evaluate.bootstrap, config.evaluate.seed)
+        interval = bootstrap_bpb(evaluation, config.evaluate.bootstrap, config.evaluate.seed)
         if interval is not None:
             low, high, unit = interval
             result |= {"val_bpb_low": low, "val_bpb_high": high, "interval_unit": unit}

@@ -12,6 +12,7 @@ from prefect import task
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.context import TaskRunContext
 
+from gptcore.markdown import markdown_table
 from gptcore.store import home_dir
 from gptloom.tasks.records.tracking import run_page
 from gptloom.tasks.runtime.log import run_logger
@@ -48,9 +49,3 @@ def links(report: Path, mlflow_run_id: str | None) -> str:
 def data_url(png: Path) -> str:
     """A picture inside its own address, so that Prefect's page shows it without a file server."""
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
-
-
-def markdown_table(rows: list[list[str]], columns: list[str]) -> str:
-    """Rows of text as a Markdown table, numbers to the right."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in [columns, rule, *rows])

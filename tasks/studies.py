@@ -1,54 +1,65 @@
-"""The research items as tasks: inside a pipeline run in their short forms, measuring the run's model or its rival, and as studies
-of their own, whose cells share one process a device.
-"""
+"""Studies as tasks: their short forms inside a pipeline run, on the run's model, and whole ones, whose cells share one process a device."""
 
 from __future__ import annotations
 
-import contextvars
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.context import TaskRunContext
 
 from gptcore.config import ExperimentConfig
 from gptcore.config.study import load_study
+from gptcore.store import content_id, write_json
+from gptloom.tasks.records.forwarding import Forwarder, write_tags
 from gptloom.tasks.records.tracking import common_tags
 from gptloom.tasks.reporting import links
 from gptloom.tasks.runtime.log import run_logger
-from gptloom.tasks.runtime.process import run_device_process
-from gptloom.tasks.training import RETRIES, run_step
-
-PROGRESS_S = 3.0
+from gptloom.tasks.runtime.process import close_journals, run_device_process
+from gptloom.tasks.training import DONE_FILE, RETRIES, done_before, run_step
 
 
-@task(task_run_name="profile a training step", persist_result=False)
-def timing_profile(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
-    """Map where a training step's time goes: rows of section and milliseconds."""
-    return run_step("gptcore.studies.timing.short", config, shards, run, directory, checkpoint=checkpoint)
-
-
-@task(task_run_name="quantize {checkpoint.name} to int8", persist_result=False)
-def quantize_model(config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path) -> dict[str, Any]:
-    """Compare int8 weights with the trained ones: size, decoding speed, bits per byte."""
-    return run_step("gptcore.studies.quantization.short", config, shards, run, directory, checkpoint=checkpoint)
-
-
-@task(task_run_name="accumulate over 1 and {config.studies.accumulation_steps} micro-steps", persist_result=False)
-def gradient_accumulation(
+@task(task_run_name="measure studies on {checkpoint.name}", persist_result=False)
+def measure_short(
     config: ExperimentConfig, checkpoint: Path, shards: Path, run: str, directory: Path
-) -> dict[str, Any]:
-    """Compare one batch in one and in several micro-steps: gradients, memory, speed."""
-    return run_step("gptcore.studies.accumulation.short", config, shards, run, directory, checkpoint=checkpoint)
+) -> dict[str, dict[str, Any]]:
+    """The short forms of the studies that are on, in one process, each in a folder of its own in `directory`; what was measured.
+
+    What a resumed run has measured before is not measured again. One that fails gives {"error": reason}, the others their numbers.
+    """
+    asked = ["gptcore.studies.short", config.model_dump(mode="json"), str(shards), str(checkpoint)]
+    requests = {name: content_id([name, *asked]) for name in config.studies.short}
+    requests = {name: request for name, request in requests.items() if done_before(directory / name, request) is None}
+    if not requests:
+        return {}
+    args = ["gptcore.studies.short", str(directory / "config.yaml"), *requests, "--shards", str(shards)]
+    args += ["--checkpoint", str(checkpoint), "--out", str(directory), "--run", run]
+    (directory / "studies").mkdir(exist_ok=True)  # the process's log
+    with ExitStack() as following:
+        for name in requests:
+            write_tags(directory / name, common_tags() | {"gptloom.step": name})
+            write_tags(directory / name / "cells", common_tags() | {"gptloom.step": "cell"})
+            (directory / name / "result.json").unlink(missing_ok=True)  # of another request
+            following.enter_context(Forwarder(directory / name, config.name).follow())
+        try:
+            failed = run_device_process(args, directory / "studies", experiment=config.name)["failed"]
+        except BaseException as error:
+            for name in requests:
+                if not (directory / name / "result.json").exists():
+                    close_journals(directory / name, error)
+            raise
+    found: dict[str, dict[str, Any]] = {}
+    for name, request in requests.items():
+        if name in failed:
+            run_logger().error("the study %s failed: %s", name, failed[name])
+            found[name] = {"error": failed[name]}
+        else:
+            found[name] = json.loads((directory / name / "result.json").read_text(encoding="utf-8"))
+            write_json(directory / name / DONE_FILE, {"request": request, "result": found[name]})
+    return found
 
 
 @task(task_run_name="train the LSTM baseline, {config.train.length}", persist_result=False, **RETRIES)
@@ -71,8 +82,8 @@ def run_part(study: Path, shards: Path, run: str, directory: Path, part: int, pa
     share = len(plan.cells[part::parts])
     args = ["gptcore.studies", str(study), "--shards", str(shards), "--out", str(folder)]
     args += ["--part", f"{part}/{parts}", "--run", run, "--parent", run]
-    with _cell_progress(folder, share):
-        return run_device_process(args, folder, experiment=f"study-{plan.name}", tags=common_tags() | {"gptloom.step": "cell"})
+    tags = common_tags() | {"gptloom.step": "cell"}
+    return run_device_process(args, folder, experiment=f"study-{plan.name}", tags=tags, cells=share)
 
 
 @task(task_run_name="write the report", persist_result=False)
@@ -104,37 +115,3 @@ def read_table(path: Path, limit: int = 200) -> list[dict[str, Any]]:
         return []
     frame = pd.read_parquet(path).head(limit)
     return [{str(k): (None if pd.isna(v) else v) for k, v in row.items()} for row in frame.to_dict("records")]
-
-
-@contextmanager
-def _cell_progress(folder: Path, total: int) -> Iterator[None]:
-    """Prefect's progress bar over the cells of a part, from a thread: how many have left their cell.json."""
-    if TaskRunContext.get() is None:
-        yield
-        return
-    stop = threading.Event()
-
-    def work() -> None:
-        artifact: Any = None
-        while True:
-            is_last = stop.wait(PROGRESS_S)
-            percent = 100.0 * len(list(folder.glob("*/cell.json"))) / max(1, total)
-            try:
-                if artifact is None:
-                    artifact = create_progress_artifact(percent, key=f"cells-{folder.name}", description=f"of {total} cells")
-                else:
-                    update_progress_artifact(artifact, percent)
-            except Exception as error:  # a picture of the work must not stop the work
-                run_logger().warning("no progress bar: Prefect's server says %s", error)
-                return
-            if is_last:
-                return
-
-    context = contextvars.copy_context()  # the artifact belongs to this task run
-    thread = threading.Thread(target=context.run, args=(work,), name="gptloom-cells", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(10)

@@ -30,8 +30,7 @@ def run_step(
     step = directory.name
     is_training = module == "gptcore.train"
     request = content_id([module, config.model_dump(mode="json"), str(shards), str(checkpoint)])
-    if (done := _done_before(directory, request)) is not None:
-        run_logger().info("%s was done before the run was interrupted: nothing to do", step)
+    if (done := done_before(directory, request)) is not None:
         return done
     directory.mkdir(parents=True, exist_ok=True)
     config_file = directory / "config.yaml"
@@ -52,15 +51,17 @@ def run_step(
     return result
 
 
-def _done_before(directory: Path, request: str) -> dict[str, Any] | None:
+def done_before(directory: Path, request: str) -> dict[str, Any] | None:
     """The result of this very step in an earlier attempt of the run, whose checkpoint is still there."""
     try:
         done = json.loads((directory / DONE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     result: dict[str, Any] = done["result"]
-    is_there = "checkpoint" not in result or is_committed(Path(result["checkpoint"]))
-    return result if done["request"] == request and is_there else None
+    if done["request"] != request or not ("checkpoint" not in result or is_committed(Path(result["checkpoint"]))):
+        return None
+    run_logger().info("%s was done before the run was interrupted: nothing to do", directory.name)
+    return result
 
 
 def is_worth_a_retry(_task: object, _run: object, state: State[Any]) -> bool:

@@ -25,6 +25,7 @@ SIDE = (
     "resampling",
     "launch",
     "forkserver",
+    "markdown",
 )  # may be imported from anywhere
 # A token's journey, in order; a room imports only rooms before it.
 ROOMS = (

@@ -180,12 +180,12 @@ def test_quantization_compares_seeds_with_themselves():
 def test_a_loss_is_paired_by_document():
     """Documents differ by far more than a method changes any of them: unpaired, the interval would hold nothing but that."""
     documents, difficulty = np.arange(40), np.linspace(10, 500, 40)
-    full = Evaluation(1.0, 1, difficulty, np.full(40, 100.0), np.zeros(1))
+    full = Evaluation(1.0, 1, difficulty, np.full(40, 100.0), np.zeros(1), documents)
     small = dataclasses.replace(full, record_nats=difficulty + np.tile([0.1, 0.3], 20))
-    interval = delta_over_text(small, full, documents, EvaluateConfig())
+    interval = delta_over_text(small, full, EvaluateConfig())
     lost = 0.2 / (100 * math.log(2))
     assert 0.5 * lost < interval["text_low"] < lost < interval["text_high"] < 1.5 * lost
-    assert delta_over_text(small, full, documents, EvaluateConfig(bootstrap=0)) == {}
+    assert delta_over_text(small, full, EvaluateConfig(bootstrap=0)) == {}
 
 
 def run_smoke(name: str, home: Path, text: Path, *more: str) -> tuple[dict[str, Any], Path]:

@@ -1,28 +1,40 @@
-"""The studies measure what they say, at toy size."""
+"""The studies measure what they say, at toy size: their short forms inside a run."""
 
 import gzip
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from gptcore.checkpoint import Snapshot, save_checkpoint
-from gptcore.config import check_config, dump_yaml
+from gptcore.config import UserError, check_config, dump_yaml, load_config
+from gptcore.config.switches import SHORT, STUDIES, SWITCHES
 from gptcore.entry import StopFlag, recording
 from gptcore.journal import read_journal
 from gptcore.models import build_model
+from gptcore.report.record import read_step
 from gptcore.shards import ShardSet, prepare
-from gptcore.studies.accumulation import short as accumulation
-from gptcore.studies.quantization import short as quantization
-from gptcore.studies.short import Subject
+from gptcore.store import write_json
+from gptcore.studies import engine, short
+from gptcore.studies.engine import find
 from gptcore.studies.sizes import baseline_config, floor_config
-from gptcore.studies.timing import short as timing
 from gptcore.timing import PhaseClock, format_seconds, measure_ms
 from gptcore.train import build_trainer, train_loop
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(config, shards, home):
+    with recording(home / "train", "toy") as journal:
+        result = train_loop(build_trainer(config, shards), journal, home / "train", StopFlag())
+    write_json(home / "train" / "result.json", result)
+    (home / "config.yaml").write_text(dump_yaml(config))
+    return [str(home / "config.yaml"), "--shards", str(shards.directory), "--checkpoint", result["checkpoint"]]
 
 
 @pytest.fixture(scope="module")
 def trained(small_text, tmp_path_factory):
-    """Arguments of a study process: config, shards and the checkpoint of two steps."""
+    """Arguments of the process of short forms: config, shards and the checkpoint of two steps."""
     home = tmp_path_factory.mktemp("home")
     config = check_config(
         {
@@ -32,23 +44,31 @@ def trained(small_text, tmp_path_factory):
             "studies": {"repeats": 3},
         }
     )
-    shards = ShardSet.open(prepare(config, home).shards)
-    with recording(home / "train", "toy") as journal:
-        result = train_loop(build_trainer(config, shards), journal, home / "train", StopFlag())
-    (home / "config.yaml").write_text(dump_yaml(config))
-    return [str(home / "config.yaml"), "--shards", str(shards.directory), "--checkpoint", result["checkpoint"]]
+    return train(config, ShardSet.open(prepare(config, home).shards), home)
 
 
 def run(study, trained, out):
-    result = study.main([*trained, "--out", str(out), "--run", "toy/study", "--parent", "toy"])
-    assert read_journal(out / "metrics.jsonl")[0][-1]["status"] == "FINISHED"
-    assert (out / f"{result['study']}.json").is_file()
+    answer = short.main([trained[0], study, *trained[1:], "--out", str(out), "--run", "toy"])
+    assert answer == {"studies": [study], "failed": {}}
+    assert read_journal(out / study / "metrics.jsonl")[0][-1]["status"] == "FINISHED"
+    result = json.loads((out / study / f"{study}.json").read_text())
+    assert result == json.loads((out / study / "result.json").read_text())
+    assert result["study"] == study
     assert result["conclusion"]
     return result
 
 
+def metrics_of(folder):
+    return {
+        key: v
+        for line in read_journal(folder / "metrics.jsonl")[0]
+        if line["kind"] == "metrics"
+        for key, v in line["values"].items()
+    }
+
+
 def test_timing_sections_add_up_to_the_step(trained, tmp_path):
-    result = run(timing, trained, tmp_path)
+    result = run("timing", trained, tmp_path)
     sections = {row["section"]: row for row in result["rows"]}
     assert sections.keys() >= {
         "data",
@@ -61,26 +81,38 @@ def test_timing_sections_add_up_to_the_step(trained, tmp_path):
         "other",
     }
     assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
-    with gzip.open(tmp_path / "trace.json.gz") as trace:
+    assert result["wall_ms"] == pytest.approx(sum(row["ms"] for row in result["rows"]))
+    with gzip.open(tmp_path / "timing" / "trace.json.gz") as trace:
         assert any("attention" in event["name"] for event in json.load(trace)["traceEvents"])
     assert all(0 <= row["low"] <= row["ms"] <= row["high"] for row in result["rows"])
+    told = metrics_of(tmp_path / "timing")
+    assert {"timing/forward_attention_ms", "timing/backward_ms", "timing/step_ms", "study/seconds"} <= told.keys()
+    assert told["timing/step_ms"] == result["step_ms"] > 0
 
 
 def test_quantization_compares_on_the_same_tokens(trained, tmp_path):
-    full, int8 = run(quantization, trained, tmp_path)["rows"]
+    full, int8 = run("quantization", trained, tmp_path)["rows"]
     assert (full["weights"], int8["weights"]) == ("fp32", "int8")
     assert int8["size_mib"] < 0.5 * full["size_mib"]
     assert full["bpb_delta"] == 0
     assert 0 < abs(int8["bpb_delta"]) < 0.05
     assert min(full["tok_per_sec"], int8["tok_per_sec"]) > 0
+    assert all(row["tok_per_sec_low"] <= row["tok_per_sec"] <= row["tok_per_sec_high"] for row in (full, int8))
+    assert (tmp_path / "quantization" / "model_int8.safetensors").is_file()
+    told = metrics_of(tmp_path / "quantization")
+    assert told["quant/bpb_delta"] == int8["bpb_delta"]
+    assert {"quant/size_mib", "quant/tok_per_sec", "quant/fp32_tok_per_sec"} <= told.keys()
 
 
 def test_accumulation_gives_the_same_gradient_in_less_memory(trained, tmp_path):
-    one, four = run(accumulation, trained, tmp_path)["rows"]
+    one, four = run("accumulation", trained, tmp_path)["rows"]
     assert (one["micro_batch_size"], four["micro_batch_size"]) == (8, 2)
     assert one["grad_difference"] == 0
     assert four["grad_difference"] < 1e-5
     assert four["peak_mib"] == pytest.approx(one["peak_mib"] / 4, rel=0.2)
+    told = metrics_of(tmp_path / "accumulation")
+    assert told["accumulation/grad_difference"] == four["grad_difference"]
+    assert {"accumulation/memory_ratio", "accumulation/speed_ratio"} <= told.keys()
 
 
 def test_accumulation_reads_a_tied_head(small_text, tmp_path):
@@ -88,19 +120,36 @@ def test_accumulation_reads_a_tied_head(small_text, tmp_path):
     tree = {
         "data": {"source": str(small_text)},
         "model": {"preset": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16},
-        "train": {"global_batch_size": 8, "device": "cpu"},
+        "train": {"global_batch_size": 8, "max_steps": 1, "warmup_steps": 0, "eval_tokens": 64, "device": "cpu"},
         "studies": {"repeats": 3},
     }
     config = check_config(tree)
-    prepared = prepare(config, tmp_path)
-    shards = ShardSet.open(prepared.shards)
-    model = build_model(config.model, shards.vocab_size)
-    state = {"vocab_size": shards.vocab_size, "vocab_fingerprint": shards.fingerprint, "tokens_seen": 0}
-    tokenizer = prepared.vocab / "tokenizer.json"
-    path = save_checkpoint(tmp_path, Snapshot(1, model.weights(), {}, state, config, tokenizer))
-    subject = Subject(config, shards, path, tmp_path)
-    _, four = accumulation.measure(subject).rows
+    tied = train(config, ShardSet.open(prepare(config, tmp_path).shards), tmp_path)
+    _, four = run("accumulation", tied, tmp_path / "run")["rows"]
     assert four["grad_difference"] < 1e-5
+
+
+def test_a_study_that_fails_leaves_the_others_their_numbers(trained, tmp_path, monkeypatch):
+    def broken(*_):
+        raise UserError("the toy broke")
+
+    broken_study = replace(find("accumulation"), measure=broken)
+    for module in (short, engine):
+        monkeypatch.setattr(module, "find", lambda name: broken_study if name == "accumulation" else find(name))
+    config, *more = trained
+    answer = short.main([config, "accumulation", "quantization", *more, "--out", str(tmp_path), "--run", "toy"])
+    assert answer["failed"] == {"accumulation": "RuntimeError: exactness-seed1337: the toy broke"}
+    assert not (tmp_path / "accumulation" / "result.json").exists()
+    steps = [read_step(tmp_path / name) for name in ("accumulation", "quantization")]
+    assert [step.status for step in steps] == ["failed", "done"]
+    assert "the toy broke" in steps[0].reason
+
+
+def test_every_study_with_a_brief_has_a_short_form_and_a_switch():
+    files = {path.stem for path in (ROOT / "experiments" / "studies" / "short").glob("*.yaml")}
+    assert files == set(SHORT) == {name for name in STUDIES if find(name).brief is not None}
+    assert {name for name in STUDIES if name in SWITCHES} == {*SHORT, "rnn"}
+    assert all(len(said) > 20 for said in STUDIES.values()), "the first line of a package's docstring says what it measures"
 
 
 def test_the_baseline_has_the_parameters_of_the_gpt():
@@ -110,6 +159,13 @@ def test_the_baseline_has_the_parameters_of_the_gpt():
     assert lstm == pytest.approx(gpt, rel=0.01)
     assert floor_config(config).model.family == "bigram"
     assert floor_config(config).train.max_steps == config.train.max_steps
+
+
+def test_the_baseline_of_the_main_job_keeps_its_width():
+    config = load_config(ROOT / "experiments" / "shakespeare.yaml")
+    widths = [baseline_config(config, vocab_size).model.n_embd for vocab_size in (29, 84, 86, 257, 50257)]
+    assert widths == [311, 307, 307, 295, 134]
+    assert build_model(baseline_config(config, 86).model, 86).count_parameters() == 809_252
 
 
 def test_phases_pause_the_outer_one():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,15 +201,17 @@ def test_bits_per_byte_of_a_uniform_guess(config, shards):
 
 def test_the_interval_resamples_documents_and_needs_enough_of_them():
     nats, sizes = np.array([1.0, 2.0, 3.0, 4.0] * 6), np.full(24, 2.0)
-    evaluation = Evaluation(nats.sum(), 24, nats, sizes, np.zeros(1))
-    interval = bootstrap_bpb(evaluation, np.arange(24) // 2, 500, 0)
+    evaluation = Evaluation(nats.sum(), 24, nats, sizes, np.zeros(1), np.arange(24) // 2)
+    interval = bootstrap_bpb(evaluation, 500, 0)
     assert interval is not None
     low, high, unit = interval
     assert unit == "documents"
     assert low < evaluation.bpb < high
-    assert bootstrap_bpb(evaluation, np.zeros(24), 500, 0)[2] == "sections"  # one document says nothing about others
-    few = Evaluation(6.0, 3, nats[:3], sizes[:3], np.zeros(1))
-    assert bootstrap_bpb(few, np.zeros(3), 500, 0) is None
+    assert (
+        bootstrap_bpb(replace(evaluation, record_documents=np.zeros(24)), 500, 0)[2] == "sections"
+    )  # one document says nothing about others
+    few = Evaluation(6.0, 3, nats[:3], sizes[:3], np.zeros(1), np.zeros(3))
+    assert bootstrap_bpb(few, 500, 0) is None
 
 
 @pytest.mark.parametrize("clusters", [37, 501])
@@ -226,7 +229,7 @@ def test_both_intervals_need_little_memory():
     documents = np.arange(100_000)
     scores = Scores(nats, sizes, documents, np.zeros(100_000))
     tracemalloc.start()
-    assert bootstrap_bpb(Evaluation(nats.sum(), 100_000, nats, sizes, np.zeros(1)), documents, 100, 0) is not None
+    assert bootstrap_bpb(Evaluation(nats.sum(), 100_000, nats, sizes, np.zeros(1), documents), 100, 0) is not None
     assert compare(scores, scores, 100).high == 0
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -235,10 +238,10 @@ def test_both_intervals_need_little_memory():
 
 def test_a_loss_too_large_for_a_perplexity_is_still_a_loss():
     """The evaluation of a bad model ended in an OverflowError."""
-    evaluation = Evaluation(8000.0, 10, np.array([8000.0]), np.array([10.0]), np.zeros(1))
+    evaluation = Evaluation(8000.0, 10, np.array([8000.0]), np.array([10.0]), np.zeros(1), np.zeros(1))
     assert evaluation.ppl is None
     assert evaluation.metrics().keys() == {"val/loss", "val/bpb"}
-    assert Evaluation(20.0, 10, np.array([20.0]), np.array([10.0]), np.zeros(1)).ppl == pytest.approx(math.e**2)
+    assert Evaluation(20.0, 10, np.array([20.0]), np.array([10.0]), np.zeros(1), np.zeros(1)).ppl == pytest.approx(math.e**2)
 
 
 def test_a_loaded_model_is_the_saved_one(config, shards, tmp_path):

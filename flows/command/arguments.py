@@ -13,6 +13,7 @@ import textwrap
 from typing import NoReturn
 
 from gptcore.config import ExperimentConfig
+from gptcore.config.switches import STUDIES
 from gptcore.entry import EXIT_USER
 
 EPILOG = """\
@@ -96,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"study.FIELD=value changes the study file, options.FIELD=value its options, any other the base experiment.\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    study.add_argument("name", metavar="NAME", help="timing, quantization, accumulation, rnn, or a study file (YAML)")
+    study.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}, or a study file (YAML)")
     _add_overrides(study, "e.g. study.seeds=[1,2] train.max_steps=50")
     study.add_argument("--smoke", action="store_true", help="the smallest form, to see that everything works")
     study.set_defaults(verb="run_study")

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from gptcore.config.base import Section, UserError
 from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password, refuse_secret
 from gptcore.config.model import PRESET_FIELDS, ModelConfig
+from gptcore.config.switches import StudiesConfig
 from gptcore.config.train import ENDS, MAY_CHANGE, TrainConfig
 
 __all__ = [
@@ -97,22 +98,6 @@ class EvaluateConfig(Section):
     seed: int = Field(42, ge=0, description="Seed of the samples and of the interval.")
 
 
-class StudiesConfig(Section):
-    """The research items of the notes, in their short forms. Each can be switched off."""
-
-    floor: bool = Field(True, description="Train the bigram model: the floor every other model is compared with.")
-    timing: bool = Field(True, description="Map where a training step's time goes.")
-    quantization: bool = Field(True, description="int8 weights of the trained model: size, speed, bits per byte.")
-    accumulation: bool = Field(True, description="One batch in 1 and in several micro-steps: gradients, memory, speed.")
-    rnn: bool = Field(True, description="LSTM with the GPT's parameters and tokens.")
-    accumulation_steps: int = Field(
-        4, ge=2, le=1024, description="Micro-steps of the accumulation study's second arm; must divide train.global_batch_size."
-    )
-    repeats: int = Field(
-        5, ge=3, le=1000, description="Timed repeats of each measurement, after one warm-up; medians and ranges are reported."
-    )
-
-
 class ExperimentConfig(Section):
     """One experiment, from raw text to report."""
 
@@ -130,7 +115,7 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _accumulation_divides(self) -> ExperimentConfig:
-        if self.studies.accumulation and self.train.global_batch_size % self.studies.accumulation_steps:
+        if "accumulation" in self.studies.short and self.train.global_batch_size % self.studies.accumulation_steps:
             raise ValueError(
                 f"studies.accumulation_steps={self.studies.accumulation_steps} does not divide "
                 f"train.global_batch_size={self.train.global_batch_size}; change one, or set studies.accumulation=false"

@@ -21,17 +21,19 @@ import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gptcore.config import ExperimentConfig, changed, dump_yaml, load_config, read_yaml, with_overrides
+from gptcore.config import ExperimentConfig, changed, dump_yaml, load_config, read_yaml, with_changes, with_overrides
 from gptcore.config.base import Section, UserError
+from gptcore.config.switches import SHORT, STUDIES
 from gptcore.config.train import ENDS
 
-STUDIES = ("timing", "quantization", "accumulation", "rnn")
-FOLDER = Path("experiments/studies")
+FOLDER = Path("experiments/studies")  # next to the working folder, else what comes with gptloom
+SHIPPED = Path(__file__).parents[2] / "gptloom" / FOLDER
+NO_END = 1e6  # minutes: a short form is over when it is over
 Changes = dict[str, dict[str, Any]]
 
 
@@ -46,9 +48,7 @@ class ArmConfig(Section):
 class StudyConfig(Section):
     """A question, and the cells that answer it."""
 
-    study: Literal["timing", "quantization", "accumulation", "rnn"] = Field(
-        description="Which measurement: a module of gptcore.studies."
-    )
+    study: str = Field(description="Which measurement: a package of gptcore.studies.")
     question: str = Field(min_length=10, description="What the study answers, in one sentence.")
     base: str = Field(description="Experiment file, seen from the study file.")
     changes: Changes = Field(default_factory=dict, description="Changes to the base, for all cells.")
@@ -64,6 +64,13 @@ class StudyConfig(Section):
         30, gt=0, description="No cell is begun later, and trainings stop at a checkpoint; the same command goes on."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Settings of the study, for all cells.")
+
+    @field_validator("study")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in STUDIES:
+            raise ValueError(f"study={value!r}: not known; give one of {', '.join(STUDIES)}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
@@ -118,10 +125,10 @@ def find_study(name: str) -> Path:
     """The file of a study by its name or path. Raises UserError for a study that is not there."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    for folder in (FOLDER, Path(__file__).parents[2] / "gptloom" / FOLDER):
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    raise UserError(f"study {name!r}: not known; give one of {', '.join(STUDIES)}, or the path of a study file (YAML)")
+    found = next((path for folder in (FOLDER, SHIPPED) if (path := folder / f"{name}.yaml").is_file()), None)
+    if found is None:
+        raise UserError(f"study {name!r}: not known; give one of {', '.join(STUDIES)}, or the path of a study file (YAML)")
+    return found
 
 
 def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, smoke: bool = False) -> StudyPlan:
@@ -145,10 +152,35 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *,
         key, value = _pair(override, "options.repeats=5")
         tree["options"] = {**(tree.get("options") or {}), key: value}
     config = _checked(tree, path)
-    # The short form inside `gptloom run` has demands of its own on the batch; a study has its own settings.
-    base = changed(load_config(path.parent / config.base), {"studies": {"accumulation": False}}, str(path))
-    base = with_overrides(changed(base, config.changes, f"{path}: changes"), of_base, str(path))
+    base = changed(_without_short_forms(load_config(path.parent / config.base)), config.changes, f"{path}: changes")
+    base = with_overrides(base, of_base, str(path))
     return StudyPlan(config, base, tuple(_cells(config, base, path)))
+
+
+def load_short(name: str, config: ExperimentConfig) -> StudyPlan:
+    """A study's short form inside the run of `config`: experiments/studies/short/NAME.yaml on the run's own model, seed and text.
+
+    A value `studies.FIELD` in it stands for that setting of the run. Raises UserError.
+    """
+    path = find_study(f"short/{name}")
+    tree = _filled(read_yaml(path, "study file"), config.studies)
+    plan = _checked({"base": "config.yaml", "seeds": [config.train.seed], "minutes": NO_END, **tree, "study": name}, path)
+    base = changed(_without_short_forms(config), plan.changes, f"{path}: changes")
+    return StudyPlan(plan, base, tuple(_cells(plan, base, path)))
+
+
+def _without_short_forms(config: ExperimentConfig) -> ExperimentConfig:
+    """Short forms have demands of their own on an experiment; a cell's settings are the study's."""
+    return with_changes(config, studies=dict.fromkeys(SHORT, False))
+
+
+def _filled(value: Any, settings: Section) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(inner, settings) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, settings) for inner in value]
+    section, _, field = value.partition(".") if isinstance(value, str) else ("", "", "")
+    return getattr(settings, field) if section == "studies" and hasattr(settings, field) else value
 
 
 def write_plan(plan: StudyPlan, directory: Path) -> Path:

@@ -135,8 +135,8 @@ class Night:
                 continue
             shards = ShardSet.open(holdout["shards"][fingerprint])
             evaluation = evaluate_loss(model, shards, self.device, self.batch_size)
-            index = shards.index("val")
-            scores = Scores(evaluation.record_nats, evaluation.record_bytes, index[:, 1], index[:, 3])
+            sources = shards.index("val")[:, 3]
+            scores = Scores(evaluation.record_nats, evaluation.record_bytes, evaluation.record_documents, sources)
             save_scores(path, scores)
             log.info("%s on %s: %.4f bits per byte", key, holdout["name"], scores.bpb)
         return model

@@ -15,10 +15,12 @@ import pandas as pd
 import yaml
 
 from gptcore.config import UserError
+from gptcore.config.switches import SHORT
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.report.wording import MISSING
 
-STEPS = ("train", "floor", "evaluate", "timing", "quantization", "accumulation", "rnn")
+QUANTIZATION = "quantization"  # its model has a row among those compared
+STEPS = ("train", "floor", "evaluate", *SHORT, "rnn")
 FAMILY_NAMES = {"gpt": "GPT", "lstm": "LSTM", "bigram": "bigram"}
 COMPARISON_COLUMNS = ["model", "parameters", "val_loss", "val_bpb", "val_ppl", "tok_per_sec", "seconds"]
 
@@ -197,7 +199,7 @@ def _model_row(name: str, step: StepRecord, evaluation: StepRecord | None = None
 def _int8_row(run: RunRecord) -> dict[str, Any] | None:
     """The quantized model. Its speed is of inference, so it stays out of a column of training speeds."""
     name = f"{run.model_name} int8"
-    study = run.steps["quantization"]
+    study = run.steps[QUANTIZATION]
     if study.status in ("absent", "off"):
         return None
     row = next((r for r in study_rows(study) if r.get("weights") == "int8"), None)

@@ -10,9 +10,11 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from gptcore.config.switches import SHORT
 from gptcore.report import page
 from gptcore.report.figures import Curve, line_figure, time_figure
 from gptcore.report.record import (
+    QUANTIZATION,
     RunRecord,
     StepRecord,
     compare_models,
@@ -22,7 +24,7 @@ from gptcore.report.record import (
     study_rows,
     training_speed,
 )
-from gptcore.report.studies import rnn_block, study_block, time_parts
+from gptcore.report.studies import TIMING, rnn_block, study_block, time_parts
 from gptcore.report.wording import MISSING, duration, number, short_count
 
 # Random logits of standard deviation s cost about s²/2 nats more than a uniform guess: 0.1 allows s = 0.45.
@@ -200,18 +202,15 @@ def time_section(run: RunRecord) -> Markup:
         if (parts["part"] != "").any():
             caption += " Training is divided by the timing study's shares of a step; the rest of it is start-up, validation and saving."
         blocks.append(page.figure_block(time_figure(parts), "The pipeline's timing map", caption, alt=alt))
-    if run.steps["timing"].status in ("done", "failed"):
-        blocks.append(study_block(run.steps["timing"]))
+    if run.steps[TIMING].status in ("done", "failed"):
+        blocks.append(study_block(run.steps[TIMING]))
     return page.section("Where the time went", *blocks, intro=intro) if blocks else Markup()
 
 
 def studies_section(run: RunRecord) -> Markup:
     """The research items: their tables and what follows from them."""
-    blocks = [
-        study_block(run.steps[name])
-        for name in ("quantization", "accumulation")
-        if run.steps[name].status in ("done", "failed")
-    ]
+    steps = [run.steps[name] for name in SHORT if name != TIMING]
+    blocks = [study_block(step) for step in steps if step.status in ("done", "failed")]
     if rnn := rnn_block(run):
         blocks.append(rnn)
     return page.section("Studies", *blocks) if blocks else Markup()
@@ -341,7 +340,7 @@ def _gap(run: RunRecord, bpb: float, step_name: str, name: str) -> str:
 
 def _int8_note(run: RunRecord) -> list[str]:
     """Say so if the quantization study, which computes in fp32 on the same tokens, has another loss than the table's first row."""
-    rows = {row.get("weights"): row.get("val_bpb") for row in study_rows(run.steps["quantization"])}
+    rows = {row.get("weights"): row.get("val_bpb") for row in study_rows(run.steps[QUANTIZATION])}
     evaluation = run.done("evaluate")
     full, plain = (evaluation.number("val_bpb") if evaluation else None), rows.get("fp32")
     if full is None or not isinstance(plain, (int, float)) or abs(plain - full) < 5e-4:

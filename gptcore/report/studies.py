@@ -1,12 +1,12 @@
-"""A study's result → a table and its conclusion, for any study: the columns come from the rows themselves.
+"""Studies in the report of a run: the result of a short form → a table and its conclusion, for any study, and what a run's time went to.
 
-A number `x` beside `x_low` and `x_high` is shown with its range, as in `5,120 (5,040–5,300)`.
+The columns come from the rows themselves; a number `x` beside `x_low` and `x_high` is shown with its range, as in
+`5,120 (5,040–5,300)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from gptcore.report import page
 from gptcore.report.record import RunRecord, StepRecord, study_rows, training_speed
-from gptcore.report.wording import MISSING, number, short_count
+from gptcore.report.study import text_columns, texts
+from gptcore.report.wording import number, short_count
 
-TITLES = {"timing": "Inside a training step", "quantization": "int8 weights", "accumulation": "Gradient accumulation"}
+TIMING = "timing"  # its sections divide the time of the training
 LABELS = {
     "ms": "ms",
     "share": "share",
@@ -29,21 +30,29 @@ LABELS = {
     "grad_difference": "gradient difference",
     "peak_mib": "peak memory (MiB)",
 }
-STYLES = {"val_bpb": ".4f", "bpb_delta": "+.4f", "ms": ",.1f", "tok_per_sec": ",.0f", "peak_mib": ",.1f", "size_mib": ",.2f"}
+STYLES = {
+    "share": "%",
+    "val_bpb": ".4f",
+    "bpb_delta": "+.4f",
+    "ms": ",.1f",
+    "tok_per_sec": ",.0f",
+    "peak_mib": ",.1f",
+    "size_mib": ",.2f",
+}
 
 
 def study_block(step: StepRecord) -> Markup:
     """Title, table and conclusion of a study; its reason where it failed."""
-    title = TITLES.get(step.name, step.name.replace("_", " "))
+    title = str(step.result.get("title") or step.name.replace("_", " "))
     if step.status == "failed":
         return page.subsection(title, page.callout("This study failed.", step.reason))
-    rows = _named_ranges(step)
     blocks = [page.paragraph(str(step.result["conclusion"]))] if step.result.get("conclusion") else []
+    rows = [_named_ranges(row) for row in study_rows(step)]
     if rows:
-        frame = study_frame(rows)
-        words = [_label(key) for row in rows for key, value in row.items() if isinstance(value, str)]
-        bars = {"share": [row.get("share", math.nan) for row in rows]} if "share" in frame.columns else None
-        blocks.append(page.html_table(frame, _caption(step), text_columns=words, bars=bars))
+        bars = {"share": [row.get("share", math.nan) for row in rows]} if "share" in rows[0] else None
+        words = text_columns(pd.DataFrame(rows, dtype=object), LABELS)
+        caption = str(step.result.get("caption") or "measured on this run's model and device")
+        blocks.append(page.html_table(study_frame(rows), caption, text_columns=words, bars=bars))
     return page.subsection(title, *blocks)
 
 
@@ -66,11 +75,9 @@ def rnn_block(run: RunRecord) -> Markup:
 
 
 def study_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows of numbers → a table of texts, ranges joined to their numbers, `n` last."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    shown = [key for key in keys if not (key.endswith(("_low", "_high")) and key.rsplit("_", 1)[0] in keys)]
-    shown = [key for key in shown if key != "n"] + (["n"] if "n" in shown else [])
-    return pd.DataFrame([{_label(key): _cell(row, key) for key in shown} for row in rows])
+    """Rows of numbers → a table of texts, `n` last."""
+    frame = pd.DataFrame(rows, dtype=object)  # whole numbers stay whole where a row has none
+    return texts(frame[sorted(frame.columns, key=lambda column: column == "n")], STYLES, LABELS, "–")
 
 
 def time_parts(run: RunRecord) -> pd.DataFrame:
@@ -81,7 +88,7 @@ def time_parts(run: RunRecord) -> pd.DataFrame:
     """
     parts: list[tuple[str, str, float]] = []
     for name, seconds in run.seconds.items():
-        sections = _section_shares(run.done("timing")) if name == "train" else {}
+        sections = _section_shares(run.done(TIMING)) if name == "train" else {}
         stepping = min(_stepping_seconds(run.steps["train"]), seconds) if sections else 0.0
         if not stepping:
             parts.append((name, "", seconds))
@@ -112,44 +119,7 @@ def _stepping_seconds(train: StepRecord) -> float:
     return float((tokens / speed).sum())
 
 
-def _named_ranges(step: StepRecord) -> list[dict[str, Any]]:
+def _named_ranges(row: dict[str, Any]) -> dict[str, Any]:
     """The timing study says low and high of its one measured number, ms; elsewhere the names say what they belong to."""
-    names = {"low": "ms_low", "high": "ms_high"} if step.name == "timing" else {}
-    return [{names.get(key, key): value for key, value in row.items()} for row in study_rows(step)]
-
-
-def _caption(step: StepRecord) -> str:
-    ranged = any(key.endswith("low") for row in study_rows(step) for key in row)
-    wall = step.number("wall_ms")
-    facts = [
-        f"a whole step takes {wall:,.1f} ms" if wall is not None else "",
-        f"{'mean' if step.name == 'timing' else 'median'} (fastest–slowest)" if ranged else "",
-    ]
-    return "; ".join(fact for fact in facts if fact) or "measured on this run's model and device"
-
-
-def _cell(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    text = _number(value, key)
-    if text == MISSING or low is None or high is None:
-        return text
-    return f"{text} ({_number(low, key)}–{_number(high, key)})"
-
-
-def _number(value: Any, key: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or value is None or not isinstance(value, (int, float)):
-        return MISSING if value is None else str(value)
-    if not math.isfinite(value):
-        return MISSING
-    if key == "share":
-        return f"{100 * value:.1f} %"
-    if key in STYLES:
-        return format(value, STYLES[key])
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _label(key: str) -> str:
-    return LABELS.get(key, key.replace("_", " "))
+    names = {"low": "ms_low", "high": "ms_high"} if "ms" in row else {}
+    return {names.get(key, key): value for key, value in row.items()}

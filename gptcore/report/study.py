@@ -28,29 +28,45 @@ def table(
 
     A missing number is a dash, True and False are yes and no; columns of text align left.
     """
-    styles = styles or {}
+    shown = texts(frame, styles or {})
+    return page.subsection(name, page.html_table(shown, caption, text_columns=text_columns(frame), notes=notes))
+
+
+def texts(
+    frame: pd.DataFrame, styles: Mapping[str, str], labels: Mapping[str, str] | None = None, between: str = " to "
+) -> pd.DataFrame:
+    """Every value as people read it, ranges joined to their numbers; columns under their labels, else with spaces."""
     ranges = [c for c in frame.columns if f"{c}_low" in frame.columns and f"{c}_high" in frame.columns]
     hidden = {f"{c}{end}" for c in ranges for end in ("_low", "_high")}
     kept = [c for c in frame.columns if c not in hidden]
     rows = frame.to_dict("records")  # iterrows would make every number of a row a float
-    shown = pd.DataFrame(
+    return pd.DataFrame(
         {
-            str(c).replace("_", " "): [
-                _ranged(row, c, styles.get(c, "")) if c in ranges else text(row[c], styles.get(c, "")) for row in rows
+            label(c, labels): [
+                _ranged(row, c, styles.get(c, ""), between) if c in ranges else text(row[c], styles.get(c, "")) for row in rows
             ]
             for c in kept
         }
     )
-    words = [str(c).replace("_", " ") for c in kept if frame[c].map(lambda v: isinstance(v, (str, bool))).any()]
-    return page.subsection(name, page.html_table(shown, caption, text_columns=words, notes=notes))
+
+
+def text_columns(frame: pd.DataFrame, labels: Mapping[str, str] | None = None) -> list[str]:
+    """Labels of the columns with words in them."""
+    return [label(c, labels) for c in frame.columns if frame[c].map(lambda v: isinstance(v, (str, bool))).any()]
+
+
+def label(column: object, labels: Mapping[str, str] | None = None) -> str:
+    return (labels or {}).get(str(column), str(column).replace("_", " "))
 
 
 def text(value: Any, style: str = "") -> str:
-    """One value as people read it."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """One value as people read it; the style % makes a share a percentage."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return MISSING
     if isinstance(value, (bool, str)) or type(value).__name__ == "bool":
         return ("yes" if value else "no") if not isinstance(value, str) else value
+    if style == "%":
+        return f"{100 * value:.1f} %"
     if style:
         return format(value, style)
     return f"{value:,}" if isinstance(value, Integral) else f"{value:.4g}"
@@ -201,9 +217,9 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> Markup:
     )
 
 
-def _ranged(row: Mapping[Any, Any], column: str, style: str) -> str:
+def _ranged(row: Mapping[Any, Any], column: str, style: str, between: str) -> str:
     value, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
     shown = text(value, style)
     if shown == MISSING or pd.isna(low) or pd.isna(high):
         return shown
-    return f"{shown} ({text(low, style)} to {text(high, style)})"
+    return f"{shown} ({text(low, style)}{between}{text(high, style)})"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gptcore.studies.engine import Deadline
     from gptcore.studies.training import Trained
 
-__all__ = ["Bench", "Cell", "CellResult", "Draft", "Results", "Study", "Summary"]
+__all__ = ["Bench", "Brief", "Cell", "CellResult", "Draft", "Results", "Study", "Summary"]
 
 DONE = ("done", "cached")
 CELL_FILE = "cell.json"
@@ -41,7 +41,8 @@ class Study:
 
     measure raises for what cannot be measured: an error is never a number. `version` is raised when it begins to measure
     differently, so that kept results are measured again. summarize is called only when at least one cell is done, and must
-    live with any of the others missing.
+    live with any of the others missing. `brief` (in a file of that name) is for a study that `gptloom run` measures too, in the
+    cells of experiments/studies/short/NAME.yaml; all of them are done then.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Study:
     measure: Callable[[Cell, Bench], CellResult]
     summarize: Callable[[Results], Summary]
     version: int = 1
+    brief: Callable[[Results], Brief] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Bench:
     journal: Journal
     stop: Deadline
     home: Path
+    own: Trained | None = None  # inside `gptloom run`: the run's training, which is what every cell asks for
 
     def train(self, config: ExperimentConfig) -> Trained:
         """The model that `config` trains on these shards: once, whichever cells and studies ask for it.
@@ -69,6 +72,8 @@ class Bench:
         """
         from gptcore.studies.training import train
 
+        if self.own is not None:
+            return self.own
         return train(config, self.shards, self.home, self.journal, self.stop)
 
 
@@ -118,6 +123,18 @@ class Summary:
     blocks: Sequence[str] = ()
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # of the study's own MLflow run
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What the report of `gptloom run` shows of a short form: a table under a title, and one sentence computed from it."""
+
+    title: str
+    rows: list[dict[str, Any]]  # a number x beside x_low and x_high is shown with its range
+    conclusion: str
+    metrics: dict[str, float] = field(default_factory=dict)  # to compare runs by, in MLflow
+    caption: str = ""  # of the table
+    facts: dict[str, float] = field(default_factory=dict)  # further numbers of the result
 
 
 @dataclass

@@ -11,7 +11,6 @@ import gc
 import importlib
 import json
 import logging
-import os
 import shutil
 import statistics
 import time
@@ -31,8 +30,9 @@ from gptcore.device import Device, choose_device, reserve_device, seed_everythin
 from gptcore.entry import StopFlag, Stopped, describe_error
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.shards import ShardSet
-from gptcore.store import commit_dir, content_id, home_dir, is_committed, read_manifest, write_json
+from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_manifest, write_json
 from gptcore.studies import CELL_FILE, DONE, Bench, Cell, Study
+from gptcore.studies.training import Trained
 from gptcore.timing import format_seconds
 
 log = logging.getLogger(__name__)
@@ -107,11 +107,20 @@ def cell_key(plan: StudyPlan, cell: Cell, shards: ShardSet, device: Device) -> s
 
 
 def run_cells(
-    plan: StudyPlan, shards: ShardSet, out: Path, run: str, parent: str | None, *, part: int = 0, parts: int = 1
+    plan: StudyPlan,
+    shards: ShardSet,
+    out: Path,
+    run: str,
+    parent: str | None,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    own: Trained | None = None,
 ) -> list[dict[str, Any]]:
     """Measure every `parts`-th cell from `part` on, each in `out/<cell>`; the contents of their `cell.json`.
 
-    Raises Stopped after a signal, with what is finished kept.
+    own: measure this training instead of those that the cells' configs ask for. Raises Stopped after a signal, with what is
+    finished kept.
     """
     plan = check_options(plan)
     flag = StopFlag()
@@ -120,7 +129,7 @@ def run_cells(
     mine = plan.cells[part::parts]
     records: list[dict[str, Any]] = []
     for number, cell in enumerate(mine, 1):
-        record = run_cell(plan, cell, shards, out / cell.name, f"{run}/{cell.name}", parent, stop)
+        record = run_cell(plan, cell, shards, out / cell.name, f"{run}/{cell.name}", parent, stop, own)
         records.append(record)
         left = describe_left([cell.arm for cell in mine[number:]], records)
         log.info("cell %d/%d %s: %s%s", number, len(mine), cell.name, _outcome(record), left)
@@ -158,7 +167,14 @@ def describe_left(arms: Sequence[str], records: Sequence[dict[str, Any]]) -> str
 
 
 def run_cell(
-    plan: StudyPlan, cell: Cell, shards: ShardSet, out: Path, run: str, parent: str | None, stop: Deadline
+    plan: StudyPlan,
+    cell: Cell,
+    shards: ShardSet,
+    out: Path,
+    run: str,
+    parent: str | None,
+    stop: Deadline,
+    own: Trained | None = None,
 ) -> dict[str, Any]:
     """Measure one cell, or take what is kept of it; returns and writes `out/cell.json`. Never raises for what the cell did."""
     out.mkdir(parents=True, exist_ok=True)
@@ -175,20 +191,21 @@ def run_cell(
         journal.tags({**device.tags(), "gptloom.study": plan.name, "gptloom.arm": cell.arm, "gptloom.seed": str(cell.seed)})
         journal.params(flatten(cell.config) | flatten(cell.options, "options.") | {"study": plan.name, "arm": cell.arm})
         kept = home_dir() / "studies" / "cells" / key
-        if is_committed(kept):
+        if own is None and is_committed(kept):  # a key knows nothing of weights that another process trained
             record |= _take(kept, out, journal, record)
         elif stop:
             record["status"], record["reason"], status = "not run", "the study's time was over", "KILLED"
         else:
             with reserve_device(device), device.attention(cell.config.model.dropout):
                 seed_everything(cell.seed)
-                result = find(plan.name).measure(cell, Bench(shards, device, out, journal, stop, home_dir()))
+                result = find(plan.name).measure(cell, Bench(shards, device, out, journal, stop, home_dir(), own))
             record |= {"status": "done", "rows": result.rows, "tables": result.tables, "metrics": result.metrics}
             record |= {"files": list(result.files), "seconds": time.perf_counter() - start}
             journal.metrics(result.metrics | {"study/seconds": record["seconds"]}, tokens_seen=0)
             for file in result.files:
                 journal.artifact(file)
-            _keep(kept, out, record)
+            if own is None:
+                _keep(kept, out, record)
         if record["status"] in DONE:
             status = "FINISHED"
     except Stopped as error:
@@ -247,11 +264,7 @@ def _take(kept: Path, out: Path, journal: Journal, record: dict[str, Any]) -> di
             journal.metrics(line["values"], tokens_seen=line["tokens_seen"], step=line["step"])
     journal.tags({KEPT_TAG: kept.name})
     for file in old["files"]:
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(kept / file, out / file)
-        except OSError:
-            shutil.copyfile(kept / file, out / file)
+        link_or_copy(kept / file, out / file)
         journal.artifact(file)
     names = ("name", "arm", "factors", "seed")  # another study may call the same cell otherwise
     return {**old, **{key: record[key] for key in names}, "status": "cached"}

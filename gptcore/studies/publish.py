@@ -22,6 +22,7 @@ import pandas as pd
 from gptcore.config import UserError
 from gptcore.config.study import load_study
 from gptcore.entry import run_process
+from gptcore.markdown import markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,9 @@ def markdown(run: Path, result: dict[str, Any], name: str, tables: list[str], ha
         frame = pd.read_csv(run / "tables" / table)
         link = f"[{table}]({name}/{table})"
         if len(frame) <= SHOWN_ROWS and table != "cells.csv" and frame.shape[1] <= 14:
-            lines += [f"## {table.removesuffix('.csv').replace('_', ' ')}", "", _markdown_table(frame), "", link, ""]
+            rows = [[_shown(value) for value in row] for row in frame.itertuples(index=False)]
+            title = table.removesuffix(".csv").replace("_", " ")
+            lines += [f"## {title}", "", markdown_table(rows, list(frame.columns)), "", link, ""]
         else:
             lines += [f"{link}: {len(frame)} rows", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -127,14 +130,8 @@ def _cut(picture: Path) -> None:
     image.crop(box).quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
-def _markdown_table(frame: pd.DataFrame) -> str:
-    def cell(value: Any) -> str:
-        text = "–" if pd.isna(value) else f"{value:.5g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "\\|")
-
-    rows = [[str(c) for c in frame.columns], ["---"] * frame.shape[1]]
-    rows += [[cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _shown(value: Any) -> str:
+    return "–" if pd.isna(value) else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

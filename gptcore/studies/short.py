@@ -1,69 +1,89 @@
-"""The short form of a study, as `gptloom run` has it: one measurement on the model that the run trained.
+"""Short forms of studies inside `gptloom run`: small cell sets on the model that the run trained, one after the other in one process.
 
-What every such process does around it: read the config, open shards, keep a journal, write NAME.json.
+python -m gptcore.studies.short RUN/config.yaml timing … --shards DIR --checkpoint DIR --out RUN --run NAME
+
+Each has a folder and a journal below --out, nested in the run. One that fails says why there, and the others go on.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.config.study import load_short
+from gptcore.config.switches import SHORT
 from gptcore.device import choose_device
-from gptcore.entry import process_parser, recording
+from gptcore.entry import Stopped, describe_error, process_parser, recording, run_process
 from gptcore.shards import ShardSet
-from gptcore.store import write_json
+from gptcore.store import link_or_copy, write_json
+from gptcore.studies import DONE, Results
+from gptcore.studies.engine import find, run_cells
+from gptcore.studies.training import RESULT, Trained
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What a short form measures: one run of the pipeline."""
-
-    config: ExperimentConfig
-    shards: ShardSet
-    checkpoint: Path
-    out: Path
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Rows of a table, one sentence computed from them, metrics to compare runs by, and files written to `out`."""
-
-    rows: list[dict[str, Any]]
-    conclusion: str
-    metrics: dict[str, float]
-    extra: dict[str, Any] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
-
-
-def run_study(name: str, doc: str | None, measure: Callable[[Subject], Outcome], argv: list[str]) -> dict[str, Any]:
-    """Parse the arguments, measure, record; the result as JSON-able numbers."""
-    parser = process_parser(doc, "config", "experiment file (YAML)")
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = process_parser(__doc__, "config", "experiment file (YAML)")
+    parser.add_argument("studies", nargs="+", choices=SHORT, metavar="STUDY", help=", ".join(SHORT))
     parser.add_argument("--checkpoint", type=Path, help="trained model: a step_NNNNNN directory")
     args = parser.parse_args(argv)
     if args.shards is None or args.out is None or args.checkpoint is None:
-        raise UserError(
-            f"the {name} study needs --shards DIR, --out DIR and --checkpoint DIR; `gptloom run` gives it all three"
-        )
-    subject = Subject(load_config(args.config), ShardSet.open(args.shards), args.checkpoint, args.out)
+        raise UserError("short forms need --shards DIR, --out DIR and --checkpoint DIR; `gptloom run` gives all three")
+    config, shards, run = load_config(args.config), ShardSet.open(args.shards), args.run or args.out.name
+    training = args.checkpoint.parents[1]
+    own = Trained(training, args.checkpoint, json.loads((training / RESULT).read_text(encoding="utf-8")))
+    failed: dict[str, str] = {}
+    for name in args.studies:
+        try:
+            measure(name, config, shards, own, args.out / name, run)
+        except Stopped:
+            raise
+        except Exception as error:
+            log.error("the study %s failed", name, exc_info=not isinstance(error, UserError))
+            failed[name] = describe_error(error)
+    return {"studies": args.studies, "failed": failed}
+
+
+def measure(name: str, config: ExperimentConfig, shards: ShardSet, own: Trained, out: Path, run: str) -> dict[str, Any]:
+    """All cells of one study, then `out/result.json`: rows, conclusion, seconds, …; the cells' files stand in `out`, too.
+
+    Raises RuntimeError with the reason of a cell that failed.
+    """
     start = time.perf_counter()
-    with recording(args.out, args.run, args.parent) as journal:
-        train = subject.config.train
-        journal.tags(choose_device(train.device, train.precision).tags())
-        journal.params({"study": name, "checkpoint": str(args.checkpoint), "repeats": subject.config.studies.repeats})
-        outcome = measure(subject)
-        result = {
+    study, plan = find(name), load_short(name, config)
+    assert study.brief is not None, f"gptcore.studies.{name} has a {name}/brief.py, but no STUDY with it"
+    with recording(out, f"{run}/{name}", run) as journal:
+        journal.tags(choose_device(config.train.device, config.train.precision).tags())
+        journal.params({"study": name, "checkpoint": str(own.checkpoint), "repeats": config.studies.repeats})
+        records = run_cells(plan, shards, out / "cells" / "0", f"{run}/{name}", f"{run}/{name}", own=own)
+        for record in records:
+            if record["status"] not in DONE:
+                raise RuntimeError(f"{record['name']}: {record['reason']}")
+        brief = study.brief(Results(plan, records, out))
+        result: dict[str, Any] = {
             "study": name,
-            "rows": outcome.rows,
-            "conclusion": outcome.conclusion,
-            **outcome.extra,
+            "title": brief.title,
+            "rows": brief.rows,
+            "caption": brief.caption,
+            "conclusion": brief.conclusion,
+            **brief.facts,
             "seconds": time.perf_counter() - start,
         }
-        journal.metrics(outcome.metrics | {"study/seconds": result["seconds"]}, tokens_seen=0)
-        write_json(args.out / f"{name}.json", result)
-        for file in (f"{name}.json", *outcome.files):
-            journal.artifact(file)
+        journal.metrics(brief.metrics | {"study/seconds": result["seconds"]}, tokens_seen=0)
+        write_json(out / f"{name}.json", result)
+        write_json(out / RESULT, result)
+        journal.artifact(f"{name}.json")
+        for record in records:
+            for file in record["files"]:
+                link_or_copy(out / "cells" / "0" / record["name"] / file, out / file)
+                journal.artifact(file)
     return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_process(main))

@@ -1,9 +1,11 @@
-"""The models that the GPT is compared with, as configs for the same trainer: an LSTM of its size, and the bigram floor.
+"""The models that the GPT is compared with, as configs for the same trainer: recurrent ones of its size, and the bigram floor.
 
 Arithmetic only, no torch: `gptcore.train` does the measuring.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from gptcore.config import ExperimentConfig, ModelConfig, with_changes
 
@@ -26,6 +28,17 @@ def estimate_lstm_parameters(n_layer: int, n_embd: int, vocab_size: int) -> int:
     return n_layer * (8 * n_embd**2 + 8 * n_embd) + 2 * vocab_size * n_embd
 
 
+def nearest_width(count: Callable[[int], int], wanted: int) -> int:
+    """The width whose parameters (`count`, which grows with it) are nearest to those wanted; the smaller of two as near."""
+    low, high = 2, 4
+    while count(high) < wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < wanted else (low, middle)
+    return min(low, high, key=lambda width: abs(count(width) - wanted))
+
+
 # Searched at 0.8 M parameters, 2 M tokens (experiments/LOG.md): one wide layer beats two, and this rate beats lower ones.
 LSTM_LAYERS, LSTM_LR = 1, 0.02
 # A row of the bigram table moves only when its token occurs, so it takes a larger step; 0.01 to 0.1 end within 0.01 nats.
@@ -34,17 +47,13 @@ BIGRAM_LR = 0.03
 
 def baseline_config(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
     """The LSTM with as many parameters as the config's GPT (nearest width) and the same batches and steps."""
-    n_layer = LSTM_LAYERS
     rows = config.model.padded_vocab_size or vocab_size
-    wanted = estimate_gpt_parameters(config.model, rows)
-    width = 2
-    while estimate_lstm_parameters(n_layer, width + 1, rows) <= wanted:
-        width += 1
-    if estimate_lstm_parameters(n_layer, width + 1, rows) - wanted < wanted - estimate_lstm_parameters(n_layer, width, rows):
-        width += 1
+    width = nearest_width(
+        lambda n_embd: estimate_lstm_parameters(LSTM_LAYERS, n_embd, rows), estimate_gpt_parameters(config.model, rows)
+    )
     return with_changes(
         config,
-        model={"family": "lstm", "n_layer": n_layer, "n_embd": width},
+        model={"family": "lstm", "n_layer": LSTM_LAYERS, "n_embd": width},
         train={"optimizer": "adamw", "lr": LSTM_LR, "parallel": "ddp"},  # only a GPT can be spread
     )
 

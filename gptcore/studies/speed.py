@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +33,23 @@ def measure_decoding(model: LanguageModel, device: Device, batch: int, tokens: i
     return measure_ms(lambda: decode(model, device, batch, tokens), device.synchronize, repeats)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second: the median repeat, the slowest, the fastest."""
+
+    median: float
+    low: float
+    high: float
+
+
 def compare_speeds(
     model: LanguageModel, full: LanguageModel, device: Device, batches: tuple[int, ...], tokens: int, repeats: int
-) -> dict[str, float]:
-    """`decode_N` for each batch N and `prefill`, in tokens a second; `…_speedup`: as a multiple of `full`'s.
+) -> dict[str, tuple[Speed, Speed]]:
+    """`decode_N` for each batch N, and `prefill`: the speed of `model`, that of `full`.
 
-    Both take turns, so that a machine that slows down slows both; medians of the repeats, after one warm-up.
+    Both take turns, so that a machine that slows down slows both; one warm-up each.
     """
-    found: dict[str, float] = {}
+    found = {}
     jobs: dict[str, tuple[int, Callable[[LanguageModel], None]]] = {
         f"decode_{batch}": (batch * min(tokens, model.block_size), partial(decode, device=device, batch=batch, tokens=tokens))
         for batch in batches
@@ -52,8 +62,10 @@ def compare_speeds(
                 timed = measure_ms(partial(job, one), device.synchronize, 1, warmups=0)
                 if turn:
                     kept.append(timed.median)
-        ours, theirs = map(statistics.median, times)
-        found |= {name: 1e3 * n_tokens / ours, f"{name}_speedup": theirs / ours}
+        ours, theirs = (
+            Speed(*(1e3 * n_tokens / ms for ms in (statistics.median(kept), max(kept), min(kept)))) for kept in times
+        )
+        found[name] = (ours, theirs)
     return found
 
 

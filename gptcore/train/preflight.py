@@ -6,11 +6,11 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptcore.config import UserError
-from gptcore.ranks import local_part
 from gptcore.timing import format_seconds, measure_ms
+from gptcore.train.activations import saved_activations
 from gptcore.train.distribute import put_away, uncompiled
 from gptcore.train.step import backward_all, next_batch, smaller_micro_batch
 from gptcore.train.trainer import Trainer, build_forward, state_mib
@@ -88,22 +88,10 @@ def preflight(trainer: Trainer) -> Estimate:
 
 def measure_sequence_mib(trainer: Trainer, x: Tensor, y: Tensor) -> float:
     """MiB that autograd keeps for the backward pass of one sequence, uncompiled; parameters not counted."""
-    own = {local_part(p).untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-            return tensor  # also one that was gathered for this pass
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with uncompiled(trainer.model), hooks, trainer.device.autocast():
+    with uncompiled(trainer.model), saved_activations(trainer.model) as saved, trainer.device.autocast():
         trainer.model(x, y, reduction="sum")
     put_away(trainer.model)
-    return sum(kept.values()) / 2**20
+    return saved.peak_mib
 
 
 def probe(trainer: Trainer, x: Tensor, y: Tensor) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError, hide_password
+from gptcore.markdown import markdown_table
 from gptcore.store import MANIFEST, MARKER, commit_dir, home_dir, is_committed, read_manifest
 from gptloom.tasks.records.tracking import first_line, open_client, save_servable, tracking_uri
 
@@ -232,9 +233,8 @@ def checkpoint_of(version: Version) -> Path:
 
 def model_card(title: str, rows: Mapping[str, Any], text: str = "") -> str:
     """Markdown: a title, a sentence or two, a table of facts."""
-    shown = {key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in rows.items()}
-    table = "\n".join(f"| {key} | {text.replace('|', chr(92) + '|')} |" for key, text in shown.items())
-    return f"# {title}\n\n{text}\n\n| | |\n|---|---|\n{table}\n"
+    shown = [(key, f"{value:.4f}" if isinstance(value, float) else value) for key, value in rows.items()]
+    return f"# {title}\n\n{text}\n\n{markdown_table(shown, ['', ''])}\n"
 
 
 def _registered(name: str) -> Any:

@@ -32,6 +32,7 @@ from prefect.exceptions import CancelledRun
 from gptcore.config import TrainConfig, UserError
 from gptcore.entry import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
+from gptcore.studies import CELL_FILE
 from gptloom.tasks.records.forwarding import Forwarder, write_tags
 from gptloom.tasks.runtime.launcher import Child, start_process
 from gptloom.tasks.runtime.log import run_logger
@@ -44,12 +45,18 @@ MAX_TAIL, MAX_REASON = 2000, 5000  # characters of a log's end, of a reason; an 
 
 
 def run_device_process(
-    args: list[str], directory: Path, *, experiment: str, tags: Mapping[str, str] | None = None, max_steps: int | None = None
+    args: list[str],
+    directory: Path,
+    *,
+    experiment: str,
+    tags: Mapping[str, str] | None = None,
+    max_steps: int | None = None,
+    cells: int | None = None,
 ) -> dict[str, Any]:
     """Run `python -m *args` to its end; returns the JSON object of its last line.
 
     Output goes to `directory/log.txt`; journals below `directory` go to MLflow's `experiment`, with `tags` on every run.
-    `max_steps` (optimizer steps) makes a progress bar of the journal's steps.
+    `max_steps` (optimizer steps) makes a progress bar of the journal's steps, `cells` (of a study) of those that are measured.
 
     Raises UserError, Stopped, NonFinite or DeviceMemoryError when the child says so by its exit code, ProcessDied when a signal
     ended it, else RuntimeError; the last two with its last lines. However this function is left, the child's whole process group is
@@ -58,7 +65,7 @@ def run_device_process(
     write_tags(directory, tags or {})
     with Forwarder(directory, experiment).follow():
         try:
-            _watch(_start(args, directory), directory, max_steps)
+            _watch(_start(args, directory), directory, max_steps, cells)
             return _result(args, directory)
         except BaseException as error:
             try:
@@ -125,12 +132,12 @@ def _keep_log(directory: Path) -> None:
         log.rename(directory / f"log.{len(list(directory.glob('log.*.txt'))) + 1}.txt")
 
 
-def _watch(process: Child, directory: Path, max_steps: int | None) -> None:
+def _watch(process: Child, directory: Path, max_steps: int | None, cells: int | None = None) -> None:
     """Wait for the process, with a line of progress every few seconds; its whole group is gone afterwards.
 
     Raises what interrupts the wait, and for exit codes other than 0 what `_failure` makes of them.
     """
-    progress = _Progress(directory, max_steps)
+    progress = _Progress(directory, max_steps, cells)
     try:
         due = time.monotonic() + REPORT_S
         while process.poll() is None:
@@ -205,18 +212,20 @@ def _last_json(path: Path) -> dict[str, Any] | None:
 
 
 class _Progress:
-    """One readable line, and Prefect's progress bar, from the newest lines of the step's own journal."""
+    """One readable line, and Prefect's progress bar, from the newest lines of the step's own journal, or from a study's cells."""
 
-    def __init__(self, directory: Path, max_steps: int | None) -> None:
+    def __init__(self, directory: Path, max_steps: int | None, cells: int | None) -> None:
         self._directory = directory
         self._max_steps = max_steps
+        self._cells = cells
         self._offset = 0
         self._values: dict[str, float] = {}
         self._first: dict[str, Any] | None = None
         self._newest: dict[str, Any] | None = None
         self._last_line = ""
-        is_shown = bool(max_steps) and TaskRunContext.get() is not None
-        self._bar = _ProgressBar(directory.name) if is_shown else None
+        step = re.sub(r"[^a-z0-9]+", "-", directory.name.lower())
+        key, unit = (f"cells-{step}", f"of {cells} cells") if cells else (f"{step}-progress", f"optimizer steps of {step}")
+        self._bar = _ProgressBar(key, unit) if (cells or max_steps) and TaskRunContext.get() is not None else None
 
     def report(self, *, is_last: bool = False) -> None:
         self._read()
@@ -241,6 +250,8 @@ class _Progress:
                 self._values.update(record["values"])
 
     def _percent(self) -> float:
+        if self._cells:
+            return 100.0 * len(list(self._directory.glob(f"*/{CELL_FILE}"))) / self._cells
         return 100.0 * self._newest["step"] / self._max_steps if self._newest and self._max_steps else 0.0
 
     def _training_line(self) -> str:
@@ -265,9 +276,8 @@ class _Progress:
 class _ProgressBar:
     """Prefect's progress artifact, from a thread of its own: a server that is away for minutes holds only that thread up."""
 
-    def __init__(self, name: str) -> None:
-        step = re.sub(r"[^a-z0-9]+", "-", name.lower())
-        self._key, self._description = f"{step}-progress", f"optimizer steps of {step}"
+    def __init__(self, key: str, description: str) -> None:
+        self._key, self._description = key, description
         self._percent: Queue[float | None] = Queue(1)  # the newest one only
         context = copy_context()  # in which Prefect finds the task run
         self._thread = Thread(target=context.run, args=(self._work,), name="gptloom-progress", daemon=True)

@@ -6,6 +6,7 @@ A cell is of one of three kinds: exactness, economy, and learning; summary says 
 from __future__ import annotations
 
 from gptcore.studies import Bench, Cell, CellResult, Study
+from gptcore.studies.accumulation.brief import brief
 from gptcore.studies.accumulation.economy import measure_economy
 from gptcore.studies.accumulation.exactness import measure_exactness
 from gptcore.studies.accumulation.learning import measure_learning
@@ -18,4 +19,4 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     return kinds[cell.options.kind](cell, bench)
 
 
-STUDY = Study("Gradient accumulation", AccumulationOptions, measure_cell, summarize)
+STUDY = Study("Gradient accumulation", AccumulationOptions, measure_cell, summarize, brief=brief)

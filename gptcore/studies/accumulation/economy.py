@@ -6,12 +6,12 @@ import statistics
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gptcore.config import with_changes
 from gptcore.studies import Bench, Cell, CellResult
 from gptcore.timing import measure_ms
 from gptcore.train import Trainer, accumulate_gradients, build_trainer
+from gptcore.train.activations import saved_activations
 
 
 def measure_economy(cell: Cell, bench: Bench) -> CellResult:
@@ -41,6 +41,8 @@ def measure_economy(cell: Cell, bench: Bench) -> CellResult:
             "micro_steps": batch // size,
             "peak_mib": memory[size],
             "tok_per_sec": 1e3 * trainer.tokens_per_step / statistics.median(times[size]),
+            "tok_per_sec_min": 1e3 * trainer.tokens_per_step / max(times[size]),
+            "tok_per_sec_max": 1e3 * trainer.tokens_per_step / min(times[size]),
             "repeats": cell.options.repeats,
         }
         for size in sizes
@@ -60,23 +62,6 @@ def saved_mib(trainer: Trainer) -> float:
         before = torch.cuda.memory_allocated()
         accumulate_gradients(trainer)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    own = {p.untyped_storage().data_ptr() for p in trainer.model.state_dict().values()}
-    kept: dict[int, int] = {}
-    peak = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal peak
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            peak = max(peak, sum(kept.values()))
-        return tensor
-
-    def clear(*_: object) -> None:
-        kept.clear()  # a new micro-step begins: the last one's graph is gone
-
-    handle = trainer.model.register_forward_pre_hook(clear)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_activations(trainer.model) as saved:
         accumulate_gradients(trainer)
-    handle.remove()
-    return peak / 2**20
+    return saved.peak_mib

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from gptcore.checkpoint import list_checkpoints, load_model
@@ -20,9 +19,10 @@ from gptcore.models import LanguageModel
 from gptcore.models.quantized import has_fp8, layout_of
 from gptcore.quantize import Method, calibration_ids, quantize, quantize_checkpoint
 from gptcore.quantize.model import stages
+from gptcore.store import link_or_copy
 from gptcore.studies import Bench, Cell, CellResult
-from gptcore.studies.quantization.options import QuantizationOptions
-from gptcore.studies.speed import compare_speeds, measure_peak
+from gptcore.studies.quantization.options import FULL, QuantizationOptions
+from gptcore.studies.speed import Speed, compare_speeds, measure_peak
 from gptcore.vocab import Vocab
 
 
@@ -54,7 +54,7 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     evaluation = evaluate_loss(model, bench.shards, plain, batch_size)
     row: dict[str, Any] = {
         "method": options.method,
-        "size_mib": (path / "model.safetensors").stat().st_size / 2**20,
+        "size_mib": _size_mib(path),
         "val_bpb": evaluation.bpb,
         "parameters": model.count_parameters(),
         "quantize_seconds": seconds,
@@ -62,24 +62,58 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     for batch in options.batches:
         row[f"peak_mib_{batch}"] = measure_peak(model, device, batch, options.decode_tokens)
     full = model if method is None else load_model(trained.checkpoint, device.torch)[0]
+    speeds = compare_speeds(model, full, device, options.batches, options.decode_tokens, options.repeats)
+    for job, (ours, theirs) in speeds.items():
+        row |= {job: ours.median, f"{job}_speedup": ours.median / theirs.median}
+    tables: dict[str, list[dict[str, Any]]] = {"samples": [{"text": sample(model, path, device, options.sample_tokens)}]}
     if method is not None:
         whole = evaluate_loss(full, bench.shards, plain, batch_size)
-        row |= delta_over_text(evaluation, whole, bench.shards.index("val")[:, 1], cell.config.evaluate)
-    row |= compare_speeds(model, full, device, options.batches, options.decode_tokens, options.repeats)
-    tables: dict[str, list[dict[str, Any]]] = {"samples": [{"text": sample(model, path, device, options.sample_tokens)}]}
+        row |= delta_over_text(evaluation, whole, cell.config.evaluate)
+        decoding = speeds[f"decode_{options.batches[0]}"]
+        tables["beside"] = [
+            _beside(options, weights, place, result, result.bpb - whole.bpb, speed)
+            for weights, place, result, speed in (
+                (FULL, trained.checkpoint, whole, decoding[1]),
+                (options.method, path, evaluation, decoding[0]),
+            )
+        ]
     if options.ages:
         tables["ages"] = damage_by_age(cell, bench, list_checkpoints(trained.folder / "checkpoints"), method, plain)
     if options.layers and method is not None:
         tables["layers"] = damage_by_layer(cell, bench, trained.checkpoint, method, plain)
     metrics = {"quant/size_mib": row["size_mib"], "val/bpb": row["val_bpb"]}
     metrics |= {f"quant/tok_per_sec_{batch}": row[f"decode_{batch}"] for batch in options.batches}
-    return CellResult([row], tables, metrics)
+    files: tuple[str, ...] = ()
+    if bench.own is not None and method is not None:  # a run keeps the model that its report speaks of
+        files = (f"model_{options.method}.safetensors",)
+        link_or_copy(path / "model.safetensors", bench.out / files[0])
+    return CellResult([row], tables, metrics, files)
 
 
-def delta_over_text(small: Evaluation, full: Evaluation, documents: np.ndarray, settings: EvaluateConfig) -> dict[str, float]:
+def _size_mib(checkpoint: Path) -> float:
+    return (checkpoint / "model.safetensors").stat().st_size / 2**20
+
+
+def _beside(
+    options: QuantizationOptions, weights: str, checkpoint: Path, evaluation: Evaluation, delta: float, speed: Speed
+) -> dict[str, Any]:
+    """The method and the trained weights on the same tokens, a row each."""
+    return {
+        "weights": weights,
+        "size_mib": _size_mib(checkpoint),
+        "val_bpb": evaluation.bpb,
+        "bpb_delta": delta,
+        "tok_per_sec": speed.median,
+        "tok_per_sec_low": speed.low,
+        "tok_per_sec_high": speed.high,
+        "n": options.repeats,
+    }
+
+
+def delta_over_text(small: Evaluation, full: Evaluation, settings: EvaluateConfig) -> dict[str, float]:
     """95 % interval of the bits per byte lost, over documents (or sections) drawn anew; what another seed would do it does not hold."""
     lost = dataclasses.replace(small, record_nats=small.record_nats - full.record_nats)
-    interval = bootstrap_bpb(lost, documents, settings.bootstrap, settings.seed)
+    interval = bootstrap_bpb(lost, settings.bootstrap, settings.seed)
     return {} if interval is None else {"text_low": interval[0], "text_high": interval[1]}
 
 

@@ -17,6 +17,7 @@ from gptcore.models.rnn import RecurrentState
 from gptcore.studies import Bench, Cell, CellResult
 from gptcore.studies.rnn.carried import stream_bpb, train_carried
 from gptcore.studies.rnn.options import RnnOptions
+from gptcore.studies.sizes import nearest_width
 from gptcore.studies.speed import measure_decoding
 
 RECURRENT = ("lstm", "gru", "mingru")
@@ -120,16 +121,11 @@ def sized(config: ExperimentConfig, options: RnnOptions, vocab_size: int) -> Exp
     changed = with_changes(config, model=model, train={"optimizer": "adamw"})
     if options.family not in RECURRENT:
         return with_changes(changed, train={"weight_decay": 0.0})
-    wanted = _non_embedding(config.model, vocab_size)
-    low, high = 2, 4
-    while _non_embedding(changed.model.model_copy(update={"n_embd": high}), vocab_size) < wanted:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        is_small = _non_embedding(changed.model.model_copy(update={"n_embd": middle}), vocab_size) < wanted
-        low, high = (middle, high) if is_small else (low, middle)
-    sizes = {n: _non_embedding(changed.model.model_copy(update={"n_embd": n}), vocab_size) for n in (low, high)}
-    return with_changes(changed, model={"n_embd": min(sizes, key=lambda n: abs(sizes[n] - wanted))})
+    width = nearest_width(
+        lambda n_embd: _non_embedding(changed.model.model_copy(update={"n_embd": n_embd}), vocab_size),
+        _non_embedding(config.model, vocab_size),
+    )
+    return with_changes(changed, model={"n_embd": width})
 
 
 def _non_embedding(config: ModelConfig, vocab_size: int) -> int:

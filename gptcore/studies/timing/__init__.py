@@ -10,6 +10,7 @@ kernels, which is why the wall time of undisturbed steps stands beside it.
 from __future__ import annotations
 
 from gptcore.studies import Bench, Cell, CellResult, Study
+from gptcore.studies.timing.brief import brief
 from gptcore.studies.timing.options import TimingOptions
 from gptcore.studies.timing.pipeline import measure_pipeline
 from gptcore.studies.timing.step import measure_step
@@ -20,4 +21,4 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     return {"pipeline": measure_pipeline, "step": measure_step}[cell.options.kind](cell, bench)
 
 
-STUDY = Study("Timing map", TimingOptions, measure_cell, summarize)
+STUDY = Study("Timing map", TimingOptions, measure_cell, summarize, brief=brief)

@@ -112,8 +112,7 @@ def _run(cell: Cell, home: Path, clock: MapClock, note: Callable[[], None]) -> N
         with sections(model, clock):
             evaluation = evaluate_loss(model, shards, trainer.device, config.evaluate.batch_size)
         with clock.phase("interval"):
-            documents_of = shards.index("val")[:, 1]
-            bootstrap_bpb(evaluation, documents_of, config.evaluate.bootstrap, config.evaluate.seed)
+            bootstrap_bpb(evaluation, config.evaluate.bootstrap, config.evaluate.seed)
         note()
     with clock.phase("samples"), sections(model, clock):
         start = torch.full((1, 1), shards.eot_id, dtype=torch.int64, device=trainer.device.torch)
