@@ -47,6 +47,8 @@ class Stack:
     home: Path
     prefect_port: int
     mlflow_port: int
+    folder: Path = ROOT
+    program: tuple[str, ...] = (sys.executable, "-m", "gptloom.flows.command.cli")
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -66,21 +68,21 @@ class Stack:
         if self.process is not None and self.process.poll() is None:
             return
         output = open(self.home / "up.txt", "w")  # noqa: SIM115 (closed with the child's copy)
-        self.process = subprocess.Popen(self.command("up"), cwd=ROOT, env=self.env, stdout=output, stderr=output)
+        self.process = subprocess.Popen(self.command("up"), cwd=self.folder, env=self.env, stdout=output, stderr=output)
         output.close()
         if not wait_for(lambda: self.state.exists() or self.process.poll() is not None, 180) or not self.state.exists():
             pytest.fail(f"gptloom up did not come up:\n{(self.home / 'up.txt').read_text()}")
 
     def command(self, verb: str) -> list[str]:
         ports = ["--prefect-port", str(self.prefect_port), "--mlflow-port", str(self.mlflow_port)]
-        return [sys.executable, "-m", "gptloom.flows.command.cli", verb, *(ports if verb == "up" else [])]
+        return [*self.program, verb, *(ports if verb == "up" else [])]
 
     @property
     def env(self) -> dict[str, str]:
         return {**os.environ, "GPTLOOM_HOME": str(self.home)}
 
     def call(self, verb: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(verb), cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=150)
+        return subprocess.run(self.command(verb), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=150)
 
     def deployment(self, name: str) -> dict[str, Any]:
         return request(f"{self.api}/deployments/name/{name}")
@@ -146,9 +148,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_stack(home: Path) -> Iterator[Stack]:
+def running_stack(home: Path, **where: Any) -> Iterator[Stack]:
     """A `gptloom up` on ports of its own, ended afterwards with all that it started."""
-    stack = Stack(home, free_port(), free_port())
+    stack = Stack(home, free_port(), free_port(), **where)
     stack.start()
     yield stack
     if stack.process is not None and stack.process.poll() is None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import textwrap
+from pathlib import Path
 from typing import NoReturn
 
 from gptcore.config import ExperimentConfig
@@ -51,6 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_overrides(run, "change a field, e.g. data.source=my.txt train.max_steps=200")
     run.set_defaults(verb="run_experiment")
+
+    init = verbs.add_parser(
+        "init",
+        help="lay down a project folder: experiments, deployments, containers",
+        description="Lay down a project in a new folder or an empty one: experiments, prefect.yaml, docker-compose.yml, Dockerfile.\n"
+        "For who installed the package; a checkout is a project already.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    init.add_argument("directory", metavar="DIR", type=Path, help="the folder; it may hold a .git or .venv, nothing else")
+    init.set_defaults(verb="init_project")
 
     data = verbs.add_parser(
         "data",

@@ -33,6 +33,7 @@ from gptcore.config import DataConfig, UserError, hide_password, load_config
 from gptcore.entry import EXIT_BUG, EXIT_OK, EXIT_STOPPED, EXIT_USER, describe_error, exit_code, python_environment
 from gptcore.store import home_dir, keep_private
 from gptloom.flows.command.arguments import parse_arguments
+from gptloom.flows.command.init import init_project  # noqa: F401
 from gptloom.flows.command.surroundings import (
     find_experiment,
     launch_prefect_server,
