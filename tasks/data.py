@@ -125,13 +125,17 @@ def work_on_chunk(function: Callable[[Any], Any], job: Any) -> Any:
 
 
 def chunk_map_of(dask_address: str | None) -> ChunkMap:
-    """Who works on chunks: the processes of this machine, or the Dask cluster at an address."""
+    """Who works on chunks: the processes of this machine, or the Dask cluster at an address. Raises UserError without the extra for it."""
     if dask_address is None:
         return map_processes
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"data.dask_address={dask_address}: needs {error.name}, which is not installed; pip install 'gptloom[dask]', or leave it out"
+        ) from None
 
     def map_on_cluster(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-        from prefect_dask import DaskTaskRunner
-
         runner: Any = DaskTaskRunner(address=dask_address, client_kwargs={"timeout": "30s"})
         with runner:
             window = AHEAD * max(sum(_connect(runner, dask_address).nthreads().values()), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,10 @@ def test_no_cluster_is_a_sentence(prefect_server: None, corpus: Path, tmp_path: 
     """Guards against a stack trace, or a wait without end, for a wrong address."""
     with pytest.raises(UserError, match=r"data\.dask_address=tcp://127\.0\.0\.1:9"):
         list(tasks_data.chunk_map_of("tcp://127.0.0.1:9")(str, [1, 2]))
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask is for who has a cluster; the others do not install it."""
+    monkeypatch.setitem(sys.modules, "prefect_dask", None)
+    with pytest.raises(UserError, match=r"pip install 'gptloom\[dask\]'"):
+        tasks_data.chunk_map_of("tcp://127.0.0.1:8786")

@@ -76,6 +76,10 @@ def check_store(uri: str | None = None) -> str:
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
         connect(uri).search_experiments(max_results=1)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={hide_password(uri)}: needs {error.name}, which is not installed; for PostgreSQL: pip install 'gptloom[postgres]'"
+        ) from None
     except Exception as error:
         raise UserError(
             f"MLflow at {hide_password(uri)} does not answer ({hide_password(first_line(error))}); start that server, or correct or unset MLFLOW_TRACKING_URI "
