@@ -12,7 +12,7 @@ RUN apt-get update \
 WORKDIR /app
 # The packages first: this layer is rebuilt only when they change.
 COPY pyproject.toml constraints.txt LICENSE README.md ./
-RUN mkdir gptcore gptloom \
+RUN mkdir gptcore gptloom && touch gptcore/__init__.py gptloom/__init__.py \
     && pip install --no-cache-dir -c constraints.txt -e '.[dask,postgres]'
 COPY . .
 

@@ -17,10 +17,11 @@ def find_project() -> Path | None:
     from; None outside of both."""
     checkout = (PACKAGE / "prefect.yaml").resolve().parent
     for folder in (Path.cwd(), checkout):
-        if folder != PACKAGE and _is_ours(folder / "prefect.yaml"):
+        if folder != PACKAGE and is_project(folder):
             return folder
     return None
 
 
-def _is_ours(file: Path) -> bool:
+def is_project(folder: Path) -> bool:
+    file = folder / "prefect.yaml"
     return file.is_file() and "name: gptloom" in file.read_text(encoding="utf-8", errors="replace").splitlines()

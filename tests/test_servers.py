@@ -151,13 +151,15 @@ def free_port() -> int:
 def running_stack(home: Path, **where: Any) -> Iterator[Stack]:
     """A `gptloom up` on ports of its own, ended afterwards with all that it started."""
     stack = Stack(home, free_port(), free_port(), **where)
-    stack.start()
-    yield stack
-    if stack.process is not None and stack.process.poll() is None:
-        stack.process.terminate()
-        stack.process.wait(120)
-    for pid in stack.processes():  # only after a test that failed for it
-        os.kill(pid, signal.SIGKILL)
+    try:
+        stack.start()
+        yield stack
+    finally:
+        if stack.process is not None and stack.process.poll() is None:
+            stack.process.terminate()
+            stack.process.wait(120)
+        for pid in stack.processes():  # only after a test that failed for it
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,9 @@ def write_project(folder: Path) -> None:
             shutil.copyfile(path, copy)
     deployments = (PACKAGE / "prefect.yaml").read_text(encoding="utf-8")
     deployments = re.sub(r"(?<=entrypoint: )flows/(\w+)\.py:", r"gptloom.flows.\1:", deployments)
+    deployments = deployments.replace(
+        '"{{ $GPTLOOM_ROOT }}"', '"{{ $GPTLOOM_ROOT }}/experiments"'
+    )  # flows/__init__.py says why
     (folder / "prefect.yaml").write_text(deployments, encoding="utf-8")
     dockerfile = (PACKAGE / "Dockerfile").read_text(encoding="utf-8")
     dockerfile = INSTALL.sub(lambda _: INSTALL_PACKAGE.format(version=version("gptloom")), dockerfile)
