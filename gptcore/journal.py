@@ -29,6 +29,7 @@ from gptcore.config import UserError
 from gptcore.locks import take_lock
 
 FILE_NAME = "metrics.jsonl"
+TAGS_FILE = "tags.json"  # beside a journal: who, where and which code; of the runs below it too that have none of their own
 LOCK_S = 2.0  # a look at the lock holds it for an instant; another writer holds it for hours
 TAIL_BYTES = 1 << 16
 

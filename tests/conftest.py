@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import shutil
 import signal
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,24 @@ def forms(short: Iterable[Any], long: Iterable[Any]) -> list[Any]:
     return [*short, *(pytest.param(value, marks=pytest.mark.long) for value in long)]
 
 
+# The files that take longest, longest first: begun last, one of them would keep one worker busy while the others have nothing to do.
+LONGEST = [
+    "test_servers",
+    "test_nightly",
+    "test_pipeline",
+    "test_kill",
+    "test_study_verb",
+    "test_model_studies",
+    "test_ranks_die",
+]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long forms run only where `-m` asks for them."""
+    """Long forms run only where `-m` asks for them; long files come first."""
     if "long" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +94,11 @@ def mlflow_store(home: Path, _migrated_mlflow: Path) -> str:
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """A Prefect server with a temporary database, about ten seconds once per session; for integration tests only."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    # At its end a flow waits for the thread of its heartbeats, which sleeps a second at a time.
+    with prefect_test_harness(server_startup_timeout=120), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
 
 
@@ -98,6 +116,75 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "small.txt"
     path.write_text("".join(paragraphs), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Path:
+    """A pipeline run's directory as the code writes it: text, training, bigram floor, evaluation, samples. Its processes are functions
+    called in here, so it takes a second and no server; the studies are left to their own tests."""
+    from gptcore import evaluate, generate
+    from gptcore.config import dump_yaml, load_config
+    from gptcore.shards import prepare
+    from gptcore.train import __main__ as train
+    from gptloom.flows.run import PipelineRun
+    from gptloom.tasks.evaluation import evaluate_model
+    from gptloom.tasks.training import train_floor, train_model
+
+    home, mains = tmp_path_factory.mktemp("real"), {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
+    settings = [
+        "train.max_steps=4",
+        "train.warmup_steps=1",
+        "data.section_bytes=1024",
+        "data.val_fraction=0.2",
+        "evaluate.bootstrap=10",
+        "evaluate.samples=1",
+    ]
+    config = load_config(
+        ROOT / "experiments" / "tiny.yaml", [f"data.source={small_text}", "evaluate.sample_tokens=8", *settings]
+    )
+
+    def in_this_process(call: list[str], *_: Any, **__: Any) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(json.dumps(mains[call[0].removeprefix("gptcore.")](call[1:])))
+        return told
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTLOOM_HOME", str(home))
+        patch.setattr("gptloom.tasks.training.run_device_process", in_this_process)
+        patch.setattr("gptloom.tasks.records.tracking._git_commit", lambda: "0123abc")
+        run = PipelineRun(config, home / "runs" / "real-1", "pipeline")
+        run.journal.open(run.name)
+        (run.directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        data = prepare(config, home)
+        run.describe_data(data.corpus)
+        trained = train_model.fn(config, data.shards, run.name, run.directory / "train")
+        evaluation = evaluate_model.fn(config, Path(trained["checkpoint"]), data.shards, run.name, run.directory / "evaluate")
+        run.compare(trained, evaluation)
+        train_floor.fn(config, data.shards, run.name, run.directory / "floor")
+        run.journal.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return run.directory
+
+
+def wait_for(condition: Callable[[], object], what: str = "waited in vain", seconds: float = 60.0) -> None:
+    """Until it is true. The limit is for a program that hangs, not for a machine that has much to do."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def users_environment(home: Path) -> dict[str, str]:
+    """The environment of a command that a user starts: without what other tests or servers left there."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    return kept | {"GPTLOOM_HOME": str(home)}
 
 
 def require(binary: str, reason: str) -> str:

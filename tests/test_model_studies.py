@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, users_environment
 
 from gptcore.config import EvaluateConfig, ModelConfig, check_config
 from gptcore.device import choose_device
@@ -189,9 +188,8 @@ def test_a_loss_is_paired_by_document():
 
 
 def run_smoke(name: str, home: Path, text: Path, *more: str) -> tuple[dict[str, Any], Path]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
     command = [sys.executable, "-m", "gptcore.studies", name, "--smoke", f"data.source={text}", "train.device=cpu", *more]
-    done = subprocess.run(command, cwd=ROOT, env=kept | {"GPTLOOM_HOME": str(home)}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=users_environment(home), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["failed"], result["not_run"]) == (0, 0), done.stderr

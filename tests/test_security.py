@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from conftest import ROOT, users_environment
 from safetensors.torch import save_file
 
 from gptcore.checkpoint import FORMAT, load_model
@@ -38,7 +39,6 @@ from gptloom.flows.forms import NO_LOGIN, Overrides
 from gptloom.flows.servers.listening import check_host
 from gptloom.tasks.runtime.liveness import device_locks
 
-ROOT = Path(__file__).parent.parent
 CONFIG = {"model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8}}
 FILES = ("model.safetensors", "tokenizer.json", "config.yaml", "state.json")
 
@@ -355,8 +355,7 @@ def test_planted_secrets_appear_nowhere(small_text: Path, tmp_path: Path) -> Non
     (tmp_path / "netrc").chmod(0o600)
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     home = tmp_path / "home"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    env = kept | planted | {"GPTLOOM_HOME": str(home), "NETRC": str(tmp_path / "netrc")}
+    env = users_environment(home) | planted | {"NETRC": str(tmp_path / "netrc")}
     source = f"http://127.0.0.1:{server.server_port}/not-secret-at-all.txt"
     command = [sys.executable, "-m", "gptloom.flows.command.cli", "run", str(tmp_path / "tiny.yaml"), f"data.source={source}"]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

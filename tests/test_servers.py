@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import require
+from conftest import free_port, require
 
 from gptloom.flows.servers.prefect_api import answers, request
 
@@ -70,7 +69,7 @@ class Stack:
         output = open(self.home / "up.txt", "w")  # noqa: SIM115 (closed with the child's copy)
         self.process = subprocess.Popen(self.command("up"), cwd=self.folder, env=self.env, stdout=output, stderr=output)
         output.close()
-        if not wait_for(lambda: self.state.exists() or self.process.poll() is not None, 180) or not self.state.exists():
+        if not wait_for(lambda: self.state.exists() or self.process.poll() is not None, 240) or not self.state.exists():
             pytest.fail(f"gptloom up did not come up:\n{(self.home / 'up.txt').read_text()}")
 
     def command(self, verb: str) -> list[str]:
@@ -79,7 +78,8 @@ class Stack:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "GPTLOOM_HOME": str(self.home)}
+        # A worker asks for work every second, not every ten: a test starts a dozen runs, one after the other.
+        return {**os.environ, "GPTLOOM_HOME": str(self.home), "PREFECT_WORKER_QUERY_SECONDS": "1"}
 
     def call(self, verb: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(verb), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=150)
@@ -141,12 +141,6 @@ def retried(call: Callable[[], Any]) -> Any:
     return call()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def running_stack(home: Path, **where: Any) -> Iterator[Stack]:
     """A `gptloom up` on ports of its own, ended afterwards with all that it started."""
@@ -199,9 +193,9 @@ def test_schedules_fire(stack):
     def runs() -> list[dict[str, Any]]:
         return retried(lambda: request(f"{stack.api}/flow_runs/filter", scheduled))
 
-    assert wait_for(lambda: bool(runs()), 20), (stack.home / "servers" / "prefect.log").read_text()[-3000:]
+    assert wait_for(lambda: bool(runs()), 60), (stack.home / "servers" / "prefect.log").read_text()[-3000:]
     nightly, reconcile = stack.deployment("nightly/nightly")["id"], stack.deployment("reconcile/reconcile")["id"]
-    assert wait_for(lambda: {nightly, reconcile} <= {run["deployment_id"] for run in runs()}, 20)
+    assert wait_for(lambda: {nightly, reconcile} <= {run["deployment_id"] for run in runs()}, 60)
     assert all(run["auto_scheduled"] for run in runs())
     nights = [run for run in runs() if run["deployment_id"] == nightly]
     assert all("T02:00:00" in run["expected_start_time"] for run in nights)  # UTC in prefect.yaml
@@ -303,8 +297,8 @@ def test_trainings_of_one_pool_wait_for_each_other_and_the_urgent_do_not(stack, 
     """Two trainings side by side halve each other's speed and may not fit the device; a rollback must not wait for either."""
     slow = {"experiment": str(tiny), "overrides": {"max_steps": 200}}
     runs = [stack.start_run("train/train", slow), stack.start_run("train/train", slow)]
-    stack.wait_for_run(runs[0], {"RUNNING"}, 60)
-    promoted = stack.wait_for_run(stack.start_run("promote/promote", {"model": "tiny"}), {"COMPLETED"}, 60)
+    stack.wait_for_run(runs[0], {"RUNNING"}, 120)
+    promoted = stack.wait_for_run(stack.start_run("promote/promote", {"model": "tiny"}), {"COMPLETED"}, 120)
     one, two = (stack.wait_for_run(run, {"COMPLETED"}, 120) for run in runs)
     first, second = sorted((one, two), key=lambda run: run["start_time"])
     assert first["end_time"] <= second["start_time"]
@@ -315,11 +309,11 @@ def test_night_that_fires_while_the_last_still_runs_is_cancelled(stack, tiny):
     """Two nights at once would both replace one champion."""
     long = {"experiment": str(tiny), "overrides": {"max_steps": 10_000_000, "more": ["name=long-night"]}, "force": True}
     first = stack.start_run("nightly/nightly", long)
-    stack.wait_for_run(first, {"RUNNING"}, 60)
-    second = stack.wait_for_run(stack.start_run("nightly/nightly", long), {"CANCELLED"}, 60)
+    stack.wait_for_run(first, {"RUNNING"}, 120)
+    second = stack.wait_for_run(stack.start_run("nightly/nightly", long), {"CANCELLED"}, 120)
     assert "concurrency limit" in second["state"]["message"].lower()
     retried(lambda: request(f"{stack.api}/flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}}))
-    stack.wait_for_run(first, {"CANCELLED"}, 60)
+    stack.wait_for_run(first, {"CANCELLED"}, 120)
 
 
 def test_pool_without_a_worker_says_so(stack):
@@ -337,10 +331,10 @@ def test_pool_without_a_worker_says_so(stack):
 def start_long_run(stack: Stack, tiny: Path) -> str:
     """A flow run that would train for hours, once it trains."""
     run = stack.start_run("pipeline/smoke", {"experiment": str(tiny), "overrides": {"max_steps": 10_000_000}})
-    stack.wait_for_run(run, {"RUNNING"}, 60)
+    stack.wait_for_run(run, {"RUNNING"}, 120)
     name = request(f"{stack.api}/flow_runs/{run}")["name"]
     journal = stack.home / "runs" / name / "train" / "metrics.jsonl"
-    assert wait_for(lambda: journal.exists() and "train/loss" in journal.read_text(), 60), stack.worker_log()
+    assert wait_for(lambda: journal.exists() and "train/loss" in journal.read_text(), 120), stack.worker_log()
     return run
 
 
@@ -350,7 +344,7 @@ def test_power_cut_of_a_run_is_put_right_and_resumed(stack, tiny):
     parameters = {"experiment": str(tiny), "overrides": steps}
     whole = stack.wait_for_run(stack.start_run("pipeline/smoke", parameters), {"COMPLETED"}, 120)
     run = stack.start_run("pipeline/smoke", parameters)
-    assert wait_for(lambda: bool(checkpoints(stack, run)), 60), stack.worker_log()
+    assert wait_for(lambda: bool(checkpoints(stack, run)), 120), stack.worker_log()
     name = request(f"{stack.api}/flow_runs/{run}")["name"]
     worker = json.loads(stack.state.read_text())["pids"]["worker-cpu"]
     flow_run = [pid for pid, command in stack.processes().items() if "prefect.engine" in command or "flow-run" in command]

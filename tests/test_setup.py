@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import forms, pytest_collection_modifyitems
+from conftest import LONGEST, forms, pytest_collection_modifyitems
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -129,12 +129,21 @@ def test_tests_in_containers_are_not_passed_in_silence(bare_checkout):
 def test_long_forms_run_only_where_they_are_asked_for(asked, left):
     """In `make test` they would cost an hour; left out of `make test-long`, nobody would ever run them."""
     marks = [[]] + [value.marks for value in forms(short=[0], long=[1, 2])[1:]]
-    items = [
-        SimpleNamespace(name=n, get_closest_marker=lambda name, n=n: [m for m in marks[n] if m.name == name]) for n in range(3)
-    ]
+
+    def item(number):
+        found = {mark.name: mark for mark in marks[number]}
+        return SimpleNamespace(name=number, path=Path("test_toy.py"), get_closest_marker=found.get)
+
+    items = [item(number) for number in range(3)]
     hook = SimpleNamespace(pytest_deselected=lambda items: None)
     pytest_collection_modifyitems(SimpleNamespace(option=SimpleNamespace(markexpr=asked), hook=hook), items)
     assert [item.name for item in items] == left  # what `-m` itself leaves out, pytest does
+
+
+def test_files_that_are_begun_first_exist():
+    """A renamed one would be begun last, and keep one worker busy alone."""
+    names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert names >= set(LONGEST)
 
 
 def test_deployments_point_at_what_exists():

