@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -16,6 +16,7 @@ from prefect.exceptions import CancelledRun
 
 from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
 from gptcore.config.switches import SWITCHES
+from gptcore.config.train import DeviceName
 from gptcore.markdown import markdown_table
 from gptcore.store import home_dir
 from gptloom.flows.forms import Experiment, Overrides, titled
@@ -27,7 +28,7 @@ from gptloom.tasks.runtime.process import run_device_process
 
 Minutes = Annotated[float, titled("Budget (minutes)", ge=1, le=100_000)]
 Corpus = Annotated[str, titled("Corpus")]
-DeviceChoice = Annotated[Literal["auto", "cpu", "cuda"], titled("Device")]
+DeviceChoice = Annotated[DeviceName, titled("Device")]
 
 
 @flow(name="budget", flow_run_name="budget of {minutes} minutes", persist_result=False, result_serializer="json")

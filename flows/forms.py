@@ -5,13 +5,23 @@ python -c "from gptloom.flows.forms import experiment_files; print(experiment_fi
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    field_validator,
+    model_serializer,
+)
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
 
-from gptcore.config import refuse_secret
-from gptcore.config.switches import STUDIES
+from gptcore.config import ExperimentConfig, refuse_secret
+from gptcore.config.switches import STUDIES, SWITCHES
 from gptloom import PACKAGE, find_project
 
 
@@ -56,52 +66,44 @@ def _without_nulls(schema: dict[str, Any]) -> None:
 # Checked by the server when a run is created, before it stores the form.
 NO_LOGIN: dict[str, Any] = {"pattern": r"^(?!.*://[^/?#\s]*@)"}
 
+# What the form shows beside its list of other fields: its own name for a field → the field. Title, text, bounds and choices of
+# each are those of the configuration's class.
+SHOWN = {
+    "data_source": "data.source",
+    "max_steps": "train.max_steps",
+    **{name: f"model.{name}" for name in ("n_layer", "n_head", "n_embd", "block_size")},
+    **{name: f"train.{name}" for name in ("lr", "global_batch_size", "device", "seed")},
+    **{name: f"studies.{name}" for name in SWITCHES},
+}
 
-class Overrides(BaseModel):
+
+def _form_field(where: str) -> tuple[Any, Any]:
+    """A field of the configuration as one that may be left empty. Of several types it takes the first: a source, but no list."""
+    section, name = where.split(".")
+    model: Any = ExperimentConfig.model_fields[section].annotation
+    field: FieldInfo = model.model_fields[name]
+    kind: Any = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]
+    for bound in field.metadata:
+        kind = Annotated[kind, bound]
+    extra = NO_LOGIN if where == "data.source" else None
+    shown = Field(None, title=field.title, description=f"{where}: {field.description}", json_schema_extra=extra)
+    return kind | (None if kind is bool else Unset), shown
+
+
+if TYPE_CHECKING:
+    ShownFields = BaseModel
+else:
+    ShownFields = create_model("ShownFields", **{name: _form_field(where) for name, where in SHOWN.items()})
+
+
+class Overrides(ShownFields):
     """What differs from the experiment file; empty fields keep the file's values."""
 
     # A value that is refused may hold a password: the error does not repeat it.
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_without_nulls, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra=_without_nulls, hide_input_in_errors=True)
 
-    data_source: str | Unset = Field(
-        None,
-        title="Source of text",
-        description="data.source: a text file, a folder (all its files of data.formats: txt, md, html, jsonl, csv, parquet), or "
-        "package:NAME==VERSION/GLOB#sha256=HEX.",
-        json_schema_extra=NO_LOGIN,
-    )
-    max_steps: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, title="Length (optimizer steps)", description="train.max_steps: where the training ends."
-    )
-    n_layer: Annotated[int, Field(ge=1)] | Unset = Field(None, title="Depth (layers)", description="model.n_layer: depth.")
-    n_head: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, title="Attention heads", description="model.n_head: attention heads; must divide n_embd."
-    )
-    n_embd: Annotated[int, Field(ge=2)] | Unset = Field(
-        None, title="Width (channels)", description="model.n_embd: width in channels."
-    )
-    block_size: Annotated[int, Field(ge=2)] | Unset = Field(
-        None, title="Context (tokens)", description="model.block_size: context in tokens."
-    )
-    lr: Annotated[float, Field(gt=0)] | Unset = Field(
-        None, title="Peak learning rate", description="train.lr: peak learning rate."
-    )
-    global_batch_size: Annotated[int, Field(ge=1)] | Unset = Field(
-        None, title="Batch (sequences per step)", description="train.global_batch_size: sequences per optimizer step."
-    )
-    device: Literal["auto", "cpu", "cuda"] | Unset = Field(
-        None, title="Device", description="train.device: auto takes a GPU if there is one."
-    )
-    seed: Annotated[int, Field(ge=0)] | Unset = Field(
-        None, title="Seed", description="train.seed: weights, order of samples, dropout."
-    )
-    floor: bool | None = Field(None, title="Bigram floor", description="studies.floor: train the bigram floor.")
-    timing: bool | None = Field(None, title="Timing map", description="studies.timing: map where a step's time goes.")
-    quantization: bool | None = Field(None, title="int8 weights", description="studies.quantization: int8 weights.")
-    accumulation: bool | None = Field(
-        None, title="Accumulation study", description="studies.accumulation: one batch in several micro-steps."
-    )
-    rnn: bool | None = Field(None, title="LSTM baseline", description="studies.rnn: LSTM baseline.")
     more: list[str] = Field(
         default_factory=list,
         title="Other fields",
@@ -109,7 +111,7 @@ class Overrides(BaseModel):
         json_schema_extra={"items": {"type": "string"} | NO_LOGIN},
     )
 
-    @field_validator("data_source", "more")
+    @field_validator("data_source", "more", check_fields=False)
     @classmethod
     def _no_secret(cls, value: str | list[str] | None) -> str | list[str] | None:
         for text in value if isinstance(value, list) else [value or ""]:
@@ -122,16 +124,8 @@ class Overrides(BaseModel):
 
     def as_list(self) -> list[str]:
         """The form as `section.field=value`, in the order in which they are applied."""
-        sections = {
-            "data": ["data_source"],
-            "model": ["n_layer", "n_head", "n_embd", "block_size"],
-            "studies": ["floor", "timing", "quantization", "accumulation", "rnn"],
-        }
-        where = {name: section for section, names in sections.items() for name in names}
         values = self.model_dump(exclude={"more"}, exclude_none=True)
-        return [
-            f"{where.get(name, 'train')}.{name.removeprefix('data_')}={value}" for name, value in values.items()
-        ] + self.more
+        return [f"{SHOWN[name]}={value}" for name, value in values.items()] + self.more
 
 
 Changes = Annotated[Overrides, titled("Changes to the experiment")]

@@ -17,10 +17,11 @@ import pytest
 from conftest import ROOT, users_environment
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from pydantic import BaseModel, ValidationError
 
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.store import commit_dir
-from gptloom.flows.forms import Overrides
+from gptloom.flows.forms import SHOWN, Overrides
 from gptloom.flows.run import load_run
 
 SMOKE = ROOT / "experiments" / "smoke.yaml"
@@ -243,6 +244,44 @@ def test_form_becomes_overrides(tmp_path: Path) -> None:
         assert getattr(getattr(config, section), field) == value, name
     assert config.train.warmup_steps == 1
     assert load_config(path, Overrides().as_list()) == ExperimentConfig(name="toy")
+
+
+def test_form_and_configuration_agree() -> None:
+    """The form took lr=50 and n_head=5000, which the configuration refuses: two homes of one rule part ways."""
+    form = Overrides.model_json_schema()["properties"]
+    assert set(form) == {*SHOWN, "more"}
+    rules = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+    for name, where in SHOWN.items():
+        section, field = where.split(".")
+        kind: Any = ExperimentConfig.model_fields[section].annotation
+
+        def is_taken(value: Any, model: type[BaseModel], field: str) -> bool:
+            """Whatever the other fields would say to it."""
+            try:
+                model.model_validate({field: value})
+            except ValidationError as refused:
+                return not any(error["loc"][:1] == (field,) for error in refused.errors())
+            return True
+
+        config = kind.model_json_schema()["properties"][field]
+        shown = form[name]
+        assert shown["title"] == config["title"], name  # with its unit
+        assert shown["description"] == f"{where}: {config['description']}"
+        own, theirs = (schema.get("anyOf", [schema])[0] for schema in (shown, config))
+        assert {rule: own.get(rule) for rule in rules} == {rule: theirs.get(rule) for rule in rules}, name
+        values: list[Any] = [None, "", "nonsense", True, 0, -1, 2**63, float("nan"), float("inf"), *own.get("enum", [])]
+        for rule in rules[2:]:
+            if (bound := own.get(rule)) is not None:
+                steps = (1, -1) if own["type"] == "integer" else (bound * 1e-9 + 1e-12, -bound * 1e-9 - 1e-12)
+                values += [bound, *(bound + step for step in steps)]
+        if where == "data.source":
+            values += ["a.txt", "https://me:hunter2@host/a.txt"]
+        for value in values[1:]:
+            assert is_taken(value, Overrides, name) == is_taken(value, kind, field), f"{name}={value!r}"
+        assert is_taken(None, Overrides, name)  # empty: the file's
+    for said in ({"lr": 50}, {"n_head": 5000}):
+        with pytest.raises(ValidationError):
+            Overrides(**said)
 
 
 def test_form_and_page_say_what_is_read_of_a_folder() -> None:

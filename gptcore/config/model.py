@@ -72,10 +72,12 @@ class ModelConfig(Section):
         description="Fills the fields marked [preset] that are not given. classic: the 2017 paper's decoder; "
         "gpt2: GPT-2; modern: what was measured to learn most per second.",
     )
-    n_layer: int = Field(4, ge=1, le=1000, description="Depth: number of blocks (gpt, mingru) or layers (lstm, gru).")
-    n_head: int = Field(4, ge=1, le=1000, description="Attention heads; must divide n_embd.")
-    n_embd: int = Field(128, ge=2, le=100_000, description="Width in channels.")
-    block_size: int = Field(128, ge=2, le=1 << 20, description="Maximum context, in tokens.")
+    n_layer: int = Field(
+        4, ge=1, le=1000, title="Depth (layers)", description="Depth: number of blocks (gpt, mingru) or layers (lstm, gru)."
+    )
+    n_head: int = Field(4, ge=1, le=1000, title="Attention heads", description="Attention heads; must divide n_embd.")
+    n_embd: int = Field(128, ge=2, le=100_000, title="Width (channels)", description="Width in channels.")
+    block_size: int = Field(128, ge=2, le=1 << 20, title="Context (tokens)", description="Maximum context, in tokens.")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout probability; 0 is right while training sees each token less than a few times."
     )

@@ -31,15 +31,19 @@ STUDIES = _described()
 SHORT = tuple(name for name in STUDIES if (PACKAGES / name / BRIEF).is_file())
 
 
-_fields: dict[str, Any] = {name: (bool, Field(True, description=STUDIES[name])) for name in SHORT}
+_fields: dict[str, Any] = {
+    name: (bool, Field(True, title=f"{name.capitalize()} study", description=STUDIES[name])) for name in SHORT
+}
 _Switches: Any = create_model("_Switches", __base__=Section, **_fields)
 
 
 class StudiesConfig(_Switches):
     """The research items of the notes, as `gptloom run` has them. Each can be switched off."""
 
-    floor: bool = Field(True, description="Train the bigram model: the floor every other model is compared with.")
-    rnn: bool = Field(True, description="LSTM with the GPT's parameters and tokens.")
+    floor: bool = Field(
+        True, title="Bigram floor", description="Train the bigram model: the floor every other model is compared with."
+    )
+    rnn: bool = Field(True, title="LSTM baseline", description="LSTM with the GPT's parameters and tokens.")
     accumulation_steps: int = Field(
         4, ge=2, le=1024, description="Micro-steps of the accumulation study's second arm; must divide train.global_batch_size."
     )

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from gptcore.config.base import Section
 
+DeviceName = Literal["auto", "cpu", "cuda"]
 ENDS = ("max_steps", "max_tokens", "minutes")
 DEFAULT_STEPS = 1000  # where the file names no end at all
 
@@ -18,13 +19,13 @@ MAY_CHANGE = {"micro_batch_size", "processes", "parallel", "save_interval", "kee
 class TrainConfig(Section):
     """The optimizer's loop. A run ends at the first of max_steps, max_tokens and minutes that is given."""
 
-    seed: int = Field(1337, ge=0, lt=2**63, description="Seed of weights, sample order and dropout.")
+    seed: int = Field(1337, ge=0, lt=2**63, title="Seed", description="Seed of weights, sample order and dropout.")
     init_from: str | None = Field(
         None,
         min_length=1,
         description="Checkpoint directory (step_NNNNNN) whose weights the run starts from; empty: random weights.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU if there is one, else the CPU.")
+    device: DeviceName = Field("auto", title="Device", description="auto: a CUDA GPU if there is one, else the CPU.")
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"] = Field(
         "auto",
         description="Arithmetic of the matrix products. auto: bf16 on a GPU that has it, fp32 on a CPU. fp16 scales the "
@@ -58,21 +59,33 @@ class TrainConfig(Section):
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for everything."
     )
-    global_batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, over all micro-steps and processes.")
+    global_batch_size: int = Field(
+        32,
+        ge=1,
+        title="Batch (sequences per step)",
+        description="Sequences per optimizer step, over all micro-steps and processes.",
+    )
     micro_batch_size: int | Literal["auto"] = Field(
         "auto",
         description="Sequences per forward pass; must divide global_batch_size. auto: as many as fit in memory, halved "
         "when it runs out.",
     )
     max_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps. Empty: 1000, unless max_tokens or minutes is given."
+        None,
+        ge=1,
+        title="Length (optimizer steps)",
+        description="Optimizer steps; 1000 where neither these nor max_tokens nor minutes are given.",
     )
     max_tokens: int | None = Field(None, ge=1, description="Training tokens, rounded up to whole steps.")
     minutes: float | None = Field(
         None, gt=0, description="Minutes of training, evaluation and saving; the schedule follows the clock."
     )
     lr: float = Field(
-        0.02, gt=0, lt=10, description="Peak learning rate of Muon's matrices (of everything with optimizer=adamw)."
+        0.02,
+        gt=0,
+        lt=10,
+        title="Peak learning rate",
+        description="Peak learning rate of Muon's matrices (of everything with optimizer=adamw).",
     )
     adamw_lr: float = Field(
         0.003,
