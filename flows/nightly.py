@@ -10,11 +10,12 @@ moves the alias `champion`. A night that fires while the one before still runs i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
@@ -24,19 +25,22 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.nights.gate import Decision, decide
+from gptcore.nights.ledger import Generation, KnownModel, Ledger, Matrix, draw_matrix, explain, read_matrix
+from gptcore.nights.scores import Scores, load_scores, pool, score_path
 from gptcore.nights.settings import NightlySettings
+from gptcore.shards import SplitTooSmall
 from gptcore.store import content_id, home_dir, read_manifest
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
 from gptloom.flows.run import STOPS, cancelled, finish, named_by_experiment, new_run_name, open_run
+from gptloom.tasks import nightly as steps
 from gptloom.tasks.data import ingest
-from gptloom.tasks.records.tracking import NOTE_TAG, check_store, find_run, first_line
+from gptloom.tasks.nightly import Text
+from gptloom.tasks.records import registry
+from gptloom.tasks.records.registry import Version
+from gptloom.tasks.records.tracking import NOTE_TAG, check_store, find_run, first_line, keep_files
 from gptloom.tasks.reporting import data_url, links
 from gptloom.tasks.runtime.log import run_logger
-
-if TYPE_CHECKING:
-    from gptcore.nights.gate import Decision
-    from gptcore.nights.ledger import Generation, Ledger, Matrix
-    from gptloom.tasks.records.registry import Version
 
 DEFAULTS = NightlySettings()
 Settings = Annotated[NightlySettings, titled("Gate, retention, messages")]
@@ -67,7 +71,7 @@ def nightly(
     name = flow_run.get_name() if FlowRunContext.get() else None
     night = Night(config, home_dir() / "nightly" / config.name, settings, force)
     try:
-        result = night.run(name or new_run_name(f"{config.name}-nightly"))
+        result = run_night(night, name or new_run_name(f"{config.name}-nightly"))
     except STOPS as stop:
         return cancelled(stop)
     return Completed(name=result["outcome"].capitalize(), message=result["reason"], data=result)
@@ -75,340 +79,378 @@ def nightly(
 
 def tell_failure(name: str, error: UserError, settings: NightlySettings) -> None:
     """The message of a night that could not even begin, and so has no record."""
-    from gptloom.tasks import nightly as steps
-
     steps.notify({"outcome": "failed", "reason": str(error), "champion": "as before", "run": "none"}, settings, name)
 
 
+@dataclass
 class Night:
-    """One night of one experiment. `run` does it and leaves its record, report and artifacts, whatever happens."""
+    """One night of one experiment: what it was told, and what its steps have found so far."""
 
-    def __init__(self, config: ExperimentConfig, folder: Path, settings: NightlySettings, force: bool = False) -> None:
-        from gptcore.nights.ledger import Ledger
+    config: ExperimentConfig
+    folder: Path  # ledger, scores, reports
+    settings: NightlySettings
+    force: bool = False
+    name: str = ""
+    home: Path = field(default_factory=home_dir)
+    ledger: Ledger = field(init=False)
+    champion: Version | None = None
+    source_bytes: int = 0
+    corpus: Path = Path()
+    tonight: Generation | None = None  # the new text; None when a forced night has none
+    text: Text = field(init=False)
+    plan: dict[str, tuple[ExperimentConfig, Path]] = field(default_factory=dict)  # arm → config, what it learns from
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # what became of each
+    winner: str = ""
+    decision: Decision | None = None
+    made: list[str] = field(default_factory=list)
+    error: str | None = None  # what is wrong with the input, where a guard found it
 
-        self.config, self.folder, self.settings, self.force = config, folder, settings, force
-        self.home = home_dir()
-        self.ledger: Ledger = Ledger.load(folder)
-        self.champion: Version | None = None
-        self.arms: dict[str, dict[str, Any]] = {}
-        self.decision: Decision | None = None
-        self.val_bpb: float | None = None
-        self.tonight_key: str | None = None
-        self.made: list[str] = []
-        self.shards: dict[str, Path] = {}  # what each arm learns from
-        self.error: str | None = None  # what is wrong with the input, where a guard found it
+    def __post_init__(self) -> None:
+        self.ledger = Ledger.load(self.folder)
+        self.number = len(self.ledger.nights) + 1
 
-    def run(self, name: str) -> dict[str, Any]:
-        """The record of the night: night, run, outcome, reason, champion, val_bpb, …; raises what made it fail, recorded too."""
-        from gptloom.tasks.records import registry
+    @property
+    def key(self) -> str | None:
+        """The run of tonight's model, once it is chosen."""
+        return f"{self.name}/{self.winner}" if self.winner else None
 
-        self.name, self.number = name, len(self.ledger.nights) + 1
-        failure: BaseException | None = None
-        try:
-            self.champion = registry.champion(self.config.name)
-            outcome, reason = self._work()
-        except BaseException as error:
-            failure, outcome, reason = error, "failed", (str(error).splitlines() or [type(error).__name__])[0]
-        night = {
-            "night": self.number,
-            "run": name,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "outcome": outcome,
-            "reason": reason,
-            "champion": self._champion_now(),
-            "val_bpb": self.val_bpb,
-            "made": self.made,
-        } | ({"error": self.error} if self.error else {})
-        self.ledger.nights.append(night)
-        self._finish(night)
-        if failure is not None:
-            raise failure
-        return night
+    @property
+    def val_bpb(self) -> float | None:
+        return self.arms[self.winner]["val_bpb"] if self.winner else None
 
-    # --- what is done, in order -----------------------------------------------------------------------------------------
 
-    def _work(self) -> tuple[str, str]:
-        from gptloom.tasks import nightly as steps
-        from gptloom.tasks.records import registry
+def run_night(night: Night, name: str) -> dict[str, Any]:
+    """The record of the night: night, run, outcome, reason, champion, val_bpb, …; raises what made it fail, recorded too.
 
-        steps.check_disk(self.home, self.settings)
-        if self.champion is not None:
-            registry.check_usable(self.champion)
-        size, before = steps.look_at_sources(self.config.data, self.home), self.ledger.source_bytes
-        if not self.force and size < self.settings.shrink_percent / 100 * before:
-            self.error = (
-                f"the sources hold {size:,} bytes, {100 * size / before:.0f} % of the {before:,} of last time; put the missing "
-                "files back, or start the night with force if that is how it should be"
-            )
-            return "refused", self.error
-        corpus = finish(ingest, self.config.data, self.home)
-        steps.seed_ledger(self.ledger, self.champion, corpus, self.home)
-        tonight = steps.find_new_text(corpus, self.ledger, self.home)
-        settings_id = content_id(self.config.model_dump(mode="json"))
-        changed = bool(self.ledger.settings) and settings_id != self.ledger.settings
-        if tonight is None and self.champion is not None and not changed and not self.force:
-            self.ledger.source_bytes = size
-            return "skipped", f"no new text in corpus {corpus.name}: whatever was added is there already"
-        outcome = self._train(corpus, tonight)
-        self.ledger.source_bytes, self.ledger.settings = size, settings_id
-        return outcome
+    Record, report and artifacts are left behind whatever happens.
+    """
+    night.name = name
+    failure: BaseException | None = None
+    try:
+        night.champion = registry.champion(night.config.name)
+        decision = work(night)
+    except BaseException as error:
+        failure = error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # What the gate had said before is on the page all the same.
+        decision = replace(night.decision or Decision("failed", reason), outcome="failed", reason=reason)
+    night.decision = decision
+    record = {
+        "night": night.number,
+        "run": name,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "outcome": decision.outcome,
+        "reason": decision.reason,
+        "champion": champion_now(night),
+        "val_bpb": night.val_bpb,
+        "made": night.made,
+    } | ({"error": night.error} if night.error else {})
+    night.ledger.nights.append(record)
+    try:
+        # Before all that may break: the alias may have moved, and the next night has to know.
+        night.ledger.save(night.folder)
+    finally:
+        tell(night, record)
+    if failure is not None:
+        raise failure
+    return record
 
-    def _train(self, corpus: Path, tonight: Generation | None) -> tuple[str, str]:
-        from gptcore.corpus.selection import select_segments
-        from gptloom.tasks import nightly as steps
 
-        if (
-            tonight
-            and (repeated := steps.measure_repetition(self.ledger, tonight, self.home)) > self.settings.memorised_percent
-        ):
-            return self._refuse_text(
-                tonight,
-                f"memorisation guard: {repeated:.0f} % of the frozen hold-outs stand in tonight's text, almost word for word",
-            )
-        chosen = select_segments(corpus, steps.training_segments(corpus, self.ledger, tonight), self.home)
-        vocab = steps.vocabulary_of(self.champion, self.config.vocab, chosen, self.home)
-        try:
-            text = steps.prepare_text(self.config, corpus, vocab, self.ledger, tonight, self.home)
-        except UserError as error:
-            if tonight is None or self.champion is None or "split has" not in str(error):
-                raise
-            return "skipped", f"only {tonight.bytes:,} bytes of new text, too little to hold any out; it waits for more"
-        self.made = [text.training.name]
-        if self.champion is not None and text.unknown_percent > self.settings.corrupt_percent:
-            return self._refuse_text(
-                tonight, f"unreadable text: {text.unknown_percent:.0f} % of it is unknown to the vocabulary"
-            )
-        configs = steps.plan_arms(self.config, self.champion, self.settings)
-        arms = {key: (config, text.training) for key, config in configs.items()}
-        if self.settings.new_vocabulary and self.champion is not None:
-            arms |= self._new_vocabulary(corpus, chosen, text, configs["scratch"])
-        steps.add_earlier_vocabularies(text, self.config, corpus, self.ledger, self.home)
-        self.shards = {key: shards for key, (_, shards) in arms.items()}
-        with open_run(self.config, self.home / "runs" / self.name) as run:
-            run.journal.tags({"gptloom.step": "nightly"})
-            run.describe_data(text.corpus)
-            directory, scores = run.directory / "arms", self.folder / "scores"
-            result = steps.run_arms(arms, text, self.champion, self.ledger, self.settings, self.name, directory, scores)
-            unreadable = result["unreadable_percent"]
-            if not result["arms"]:
-                outcome = self._refuse_text(
-                    tonight,
-                    f"unreadable text: in {unreadable:.0f} % of it the order of the characters means nothing to the champion; is it "
-                    "damaged, or in another language?",
-                )
-                run.journal.tags({"gptloom.outcome": outcome[0]})
-                return outcome
-            self.arms = result["arms"]
-            winner = self._choose(text)
-            trained = self.arms[winner]
-            self.val_bpb, self.tonight_key = trained["val_bpb"], f"{self.name}/{winner}"
-            run.compare(trained, trained)
-            if tonight is not None:
-                self.ledger.generations.append(tonight)
-            outcome = self._decide(text, winner)
-            run.journal.tags(
-                {"gptloom.outcome": outcome[0], "gptloom.arm": winner, NOTE_TAG: f"**{outcome[0]}**: {outcome[1]}"}
-            )
-        if outcome[0] != "refused":
-            self._register(text, winner, outcome)
-        return outcome
+def work(night: Night) -> Decision:
+    """The night's steps in order; each ends it by a decision, or leaves it to the next."""
+    if (decision := look(night) or read(night)) is not None:
+        return decision
+    decision = prepare(night) or train_and_judge(night)
+    night.ledger.source_bytes, night.ledger.settings = night.source_bytes, settings_id(night)
+    return decision
 
-    def _new_vocabulary(
-        self, corpus: Path, chosen: Path, text: Any, config: ExperimentConfig
-    ) -> dict[str, tuple[ExperimentConfig, Path]]:
-        """The arm whose vocabulary is learnt afresh, by its key, its hold-outs added to those of `text`. None where the text has
-        taught nothing new: that would be `scratch` once more.
-        """
-        from gptloom.tasks import nightly as steps
 
-        vocab = steps.vocabulary_of(None, self.config.vocab, chosen, self.home)
-        if read_manifest(vocab)["fingerprint"] == read_manifest(text.vocab)["fingerprint"]:
-            run_logger().info("no arm with a new vocabulary: all text so far gives the champion's again")
-            return {}
-        try:
-            other = steps.prepare_text(self.config, corpus, vocab, self.ledger, text.tonight, self.home)
-        except UserError as error:
-            run_logger().info("no arm with a new vocabulary: %s", error)
-            return {}
-        for name, shards in other.holdouts.items():
-            text.holdouts[name] |= shards
-        self.made.append(other.training.name)
-        return {"new-vocabulary": (config, other.training)}
+# --- look, ingest, prepare -----------------------------------------------------------------------------------------------
 
-    def _refuse_text(self, tonight: Generation | None, reason: str) -> tuple[str, str]:
-        """No model learns from tonight's text, neither now nor later; it is no yardstick either."""
-        if tonight is not None:
-            tonight.is_accepted, tonight.reason = False, reason
-            self.ledger.generations.append(tonight)
-        return "refused", f"{reason}; tonight's text is left out from now on"
 
-    def _pairs(self, key: str, names: list[str]) -> dict[str, tuple[Any, Any]]:
-        """(champion's, the other model's) scores on hold-outs."""
-        from gptcore.nights.scores import load_scores, score_path
+def look(night: Night) -> Decision | None:
+    """Is there room, is the champion usable, are the sources there?"""
+    steps.check_disk(night.home, night.settings)
+    if night.champion is not None:
+        registry.check_usable(night.champion)
+    size, before = steps.look_at_sources(night.config.data, night.home), night.ledger.source_bytes
+    night.source_bytes = size
+    if night.force or size >= night.settings.shrink_percent / 100 * before:
+        return None
+    night.error = (
+        f"the sources hold {size:,} bytes, {100 * size / before:.0f} % of the {before:,} of last time; put the missing "
+        "files back, or start the night with force if that is how it should be"
+    )
+    return Decision("refused", night.error)
 
-        assert self.champion is not None
-        both = (self.champion.facts["run"], key)
-        return {name: tuple(load_scores(score_path(self.folder / "scores", k, name)) for k in both) for name in names}  # type: ignore[misc]
 
-    def _yardstick(self, text: Any) -> list[str]:
-        """The hold-outs that decide: those frozen before tonight; without any, tonight's."""
-        tonight = text.tonight.name if text.tonight else None
-        return [name for name in text.holdouts if name != tonight] or list(text.holdouts)
+def settings_id(night: Night) -> str:
+    return content_id(night.config.model_dump(mode="json"))
 
-    def _choose(self, text: Any) -> str:
-        """The arm with the fewest bits per byte on the yardstick."""
-        from gptcore.nights.scores import load_scores, pool, score_path
 
-        for key, arm in self.arms.items():
-            paths = [score_path(self.folder / "scores", f"{self.name}/{key}", name) for name in self._yardstick(text)]
-            arm["frozen_bpb"] = pool([load_scores(path) for path in paths]).bpb
-        return min(self.arms, key=lambda key: self.arms[key]["frozen_bpb"])
+def read(night: Night) -> Decision | None:
+    """Ingest, and find what no night has seen."""
+    night.corpus = finish(ingest, night.config.data, night.home)
+    steps.seed_ledger(night.ledger, night.champion, night.corpus, night.home)
+    night.tonight = steps.find_new_text(night.corpus, night.ledger, night.home)
+    is_changed = night.ledger.settings not in ("", settings_id(night))
+    if night.tonight or night.champion is None or is_changed or night.force:
+        return None
+    night.ledger.source_bytes = night.source_bytes
+    return Decision("skipped", f"no new text in corpus {night.corpus.name}: whatever was added is there already")
 
-    def _decide(self, text: Any, winner: str) -> tuple[str, str]:
-        from gptcore.nights.gate import decide
 
-        trained = self.arms[winner]
-        arms = ", ".join(f"{key} {arm['frozen_bpb']:.4f}" for key, arm in self.arms.items())
-        if self.champion is None:
-            if text.entropy is not None and trained["val_bpb"] >= text.entropy:
-                return "refused", (
-                    f"no champion yet, and {trained['val_bpb']:.3f} bits per byte are no better than byte frequencies "
-                    f"({text.entropy:.3f}); train longer (train.max_steps)"
-                )
-            return "promoted", f"the first model, {trained['val_bpb']:.4f} bits per byte"
-        names = self._yardstick(text)
-        pairs = self._pairs(f"{self.name}/{winner}", list(text.holdouts))
-        tonight = pairs.get(text.tonight.name) if text.tonight and text.tonight.name not in names else None
-        sources = [source.source for source in self.config.data.sources]
-        self.decision = decide(
-            {name: pairs[name] for name in names}, tonight, sources, tuple(trained["recited"]), self.settings, len(self.arms)
+def prepare(night: Night) -> Decision | None:
+    """The text as shards, and the arms that learn from it."""
+    from gptcore.corpus.selection import select_segments
+
+    config, champion, tonight, home = night.config, night.champion, night.tonight, night.home
+    repeated = steps.measure_repetition(night.ledger, tonight, home) if tonight else 0.0
+    if repeated > night.settings.memorised_percent:
+        return refuse_text(
+            night, f"memorisation guard: {repeated:.0f} % of the frozen hold-outs stand in tonight's text, almost word for word"
         )
-        return self.decision.outcome, f"{self.decision.reason}; arm {winner} won ({arms})"
+    chosen = select_segments(night.corpus, steps.training_segments(night.corpus, night.ledger, tonight), home)
+    vocab = steps.vocabulary_of(champion, config.vocab, chosen, home)
+    try:
+        text = night.text = steps.prepare_text(config, night.corpus, vocab, night.ledger, tonight, home)
+    except SplitTooSmall:
+        if tonight is None or champion is None:
+            raise
+        return Decision("skipped", f"only {tonight.bytes:,} bytes of new text, too little to hold any out; it waits for more")
+    night.made = [text.training.name]
+    if champion is not None and text.unknown_percent > night.settings.corrupt_percent:
+        return refuse_text(night, f"unreadable text: {text.unknown_percent:.0f} % of it is unknown to the vocabulary")
+    configs = steps.plan_arms(config, champion, night.settings)
+    night.plan = {key: (arm, text.training) for key, arm in configs.items()}
+    if night.settings.new_vocabulary and champion is not None:
+        plan_new_vocabulary(night, chosen, configs["scratch"])
+    steps.add_earlier_vocabularies(text, config, night.corpus, night.ledger, home)
+    return None
 
-    def _register(self, text: Any, winner: str, outcome: tuple[str, str]) -> None:
-        """The winner becomes the challenger; the champion when the gate said so."""
-        from gptcore.nights.ledger import KnownModel
-        from gptloom.tasks.records import registry
 
-        trained, key = self.arms[winner], f"{self.name}/{winner}"
-        run_id = find_run(self.config.name, key)
-        if run_id is None:
-            raise RuntimeError(f"MLflow does not have run {key}; the champion stays, and the next night tries again")
-        facts = {
-            "run": key,
-            "corpus": text.corpus.name,
-            "vocab": read_manifest(self.shards[winner])["vocab"],
-            "shards": self.shards[winner].name,
-            "val_bpb": trained["val_bpb"],
-            "parameters": trained["parameters"],
-            "night": self.number,
-            "arm": winner,
-        }
-        card = registry.model_card(f"{self.config.name}, night {self.number}", facts, f"{outcome[0]}: {outcome[1]}.")
-        version = registry.register(self.config.name, Path(trained["checkpoint"]), run_id, facts, card)
-        run_logger().info("registered %s, val_bpb %s", version.label, trained["val_bpb"])
-        if outcome[0] == "promoted":
-            registry.promote(version.label, outcome[1])
-            self.ledger.models.append(KnownModel(key, version.version, trained["checkpoint"]))
+def plan_new_vocabulary(night: Night, chosen: Path, config: ExperimentConfig) -> None:
+    """The arm whose vocabulary is learnt afresh, with hold-outs in it. None where the text has taught nothing new: that would be
+    `scratch` once more.
+    """
+    text = night.text
+    vocab = steps.vocabulary_of(None, night.config.vocab, chosen, night.home)
+    if read_manifest(vocab)["fingerprint"] == read_manifest(text.vocab)["fingerprint"]:
+        run_logger().info("no arm with a new vocabulary: all text so far gives the champion's again")
+        return
+    try:
+        other = steps.prepare_text(night.config, night.corpus, vocab, night.ledger, text.tonight, night.home)
+    except UserError as error:
+        run_logger().info("no arm with a new vocabulary: %s", error)
+        return
+    for name, shards in other.holdouts.items():
+        text.holdouts[name] |= shards
+    night.made.append(other.training.name)
+    night.plan["new-vocabulary"] = (config, other.training)
 
-    # --- what is left behind ----------------------------------------------------------------------------------------------
 
-    def _champion_now(self) -> str | None:
-        from gptloom.tasks.records import registry
+def refuse_text(night: Night, reason: str) -> Decision:
+    """No model learns from tonight's text, neither now nor later; it is no yardstick either."""
+    if night.tonight is not None:
+        night.tonight.is_accepted, night.tonight.reason = False, reason
+        night.ledger.generations.append(night.tonight)
+    return Decision("refused", f"{reason}; tonight's text is left out from now on")
 
-        try:
-            now = registry.champion(self.config.name)
-        except Exception:  # the store is away: that is why the night failed
-            now = self.champion
-        return now.version if now else None
 
-    def _finish(self, night: dict[str, Any]) -> None:
-        """Ledger, picture, report, artifacts, clean-up, messages. Trouble after the ledger is told and changes no outcome."""
-        try:
-            # Before all that may break: the alias may have moved, and the next night has to know.
-            self.ledger.save(self.folder)
-        finally:
-            self._tell(night)
+# --- train, judge, register ----------------------------------------------------------------------------------------------
 
-    def _tell(self, night: dict[str, Any]) -> None:
-        from gptcore.nights.page import write_night
-        from gptloom.tasks import nightly as steps
 
-        matrix: Matrix | None = None
-        sentences: list[str] = []
-        row: int | None = None
-        with self._going_on(night, "drift ledger"):
-            matrix, sentences, row = self._matrix()
-        report = self.folder / "reports" / f"{self.name}.html"
-        night["report"] = str(report)
-        shown = {key: value for key, value in night.items() if key not in ("made", "report", "error")}
-        shown["val_bpb"] = None if self.val_bpb is None else f"{self.val_bpb:.4f}"
-        with self._going_on(night, "report"):
-            report.parent.mkdir(parents=True, exist_ok=True)
-            write_night(report, shown, self.ledger.nights, self.arms, self.decision, matrix, sentences)
-        with self._going_on(night, "artifacts"):
-            self._leave_artifacts(night, matrix, sentences, row)
-        with self._going_on(night, "clean-up"):
-            retired = steps.retire_nights(self.config.name, self.ledger, self.settings, self.home)
-            if retired["nights"]:
-                for old in self.ledger.nights:
-                    old["retired"] = old.get("retired", False) or old["run"] in retired["nights"]
-                run_logger().info("retired %s: %s MiB freed", ", ".join(retired["nights"]), retired["freed_mib"])
-        with self._going_on(night, "messages"):
-            steps.notify(night, self.settings, self.config.name)
-        with self._going_on(night, "trouble and clean-up in the ledger"):
-            self.ledger.save(self.folder)
+def train_and_judge(night: Night) -> Decision:
+    """The part of the night that is a run in MLflow, and then the registry."""
+    with open_run(night.config, night.home / "runs" / night.name) as run:
+        run.journal.tags({"gptloom.step": "nightly"})
+        run.describe_data(night.text.corpus)
+        decision = train(night, run.directory / "arms")
+        if decision is not None:
+            run.journal.tags({"gptloom.outcome": decision.outcome})
+            return decision
+        night.winner = choose(night)
+        trained = night.arms[night.winner]
+        run.compare(trained, trained)
+        if night.tonight is not None:
+            night.ledger.generations.append(night.tonight)
+        decision = night.decision = judge(night)
+        note = f"**{decision.outcome}**: {decision.reason}"
+        run.journal.tags({"gptloom.outcome": decision.outcome, "gptloom.arm": night.winner, NOTE_TAG: note})
+    if decision.outcome != "refused":
+        register(night, decision)
+    return decision
 
-    @contextmanager
-    def _going_on(self, night: dict[str, Any], what: str) -> Iterator[None]:
-        """Whatever breaks in the block is said in the log, in the night's record and on its page; the night goes on."""
-        try:
-            yield
-        except Exception as error:
-            trouble = f"no {what}: {first_line(error)}"
-            night["trouble"] = f"{night['trouble']}; {trouble}" if "trouble" in night else trouble
-            run_logger().warning("after the night: %s", trouble)
 
-    def _matrix(self) -> tuple[Matrix | None, list[str], int | None]:
-        """The ledger's matrix, what it says, and the champion's row."""
-        from gptcore.nights.ledger import explain, read_matrix
+def train(night: Night, directory: Path) -> Decision | None:
+    """The night's device process: the arms, and every model's scores on every hold-out."""
+    scores = night.folder / "scores"
+    result = steps.run_arms(night.plan, night.text, night.champion, night.ledger, night.settings, night.name, directory, scores)
+    night.arms = result["arms"]
+    if night.arms:
+        return None
+    return refuse_text(
+        night,
+        f"unreadable text: in {result['unreadable_percent']:.0f} % of it the order of the characters means nothing to the champion; "
+        "is it damaged, or in another language?",
+    )
 
-        models = {model.key: f"champion {model.version}" for model in self.ledger.models}
-        if self.champion is not None:
-            models.setdefault(self.champion.facts["run"], f"champion {self.champion.version}")
-        keys = list(models)
-        before = keys.index(self.champion.facts["run"]) if self.champion else None
-        if self.tonight_key and self.tonight_key not in models:
-            models[self.tonight_key] = "tonight's"
-        holdouts = [generation.name for generation in self.ledger.accepted]
-        if not models or not holdouts:
-            return None, [], None
-        matrix = read_matrix(self.folder / "scores", models, holdouts)
-        sentences: list[str] = []
-        if self.tonight_key and before is not None:
-            sentences = explain(matrix, before, list(models).index(self.tonight_key))
-        now = f"champion {self._champion_now()}"
-        return matrix, sentences, matrix.models.index(now) if now in matrix.models else None
 
-    def _leave_artifacts(self, night: dict[str, Any], matrix: Any, sentences: list[str], row: int | None) -> None:
-        from gptcore.nights.ledger import draw_matrix
-        from gptloom.tasks.records.tracking import keep_files
+def yardstick(night: Night) -> list[str]:
+    """The hold-outs that decide: those frozen before tonight; without any, tonight's."""
+    tonight = night.tonight.name if night.tonight else None
+    return [name for name in night.text.holdouts if name != tonight] or list(night.text.holdouts)
 
-        files = [Path(night["report"])]
-        if matrix is not None:
-            files.append(draw_matrix(matrix, self.folder / "ledger.png", row))
-        if self.tonight_key:
-            keep_files(self.config.name, self.name, files)
-        if FlowRunContext.get() is None:
-            return
-        bpb = f"{night['val_bpb']:.4f}" if night["val_bpb"] is not None else "–"
-        create_markdown_artifact(
-            key="nightly",
-            markdown=f"**{night['outcome'].capitalize()}** (night {night['night']}): {night['reason']}\n\n"
-            f"champion: version {night['champion'] or 'none'}; tonight's bits per byte: {bpb}; "
-            f"{links(Path(night['report']), find_run(self.config.name, self.name) if self.tonight_key else None)}\n\n"
-            + "\n".join(f"- {text}" for text in sentences),
-            description="What the night did, and why",
-        )
-        if matrix is not None:
-            create_image_artifact(image_url=data_url(files[-1]), key="drift-ledger", description=" ".join(sentences))
+
+def scores_of(night: Night, key: str, names: Iterable[str]) -> dict[str, Scores]:
+    """What a model made of these hold-outs."""
+    return {name: load_scores(score_path(night.folder / "scores", key, name)) for name in names}
+
+
+def choose(night: Night) -> str:
+    """The arm with the fewest bits per byte on the yardstick."""
+    for key, arm in night.arms.items():
+        arm["frozen_bpb"] = pool(list(scores_of(night, f"{night.name}/{key}", yardstick(night)).values())).bpb
+    return min(night.arms, key=lambda key: night.arms[key]["frozen_bpb"])
+
+
+def judge(night: Night) -> Decision:
+    """The winner against the champion; the first one against byte frequencies."""
+    text, trained = night.text, night.arms[night.winner]
+    if night.champion is None:
+        bpb = trained["val_bpb"]
+        if text.entropy is not None and bpb >= text.entropy:
+            return Decision(
+                "refused",
+                f"no champion yet, and {bpb:.3f} bits per byte are no better than byte frequencies "
+                f"({text.entropy:.3f}); train longer (train.max_steps)",
+            )
+        return Decision("promoted", f"the first model, {bpb:.4f} bits per byte")
+    assert night.key is not None
+    old, new = (scores_of(night, key, text.holdouts) for key in (night.champion.facts["run"], night.key))
+    pairs = {name: (old[name], new[name]) for name in text.holdouts}
+    names = yardstick(night)
+    tonight = pairs.get(night.tonight.name) if night.tonight and night.tonight.name not in names else None
+    sources = [source.source for source in night.config.data.sources]
+    frozen = {name: pairs[name] for name in names}
+    decision = decide(frozen, tonight, sources, tuple(trained["recited"]), night.settings, len(night.arms))
+    arms = ", ".join(f"{key} {arm['frozen_bpb']:.4f}" for key, arm in night.arms.items())
+    return replace(decision, reason=f"{decision.reason}; arm {night.winner} won ({arms})")
+
+
+def register(night: Night, decision: Decision) -> None:
+    """The winner becomes the challenger; the champion when the gate said so."""
+    trained, key, name = night.arms[night.winner], f"{night.name}/{night.winner}", night.config.name
+    shards = night.plan[night.winner][1]
+    run_id = find_run(name, key)
+    if run_id is None:
+        raise RuntimeError(f"MLflow does not have run {key}; the champion stays, and the next night tries again")
+    facts = {
+        "run": key,
+        "corpus": night.text.corpus.name,
+        "vocab": read_manifest(shards)["vocab"],
+        "shards": shards.name,
+        "val_bpb": trained["val_bpb"],
+        "parameters": trained["parameters"],
+        "night": night.number,
+        "arm": night.winner,
+    }
+    card = registry.model_card(f"{name}, night {night.number}", facts, f"{decision.outcome}: {decision.reason}.")
+    version = registry.register(name, Path(trained["checkpoint"]), run_id, facts, card)
+    run_logger().info("registered %s, val_bpb %s", version.label, trained["val_bpb"])
+    if decision.outcome == "promoted":
+        registry.promote(version.label, decision.reason)
+        night.ledger.models.append(KnownModel(key, version.version, trained["checkpoint"]))
+
+
+# --- tell ------------------------------------------------------------------------------------------------------------------
+
+
+def champion_now(night: Night) -> str | None:
+    try:
+        now = registry.champion(night.config.name)
+    except Exception:  # the store is away: that is why the night failed
+        now = night.champion
+    return now.version if now else None
+
+
+def tell(night: Night, record: dict[str, Any]) -> None:
+    """Picture, report, artifacts, clean-up, messages. Trouble is told and changes no outcome."""
+    from gptcore.nights.page import write_night
+
+    matrix: Matrix | None = None
+    sentences: list[str] = []
+    row: int | None = None
+    with going_on(record, "drift ledger"):
+        matrix, sentences, row = drift(night)
+    report = night.folder / "reports" / f"{night.name}.html"
+    record["report"] = str(report)
+    shown = {key: value for key, value in record.items() if key not in ("made", "report", "error")}
+    shown["val_bpb"] = None if night.val_bpb is None else f"{night.val_bpb:.4f}"
+    with going_on(record, "report"):
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_night(report, shown, night.ledger.nights, night.arms, night.decision, matrix, sentences)
+    with going_on(record, "artifacts"):
+        leave_artifacts(night, record, matrix, sentences, row)
+    with going_on(record, "clean-up"):
+        retired = steps.retire_nights(night.config.name, night.ledger, night.settings, night.home)
+        if retired["nights"]:
+            for old in night.ledger.nights:
+                old["retired"] = old.get("retired", False) or old["run"] in retired["nights"]
+            run_logger().info("retired %s: %s MiB freed", ", ".join(retired["nights"]), retired["freed_mib"])
+    with going_on(record, "messages"):
+        steps.notify(record, night.settings, night.config.name)
+    with going_on(record, "trouble and clean-up in the ledger"):
+        night.ledger.save(night.folder)
+
+
+@contextmanager
+def going_on(record: dict[str, Any], what: str) -> Iterator[None]:
+    """Whatever breaks in the block is said in the log, in the night's record and on its page; the night goes on."""
+    try:
+        yield
+    except Exception as error:
+        trouble = f"no {what}: {first_line(error)}"
+        record["trouble"] = f"{record['trouble']}; {trouble}" if "trouble" in record else trouble
+        run_logger().warning("after the night: %s", trouble)
+
+
+def drift(night: Night) -> tuple[Matrix | None, list[str], int | None]:
+    """The ledger's matrix, what it says, and the champion's row."""
+    models = {model.key: f"champion {model.version}" for model in night.ledger.models}
+    if night.champion is not None:
+        models.setdefault(night.champion.facts["run"], f"champion {night.champion.version}")
+    keys = list(models)
+    before = keys.index(night.champion.facts["run"]) if night.champion else None
+    if night.key and night.key not in models:
+        models[night.key] = "tonight's"
+    holdouts = [generation.name for generation in night.ledger.accepted]
+    if not models or not holdouts:
+        return None, [], None
+    matrix = read_matrix(night.folder / "scores", models, holdouts)
+    sentences: list[str] = []
+    if night.key and before is not None:
+        sentences = explain(matrix, before, list(models).index(night.key))
+    now = f"champion {champion_now(night)}"
+    return matrix, sentences, matrix.models.index(now) if now in matrix.models else None
+
+
+def leave_artifacts(night: Night, record: dict[str, Any], matrix: Matrix | None, sentences: list[str], row: int | None) -> None:
+    files = [Path(record["report"])]
+    if matrix is not None:
+        files.append(draw_matrix(matrix, night.folder / "ledger.png", row))
+    if night.key:
+        keep_files(night.config.name, night.name, files)
+    if FlowRunContext.get() is None:
+        return
+    bpb = f"{record['val_bpb']:.4f}" if record["val_bpb"] is not None else "–"
+    create_markdown_artifact(
+        key="nightly",
+        markdown=f"**{record['outcome'].capitalize()}** (night {record['night']}): {record['reason']}\n\n"
+        f"champion: version {record['champion'] or 'none'}; tonight's bits per byte: {bpb}; "
+        f"{links(Path(record['report']), find_run(night.config.name, night.name) if night.key else None)}\n\n"
+        + "\n".join(f"- {text}" for text in sentences),
+        description="What the night did, and why",
+    )
+    if matrix is not None:
+        create_image_artifact(image_url=data_url(files[-1]), key="drift-ledger", description=" ".join(sentences))

@@ -28,7 +28,7 @@ from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config,
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import home_dir
 from gptloom.flows.forms import Experiment, Overrides
-from gptloom.flows.nightly import DEFAULTS, Night
+from gptloom.flows.nightly import DEFAULTS, Night, run_night
 from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name
 from gptloom.tasks.records.tracking import check_store
 from gptloom.tasks.runtime.log import run_logger
@@ -73,7 +73,7 @@ def simulate_nights(
             run_logger().info("night %d: %s", number, planted)
             night = Night(simulated, folder, settings)
             try:
-                night.run(f"{run}-night-{number}")
+                run_night(night, f"{run}-night-{number}")
             except Exception as error:
                 run_logger().warning("night %d failed: %s", number, error)
             records.append({"planted": planted} | {key: night.ledger.nights[-1][key] for key in TOLD})

@@ -115,7 +115,7 @@ def prepare_text(
 ) -> Text:
     """Shards of the training text, and of each night's hold-out, in a vocabulary.
 
-    Raises UserError when tonight's text is too little to hold one window of it out.
+    Raises SplitTooSmall when tonight's text is too little to hold one window of it out.
     """
     from gptcore.corpus.selection import byte_entropy, select_segments
     from gptcore.shards import write_shards

@@ -23,11 +23,12 @@ from conftest import ROOT, users_environment
 from prefect.logging import disable_run_logger
 
 from gptcore.config import UserError, load_config
-from gptcore.nights.gate import compare, decide
+from gptcore.nights.gate import Decision, compare, decide
 from gptcore.nights.ledger import Generation, KnownModel, Ledger, Matrix, draw_matrix, explain
 from gptcore.nights.night import _long_runs
 from gptcore.nights.scores import Scores, load_scores, pool, save_scores
 from gptcore.nights.settings import NightlySettings
+from gptcore.shards import SplitTooSmall
 from gptcore.store import read_json
 
 SETTINGS = NightlySettings(resamples=500)
@@ -190,7 +191,7 @@ def test_trouble_after_a_night_leaves_its_outcome_and_is_told(
 ) -> None:
     """The alias had moved, and the ledger knew nothing of it; a damaged file did that in every night to come."""
     from gptcore.nights import page
-    from gptloom.flows.nightly import Night
+    from gptloom.flows import nightly as flow
     from gptloom.tasks import nightly as steps
     from gptloom.tasks.records import registry
 
@@ -212,16 +213,50 @@ def test_trouble_after_a_night_leaves_its_outcome_and_is_told(
     monkeypatch.setattr(registry, "champion", lambda _: None)
     monkeypatch.setattr(steps, "retire_nights", lambda *_: {"nights": []})
     monkeypatch.setattr(steps, "notify", lambda night, *_: told.append(night["outcome"]))
-    monkeypatch.setattr(Night, "_work", lambda _: ("promoted", "planted"))
+    monkeypatch.setattr(flow, "work", lambda _: Decision("promoted", "planted"))
     experiment = tmp_path / "words.yaml"
     experiment.write_text("")
-    night = Night(load_config(experiment), folder, SETTINGS).run("words-nightly-1")
+    night = flow.run_night(flow.Night(load_config(experiment), folder, SETTINGS), "words-nightly-1")
     assert (night["outcome"], told) == ("promoted", ["promoted"])
     (kept,) = Ledger.load(folder).nights
     assert kept["outcome"] == "promoted"
     assert words in kept["trouble"]
     if trouble != "a full disk":
         assert str(damaged) in Path(night["report"]).read_text()
+
+
+def test_only_too_little_text_waits_for_more(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of a message decided: any mistake that spoke of what a split has made a skipped night of a failed one."""
+    from gptcore.corpus import selection
+    from gptloom.flows import nightly as flow
+    from gptloom.tasks import nightly as steps
+
+    experiment = tmp_path / "words.yaml"
+    experiment.write_text("")
+    night = flow.Night(load_config(experiment), home / "nightly" / "words", SETTINGS)
+    night.tonight = Generation("night-1", ["a"], 5)
+    night.champion = flow.Version("words", "1", "run", {})
+    monkeypatch.setattr(selection, "select_segments", lambda *_: tmp_path)
+    for name in ("training_segments", "vocabulary_of"):
+        monkeypatch.setattr(steps, name, lambda *_: tmp_path)
+    monkeypatch.setattr(steps, "measure_repetition", lambda *_: 0.0)
+
+    def fail_with(error: Exception) -> None:
+        def prepare_text(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(steps, "prepare_text", prepare_text)
+
+    fail_with(SplitTooSmall("too little"))
+    decision = flow.prepare(night)
+    assert decision is not None
+    assert (decision.outcome, decision.reason) == (
+        "skipped",
+        "only 5 bytes of new text, too little to hold any out; it waits for more",
+    )
+    fail_with(UserError("the val split has a hole"))
+    with pytest.raises(UserError, match="a hole"):
+        flow.prepare(night)
 
 
 def test_arms_need_equal_tokens(home: Path, tmp_path: Path) -> None:
@@ -236,7 +271,7 @@ def test_arms_need_equal_tokens(home: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def night(mlflow_store: str, home: Path, tmp_path: Path, prefect_server: None) -> Callable[..., dict[str, Any]]:
     """Call one night on a folder of texts that needs no training to end."""
-    from gptloom.flows.nightly import Night
+    from gptloom.flows.nightly import Night, run_night
 
     texts = prose(tmp_path / "inbox", 4)
     experiment = tmp_path / "words.yaml"
@@ -244,7 +279,7 @@ def night(mlflow_store: str, home: Path, tmp_path: Path, prefect_server: None) -
 
     def call() -> dict[str, Any]:
         night = Night(load_config(experiment), home / "nightly" / "words", SETTINGS)
-        return night.run(f"words-nightly-{len(night.ledger.nights) + 1}")
+        return run_night(night, f"words-nightly-{len(night.ledger.nights) + 1}")
 
     return call
 
@@ -294,7 +329,7 @@ def test_a_new_vocabulary_that_wins_is_the_champions_from_then_on(
 ) -> None:
     """Registered with the old vocabulary, the next nights would read their text in ids that the model does not know; and an earlier
     champion, which reads in another one, still needs its row in the ledger."""
-    from gptloom.flows.nightly import Night
+    from gptloom.flows import nightly as flow
     from gptloom.tasks.records import registry
 
     texts = prose(tmp_path / "inbox", 10)
@@ -303,18 +338,18 @@ def test_a_new_vocabulary_that_wins_is_the_champions_from_then_on(
     experiment.write_text(f"data: {{source: {texts}}}\n")
     config = load_config(experiment, TOY)
 
-    def night(**changes: Any) -> Night:
+    def night(**changes: Any) -> flow.Night:
         settings = SETTINGS.model_copy(update={"memorised_percent": 100.0, "guard_percent": 100.0} | changes)
-        done = Night(config, home / "nightly" / "words", settings)
-        done.run(f"words-night-{len(done.ledger.nights) + 1}")
+        done = flow.Night(config, home / "nightly" / "words", settings)
+        flow.run_night(done, f"words-night-{len(done.ledger.nights) + 1}")
         return done
 
     assert "new-vocabulary" not in night(new_vocabulary=True).arms  # the first vocabulary is new anyway
     for path in later[:2]:
         texts.joinpath(path.name).write_text(path.read_text().replace("x", "ж"), encoding="utf-8")
     with monkeypatch.context() as patch:  # a verdict as it may fall, and here would not
-        patch.setattr(Night, "_choose", lambda *_: "new-vocabulary")
-        patch.setattr(Night, "_decide", lambda *_: ("promoted", "planted"))
+        patch.setattr(flow, "choose", lambda _: "new-vocabulary")
+        patch.setattr(flow, "judge", lambda _: Decision("promoted", "planted"))
         second = night(new_vocabulary=True)
     assert set(second.arms) == {"warm", "scratch", "new-vocabulary"}
     now, before = registry.champion("words"), registry.find("words/1")

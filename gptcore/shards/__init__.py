@@ -37,6 +37,7 @@ __all__ = [
     "ShardSet",
     "ShardWriter",
     "Source",
+    "SplitTooSmall",
     "TokenView",
     "is_complete",
     "locate_shards",
@@ -51,6 +52,10 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 COUNTS = ("n_tokens", "n_bytes", "n_unknown", "n_records")
 UNKNOWN_ALARM = 0.001  # share of unknown ids from which a warning is due
+
+
+class SplitTooSmall(UserError):
+    """A split holds less than one window of the model's context."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ def is_complete(directory: Path) -> bool:
 def write_shards(corpus_dir: Path, vocab_dir: Path, home: Path, block_size: int, chunk_map: ChunkMap = map_processes) -> Path:
     """Encode what is not yet encoded of a corpus, and string it together in a committed directory; return that.
 
-    Early return when all of it is there. Raises UserError if a split has fewer than `block_size` + 1 tokens: not one
+    Early return when all of it is there. Raises SplitTooSmall if a split has fewer than `block_size` + 1 tokens: not one
     window. For characters, and for bytes too few, before anything is written.
     """
     sizes = read_manifest(corpus_dir)["splits"]
@@ -304,7 +309,7 @@ def _require_window(n_tokens: dict[str, int], block_size: int) -> None:
     for split, count in n_tokens.items():
         if count < block_size + 1:
             way_out = "raise data.val_fraction" if split == "val" else "lower data.val_fraction"
-            raise UserError(
+            raise SplitTooSmall(
                 f"the {split} split has {count} tokens, fewer than model.block_size + 1 = {block_size + 1}: "
                 f"give more text with data.source, lower model.block_size, or {way_out}"
             )
