@@ -20,7 +20,8 @@ from prefect.exceptions import CancelledRun
 
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
-from gptloom.flows.command import cli
+from gptloom.flows.command import arguments, cli
+from gptloom.flows.command.surroundings import quiet_expected_errors
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "name: smoke\n"
@@ -122,7 +123,7 @@ def test_exit_codes(
         os.write(1, b"noise of a child process\n")
         raise error
 
-    monkeypatch.setattr(cli, "run_experiment", fail)
+    monkeypatch.setattr(arguments, "run_experiment", fail)
     got, result, err = call(capfd, "run", str(experiment))
     assert got == code
     assert set(result) == {"run", "error"}
@@ -139,7 +140,7 @@ def test_stdout_holds_one_line_only(
         result["run"] = "ü"
         return 0
 
-    monkeypatch.setattr(cli, "run_experiment", work)
+    monkeypatch.setattr(arguments, "run_experiment", work)
     assert cli.main(["run", str(experiment)]) == 0
     assert capfd.readouterr().out == '{"run": "ü"}\n'
 
@@ -154,7 +155,7 @@ def test_sigterm_ends_as_ctrl_c_does(
         threading.Event().wait(10)
         return 0
 
-    monkeypatch.setattr(cli, "run_experiment", wait)
+    monkeypatch.setattr(arguments, "run_experiment", wait)
     code, result, _ = call(capfd, "run", str(experiment))
     assert (code, result) == (75, {"error": "stopped on request"})
 
@@ -211,7 +212,7 @@ def test_expected_errors_are_kept_out_of_the_terminal() -> None:
 
     stream = io.StringIO()
     with root_handler(logging.StreamHandler(stream)):
-        cli.quiet_expected_errors()
+        quiet_expected_errors()
         for error in (UserError("yours"), OSError(errno.ENOSPC, "the disk"), ZeroDivisionError("ours")):
             try:
                 raise error

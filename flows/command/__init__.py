@@ -1,1 +1,2 @@
-"""The `gptloom` command: its words (arguments), its verbs (cli), and what a verb finds around it (surroundings)."""
+"""The `gptloom` command: its words (arguments), how it begins and ends (cli), a file a subject, what a verb finds around it
+(surroundings)."""

@@ -1,7 +1,7 @@
-"""The words of the `gptloom` command: verbs, flags, help. What a verb does is the function of flows/command/cli.py that `verb` names.
+"""The words of the `gptloom` command: verbs, flags, help. What a verb does is a function in the file of its subject, beside this one.
 
 from gptloom.flows.command.arguments import parse_arguments
-parse_arguments(["run", "experiments/smoke.yaml"]).verb      # "run_experiment"
+args = parse_arguments(["run", "experiments/smoke.yaml"]); args.verb(args, {})
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from typing import NoReturn
 from gptcore.config import ExperimentConfig
 from gptcore.config.switches import STUDIES
 from gptcore.entry import EXIT_USER
+from gptloom.flows.command.data import work_on_data
+from gptloom.flows.command.health import run_doctor, run_reconciler
+from gptloom.flows.command.init import init_project
+from gptloom.flows.command.nightly import retrain
+from gptloom.flows.command.registry import move_champion
+from gptloom.flows.command.run import run_experiment, sync_runs
+from gptloom.flows.command.servers import start_servers, stop_servers
+from gptloom.flows.command.study import run_study
 
 EPILOG = """\
 exit codes: 0 done, 2 a mistake in the call or its input, 75 stopped, 76 the loss became infinite, 77 out of memory.
@@ -51,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", metavar="RUN", help="go on with an interrupted run (its name or MLflow id), with its own settings"
     )
     _add_overrides(run, "change a field, e.g. data.source=my.txt train.max_steps=200")
-    run.set_defaults(verb="run_experiment")
+    run.set_defaults(verb=run_experiment)
 
     init = verbs.add_parser(
         "init",
@@ -61,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     init.add_argument("directory", metavar="DIR", type=Path, help="the folder; it may hold a .git or .venv, nothing else")
-    init.set_defaults(verb="init_project")
+    init.set_defaults(verb=init_project)
 
     data = verbs.add_parser(
         "data",
@@ -73,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data.add_argument("words", metavar="EXPERIMENT.yaml", nargs="+", help=argparse.SUPPRESS)
-    data.set_defaults(verb="work_on_data")
+    data.set_defaults(verb=work_on_data)
 
     reconcile = verbs.add_parser(
         "reconcile",
@@ -84,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     reconcile.add_argument("--apply", action="store_true", help="put it right; without, nothing is changed")
     reconcile.add_argument("--resume", action="store_true", help="start dead runs again from their last checkpoint")
-    reconcile.set_defaults(verb="run_reconciler")
+    reconcile.set_defaults(verb=run_reconciler)
 
     doctor = verbs.add_parser(
         "doctor",
@@ -92,14 +100,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="One line a check: ok, warn or fail, with the remedy. Exit code 2 when one fails.",
     )
     doctor.add_argument("--full", action="store_true", help="read every byte of checkpoints and shards")
-    doctor.set_defaults(verb="run_doctor")
+    doctor.set_defaults(verb=run_doctor)
     sync = verbs.add_parser(
         "sync",
         help="bring MLflow up to date with runs that it missed",
         description="Replay the journals of these runs (default: all) to MLflow; what is there already stays as it is.",
     )
     sync.add_argument("runs", metavar="RUN", nargs="*", help="name of a run, or its MLflow id")
-    sync.set_defaults(verb="sync_runs")
+    sync.set_defaults(verb=sync_runs)
     study = verbs.add_parser(
         "study",
         help="answer a research question: timing, quantization, accumulation, rnn",
@@ -111,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}, or a study file (YAML)")
     _add_overrides(study, "e.g. study.seeds=[1,2] train.max_steps=50")
     study.add_argument("--smoke", action="store_true", help="the smallest form, to see that everything works")
-    study.set_defaults(verb="run_study")
+    study.set_defaults(verb=run_study)
 
     up = verbs.add_parser(
         "up",
@@ -121,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     up.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: %(default)s)")
     up.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: %(default)s)")
-    up.set_defaults(verb="start_servers")
+    up.set_defaults(verb=start_servers)
 
     nightly = verbs.add_parser(
         "nightly",
@@ -134,18 +142,18 @@ def build_parser() -> argparse.ArgumentParser:
     nightly.add_argument("words", metavar="EXPERIMENT.yaml", nargs="*", help=argparse.SUPPRESS)
     nightly.add_argument("--simulate", type=int, metavar="N", help="so many nights with planted trouble, at once")
     nightly.add_argument("--force", action="store_true", help="train also when nothing is new")
-    nightly.set_defaults(verb="retrain")
+    nightly.set_defaults(verb=retrain)
 
     for name, text in (("promote", "make a model the champion"), ("rollback", "bring the champion before back")):
         move = verbs.add_parser(name, help=text, description=f"In the registry: {text}.")
         move.add_argument("model", metavar="MODEL", help="NAME, NAME@ALIAS, NAME/VERSION or a run (rollback: NAME)")
         move.add_argument("--reason", default="on request", help="kept with the version (default: %(default)s)")
-        move.set_defaults(verb="move_champion", move=name)
+        move.set_defaults(verb=move_champion, is_back=name == "rollback")
 
     down = verbs.add_parser(
         "down", help="stop what `gptloom up` started", description="Stop the servers and the worker of `gptloom up`."
     )
-    down.set_defaults(verb="stop_servers")
+    down.set_defaults(verb=stop_servers)
     return parser
 
 

@@ -1,7 +1,7 @@
 """What a verb of the `gptloom` command finds around it: the home folder, Prefect's settings, a temporary Prefect server.
 
-from gptloom.flows.command.surroundings import prepare_home, start_prefect_server, use_servers
-prepare_home(); use_servers(); start_prefect_server()      # in this order, before Prefect's first import
+from gptloom.flows.command.surroundings import prepare_servers
+home = prepare_servers()      # before Prefect's first import
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import uuid
 from pathlib import Path
 
-from gptcore.config import UserError, hide_password
+from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.entry import EXIT_BUG, exit_code, python_environment
 from gptcore.store import home_dir
 from gptloom import NO_PROJECT, find_project
@@ -28,6 +28,18 @@ from gptloom.tasks.records.tracking import answers, read_servers
 START_S, STOP_S = 120.0, 5.0  # a first start may make a database on a slow disk
 _servers: list[subprocess.Popen[bytes]] = []  # the temporary one, if any
 _reapers: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
+
+
+def check_source(data: DataConfig) -> None:
+    """Look at local sources for half a second and say what they will take, so that what is missing, empty or not text is refused
+    before anything is started.
+
+    Raises UserError. What must be fetched is looked at by the pipeline, which has retries.
+    """
+    if not any(":" in source.source.partition("/")[0] for source in data.sources):
+        from gptcore.corpus import estimate
+
+        print(f"source: {estimate(data, home_dir())}", file=sys.stderr)
 
 
 def prepare_home() -> Path:
@@ -75,6 +87,14 @@ def use_servers() -> None:
         defaults["PREFECT_API_AUTH_STRING"] = login
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def prepare_servers() -> Path:
+    """GPTLOOM_HOME, Prefect's environment, and a server that answers, as most verbs want it before they import a flow."""
+    home = prepare_home()
+    use_servers()
+    start_prefect_server()
+    return home
 
 
 def launch_prefect_server() -> None:
