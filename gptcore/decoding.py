@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gptcore.models import LanguageModel
 from gptcore.models.cache import FixedCache, KVCache
 from gptcore.models.gpt import GPT, Block
+from gptcore.models.head import LinearHead
 from gptcore.models.layers import ACTIVATIONS, Norm, apply_rotary, rms_norm
 from gptcore.models.losses import soft_cap
 from gptcore.models.quantized import QuantizedLinear
@@ -138,7 +139,7 @@ def _function(module: nn.Module, rows: int) -> Callable[[Tensor], Tensor]:
     """What a norm or a linear layer computes of so many rows, without what a module does around it. A linear layer's answer is its own."""
     if isinstance(module, QuantizedLinear):
         return module.product(rows, torch.device("cpu"))
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear) and type(module) in (nn.Linear, LinearHead):
         return partial(F.linear, weight=module.weight, bias=module.bias)
     if isinstance(module, Norm):
         shape, weight = (module.channels,), module.weight

@@ -12,6 +12,7 @@ from gptcore.config import ExperimentConfig, ModelConfig, UserError, check_confi
 from gptcore.generate import generate
 from gptcore.journal import FILE_NAME
 from gptcore.models import build_model, losses
+from gptcore.models.head import LinearHead
 from gptcore.models.quantized import KINDS, Int4Linear, Int8Linear, QuantizedLinear, layout_of
 from gptcore.quantize import METHODS, Method, qat, quantize, quantize_checkpoint
 from gptcore.quantize.__main__ import main
@@ -255,9 +256,9 @@ def test_fine_tuning_after_a_run_in_fp8_whose_beginning_is_gone(small_text, tmp_
     felt, step = [], qat.train_step
     kinds = lambda model: [type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)]  # noqa: E731
     monkeypatch.setattr(
-        qat, "train_step", lambda trainer: (felt.append((kinds(trainer.model), trainer.model.head_in_fp8)), step(trainer))
+        qat, "train_step", lambda trainer: (felt.append((kinds(trainer.model), trainer.model.lm_head.in_fp8)), step(trainer))
     )
     model = qat.fine_tune(weights, config, shards, 2, 32)
-    assert felt == [([qat.FakeInt4Linear] * 5, False)] * 2
-    assert kinds(model) == [torch.nn.Linear] * 5
+    assert felt == [([qat.FakeInt4Linear] * 4 + [qat.FakeInt4Head], False)] * 2
+    assert kinds(model) == [torch.nn.Linear] * 4 + [LinearHead]
     assert not torch.equal(model.lm_head.weight, weights["lm_head.weight"])

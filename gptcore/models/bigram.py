@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gptcore.config import ModelConfig
-from gptcore.models.base import LanguageModel, cross_entropy, without_src
+from gptcore.models.base import LanguageModel
+from gptcore.models.losses import cross_entropy
 
 
 class Bigram(LanguageModel):
     """The next token given this one and nothing else; `logits = wte[idx]`, a (V, V) table."""
+
+    has_layers = False
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -17,18 +20,12 @@ class Bigram(LanguageModel):
         self.wte = nn.Embedding(vocab_size, vocab_size)
         nn.init.normal_(self.wte.weight, std=0.02)  # the notes' N(0, 1) starts above ln V
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        src: Tensor | None = None,
-        cache: object = None,
-        reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:
-        without_src(src)
-        logits = self.wte(idx)  # (B, T, V)
-        return logits, None if targets is None else cross_entropy(logits, targets, reduction)
+    def hidden(self, idx: Tensor, cache: object) -> Tensor:
+        """There is nothing between table and logits: (B, T, V)."""
+        return self.wte(idx)
+
+    def read_out(self, x: Tensor, targets: Tensor | None, reduction: str) -> tuple[Tensor | None, Tensor | None]:
+        return x, None if targets is None else cross_entropy(x, targets, reduction)
 
     def new_cache(self, batch_size: int) -> None:
         return None  # the last token is all it knows

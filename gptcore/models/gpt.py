@@ -3,34 +3,19 @@
 Every `config.` below is one difference between the paper of 2017, GPT-2 and today; `model.preset` chooses them together.
 Parameters have GPT-2's published names, whatever the preset. Sources: Vaswani et al. 2017 (attention, post-norm), Radford et
 al. 2019 (GPT-2: pre-norm, tied head), Su et al. 2021 (rotary positions), Henry et al. 2020 (query-key normalisation), So et
-al. 2021 (squared ReLU), Zhang et al. 2019 (zero initialisation).
+al. 2021 (squared ReLU), Zhang et al. 2019 (zero initialisation). B, T, C: batch, tokens, channels; nh, hs: heads, head size.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.config import ModelConfig
-from gptcore.models.base import LanguageModel, without_src
+from gptcore.models.base import LanguageModel
 from gptcore.models.cache import KVCache
-from gptcore.models.layers import (
-    ACTIVATIONS,
-    Norm,
-    apply_rotary,
-    attend_once,
-    compute_dtype,
-    dropout,
-    has_kernels,
-    rms_norm,
-    rotary_table,
-)
-from gptcore.models.losses import PIECE_LOGITS, cross_entropy, head_cross_entropy, piecewise_cross_entropy, soft_cap
-
-Rotary = tuple[Tensor, Tensor] | None
+from gptcore.models.head import LinearHead
+from gptcore.models.layers import ACTIVATIONS, Norm, Rotary, attend, compute_dtype, dropout, rms_norm, rotary_table, split_heads
 
 
 class CausalSelfAttention(nn.Module):
@@ -39,38 +24,24 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)  # queries, keys, values in one product
+        # Queries, keys and values in one product: one large one is faster than three.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, config.bias)
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x)  # (B, T, 3C)
-        if not x.is_cuda and qkv.itemsize == 2:
-            qkv = qkv.float()  # on a CPU attention in 16 bits takes three times as long, forwards and backwards
-        if rotary is not None and self.qk_norm and has_kernels(qkv, C // self.n_head):
-            from gptcore.models.kernels import rotate_heads
-
-            q, k, v = rotate_heads(qkv, *rotary, self.n_head)  # what follows here, in one kernel
-        else:
-            q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)  # (B, nh, T, hs) each
-            if self.qk_norm:  # keeps the attention logits small, so a large learning rate cannot saturate them
-                q, k = rms_norm(q), rms_norm(k)  # (B, nh, T, hs)
-            if rotary is not None:
-                q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)  # (B, nh, T, hs)
+        # What each position looks for, what it is found by, and what it hands over, in n_head small spaces: one large one would
+        # have one set of weights to share among all that a position wants to look at.
+        q, k, v = split_heads(self.c_attn(x), self.n_head, self.qk_norm, rotary)  # (B, nh, T, hs) each
         mask = None
         if cache is not None:
+            # What came before is not computed again: its keys and values cannot change, for nothing looks ahead.
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs)
             mask = cache.mask(T, k.size(2))  # (T, S)
-        is_cast_back = not x.is_cuda and torch.is_autocast_enabled("cpu")
-        with torch.autocast("cpu", enabled=False) if is_cast_back else nullcontext():
-            if cache is not None and T == 1 and q.is_cuda and q.itemsize == 4:
-                y = attend_once(q, k, v, mask)  # (B, nh, 1, hs)
-            else:
-                y = F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0
-                )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
-        return dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
+        # softmax(q kᵀ / √hs) v: a mean of the values, weighted by how well keys fit the query.
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # heads side by side again, (B, T, C)
+        return dropout(self.c_proj(y), self.dropout, self.training)  # mixes the heads, (B, T, C)
 
 
 class MLP(nn.Module):
@@ -79,6 +50,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout, self.activation = config.dropout, ACTIVATIONS[config.activation]
+        # Attention only takes means of values; what is not linear in them happens here. Four times the width is the paper's
+        # choice, and puts two thirds of a block's weights here.
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, config.bias)
 
@@ -88,7 +61,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual steps: mix over positions, then over channels."""
+    """Two residual steps: mix over positions, then over channels.
+
+    Each step is added to its input, so a gradient has a way past it, whatever its weights (He et al. 2015).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,10 +74,14 @@ class Block(nn.Module):
         self.ln_2 = Norm(config.n_embd, config.norm, config.norm_gain, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, cache: KVCache | None, layer: int) -> Tensor:
-        if self.is_post_norm:  # 2017: add, then normalise the sum
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None, layer: int) -> Tensor:
+        if self.is_post_norm:
+            # 2017: add, then normalise the sum. Every norm then stands between the layers below and the loss, and without a
+            # long warmup the gradients near the top are too large (Xiong et al. 2020).
             x = self.ln_1(x + self.attn(x, rotary, cache, layer))  # (B, T, C)
             return self.ln_2(x + self.mlp(x))  # (B, T, C)
+        # Since GPT-2: normalise what a step reads and leave the sum alone, so there is a way from the loss to every layer
+        # through additions only. That is why deep stacks learn from the first step on.
         x = x + self.attn(self.ln_1(x), rotary, cache, layer)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
@@ -116,11 +96,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, C = config, config.n_embd
         self.wte = nn.Embedding(vocab_size, C)
+        # But for the mask, attention does not know an order: without positions what came before would be a bag of tokens.
         self.wpe = nn.Embedding(config.block_size, C) if config.positions == "learned" else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        # After post-norm blocks the stream is normalised already.
+        # The stream grows with every step that is added, and the head wants one size whatever the depth; after post-norm blocks
+        # it is normalised already.
         self.ln_f = Norm(C, config.norm, config.norm_gain, config.bias) if config.norm_position == "pre" else None
         if config.positions == "rotary":
+            # Not persistent: they follow from the config, and a file should hold only what was learnt.
             cos, sin = rotary_table(config.block_size, C // config.n_head)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
@@ -131,6 +114,7 @@ class Transformer(nn.Module):
         if positions is not None:
             x = x + positions  # (B, T, C)
         if self.config.embedding_norm:
+            # The rows of a table differ in length with how often their token was seen; the first block should not have to care.
             x = rms_norm(x)  # (B, T, C)
         # The residual stream is kept in the type of the products: half the memory traffic of float32 at 16 bits.
         return dropout(x.to(compute_dtype(x)), self.config.dropout, self.training)  # (B, T, C)
@@ -153,44 +137,23 @@ class GPT(LanguageModel):
     """Token ids (B, T) to logits (B, T, V)."""
 
     has_positions = True
-    head_in_fp8 = False
+    lm_head: LinearHead
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.block_size, self.vocab_size = config, config.block_size, vocab_size
         self.transformer = Transformer(config, vocab_size)
-        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.lm_head = LinearHead(config.n_embd, vocab_size, config.softcap)
         if config.tie:
+            # A token means the same where it is read and where it is predicted (Press & Wolf 2017; Inan et al. 2017), and in a
+            # small model the two tables would be most of its weights. Larger models do better with two.
             self.lm_head.weight = self.transformer.wte.weight
         initialise(self, config)
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        src: Tensor | None = None,
-        cache: KVCache | None = None,
-        reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits (B, T, V), or the loss; the logits of a large batch are never whole in memory, so then they are None."""
-        without_src(src)
+    def hidden(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         end = idx.size(1) + (cache.length if cache is not None else 0)
         assert end <= self.block_size, f"{end} tokens do not fit block_size={self.block_size}"
-        return self.read_out(self.transformer(idx, cache), targets, reduction)
-
-    def read_out(self, x: Tensor, targets: Tensor | None, reduction: str) -> tuple[Tensor | None, Tensor | None]:
-        """The last hidden states x (B, T, C) to what `forward` returns."""
-        cap = self.config.softcap
-        if targets is not None and (targets.numel() * self.vocab_size > PIECE_LOGITS[x.device.type] or self.head_in_fp8):
-            fp8 = self.head_in_fp8 and self.training
-            if not isinstance(self.lm_head, nn.Linear):  # quantized
-                return None, piecewise_cross_entropy(x, self.lm_head, targets, reduction, cap, self.vocab_size)
-            # Fine-tuning for int4 learns on rounded weights (gptcore.quantize.qat).
-            weight = getattr(self.lm_head, "rounded_weight", self.lm_head.weight)
-            return None, head_cross_entropy(x, weight, targets, reduction, cap, fp8)
-        logits = soft_cap(self.lm_head(x), cap)  # (B, T, V)
-        return logits, None if targets is None else cross_entropy(logits, targets, reduction)
+        return self.transformer(idx, cache)
 
     def new_cache(self, batch_size: int) -> KVCache:
         return KVCache(self.block_size)
@@ -206,6 +169,8 @@ class GPT(LanguageModel):
 
     def flops_per_token(self) -> float:
         """6N + 12·n_layer·n_embd·T (PaLM, Chowdhery et al. 2022, appendix B)."""
+        # The second part is attention's products without weights, q kᵀ and its weights times v: 2·T·n_embd multiplications a token
+        # and layer. What the causal mask leaves out is counted too, so that figures compare with those of others.
         return 6.0 * self.matmul_parameters() + 12.0 * self.config.n_layer * self.config.n_embd * self.block_size
 
 
@@ -218,19 +183,28 @@ def matrix_size(module: nn.Module) -> int:
 def initialise(model: GPT, config: ModelConfig) -> None:
     """Fresh weights from torch's global seed; either way the untrained loss is about ln V."""
     is_normal = config.init == "normal"
-    for name, weight in sorted(model.named_parameters(), key=lambda item: ".h." in item[0]):  # tables and head first
+    # Tables and head first: so the weights of a seed do not change with the number of blocks before them.
+    for name, weight in sorted(model.named_parameters(), key=lambda item: ".h." in item[0]):
         if weight.dim() < 2:
             continue  # gains start at 1; biases below
         if config.zero_init and name.endswith("c_proj.weight"):
+            # Every block starts as the identity and finds out by itself how much to say (Zhang et al. 2019): at first the gradient
+            # reaches only this matrix, then what is below it.
             weight.zero_()
-        elif is_normal:  # GPT-2: the sum of 2·n_layer output projections keeps the size of one
+        elif is_normal:
+            # GPT-2: 2·n_layer output projections are added up in the stream. Each as large as 1/√(2·n_layer), their sum has the
+            # size of one, whatever the depth.
             weight.normal_(std=0.02 / (2 * config.n_layer) ** 0.5 if name.endswith("c_proj.weight") else 0.02)
         elif "wte" in name or "wpe" in name:
+            # A tied table is the head too, whose logits have to start small.
             weight.normal_(std=0.02 if config.tie else 1.0)
         elif name.startswith("lm_head"):
-            weight.normal_(std=0.001)  # near-uniform first guess
+            # Near-uniform first guess, a loss of ln V: otherwise the first steps only unlearn a confidence that nothing earned.
+            weight.normal_(std=0.001)
         else:
-            bound = (3 / weight.size(1)) ** 0.5  # uniform with variance 1 / fan-in
+            # Variance 1 / fan-in keeps a signal's size from layer to layer (LeCun et al. 1998); a uniform distribution within
+            # ±√3·σ has the variance σ² and no outliers.
+            bound = (3 / weight.size(1)) ** 0.5
             weight.uniform_(-bound, bound)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:

@@ -39,18 +39,18 @@ def head_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(soft_cap(x @ weight.T), targets)` in pieces. x: (B, T, C), weight: (V, C), targets: (B, T)."""
     if reduction == "none":
-        return piecewise_cross_entropy(x, lambda part: F.linear(part, weight), targets, reduction, cap, len(weight))
+        return piecewise_cross_entropy(x, lambda part: soft_cap(F.linear(part, weight), cap), targets, reduction, len(weight))
     loss = _HeadCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), cap, use_fp8)
     return loss / (targets >= 0).sum() if reduction == "mean" else loss
 
 
 def piecewise_cross_entropy(
-    x: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, reduction: str, cap: float, vocab_size: int
+    x: Tensor, logits: Callable[[Tensor], Tensor], targets: Tensor, reduction: str, vocab_size: int
 ) -> Tensor:
-    """`cross_entropy(soft_cap(head(x)), targets)` for any head and without its gradient in pieces: for evaluation."""
+    """`cross_entropy(logits(x), targets)` for any head, its gradient not in pieces: for evaluation."""
     rows = max(1, PIECE_LOGITS[x.device.type] // vocab_size)
     pieces = [
-        cross_entropy(soft_cap(head(part), cap)[None], part_targets[None], "none")[0]
+        cross_entropy(logits(part)[None], part_targets[None], "none")[0]
         for part, part_targets in zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     ]
     each = torch.cat(pieces).view_as(targets)

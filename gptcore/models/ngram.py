@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.config import ModelConfig, UserError
-from gptcore.models.base import LanguageModel, without_src
+from gptcore.models.base import LanguageModel
 
 PIECE = 1 << 24  # probabilities made at a time, at most
 
@@ -24,6 +24,7 @@ class NGram(LanguageModel):
     a count is the number of different tokens that were seen before the k-gram (its versatility, not its frequency).
     """
 
+    is_trained = False
     discounts: Tensor
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -70,7 +71,7 @@ class NGram(LanguageModel):
         reduction: str = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits are log-probabilities (B, T, V); with targets they are None, so that a large vocabulary fits in memory."""
-        without_src(src)
+        assert src is None, "only an encoder-decoder takes src"
         B, T = idx.shape
         before = cache[0] if cache else idx[:, :0]
         text = torch.cat((before, idx), dim=1)  # (B, S)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.models.base import LanguageModel
+from gptcore.models.head import Head
 from gptcore.models.layers import HAS_TRITON
 
 Layout = dict[str, dict[str, Any]]
@@ -29,7 +30,7 @@ Product = Callable[[Tensor], Tensor]
 INT4_PAIRS = torch.stack((torch.arange(256) // 16 - 8, torch.arange(256) % 16 - 8), dim=1).to(BF16)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Head, nn.Module):
     """y = x W^T + b with a stored W (out_features, in_features). Also a table: `rows(idx)` are the embeddings of ids."""
 
     kind: ClassVar[str]
@@ -363,5 +364,9 @@ def layout_of(model: LanguageModel) -> Layout:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in another's place; a head takes over the bound of the logits."""
+    old = model.get_submodule(name)
+    if isinstance(old, Head) and isinstance(module, Head):
+        module.softcap = old.softcap
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

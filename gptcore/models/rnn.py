@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore.config import ModelConfig
-from gptcore.models.base import LanguageModel, cross_entropy, without_src
+from gptcore.models.base import LanguageModel
+from gptcore.models.head import LinearHead
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Recurrent(LanguageModel):
         self.config, self.block_size, self.vocab_size = config, config.block_size, vocab_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.build_layers(config)
-        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.lm_head = LinearHead(config.n_embd, vocab_size)
         if config.init == "normal":
             for name, module in self.named_modules():
                 if isinstance(module, nn.Linear | nn.Embedding):  # the rest as torch makes it, as nanoGPT does
@@ -60,22 +61,12 @@ class Recurrent(LanguageModel):
         """(B, T, C) and the state after what came before (None: nothing) to what the head reads, (B, T, C), and the new state."""
         raise NotImplementedError(type(self).__name__)
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        src: Tensor | None = None,
-        cache: RecurrentState | None = None,
-        reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:
-        without_src(src)
+    def hidden(self, idx: Tensor, cache: RecurrentState | None) -> Tensor:
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
         x, state = self.recur(x, None if cache is None else cache.value)  # (B, T, C)
         if cache is not None:
             cache.value = state
-        logits = self.lm_head(x)  # (B, T, V)
-        return logits, None if targets is None else cross_entropy(logits, targets, reduction)
+        return x
 
     def new_cache(self, batch_size: int) -> RecurrentState:
         return RecurrentState()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gptcore.config import ExperimentConfig, with_changes
 from gptcore.models import LanguageModel
+from gptcore.models.head import LinearHead
 from gptcore.models.quantized import fits_int4
 from gptcore.quantize.rounding import fake_quantize, group_scales
 from gptcore.shards import ShardSet
@@ -38,20 +39,26 @@ class FakeInt4Linear(nn.Linear):
 
     group_size: int
 
-    @property
-    def rounded_weight(self) -> Tensor:
+    def product_weight(self) -> Tensor:
         return _StraightThrough.apply(self.weight, self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.rounded_weight, self.bias)
+        return F.linear(x, self.product_weight(), self.bias)
+
+
+class FakeInt4Head(FakeInt4Linear, LinearHead):
+    """The same at the end of a model."""
+
+
+ROUNDED: dict[type[nn.Module], type[FakeInt4Linear]] = {nn.Linear: FakeInt4Linear, LinearHead: FakeInt4Head}
 
 
 def feel_int4(model: LanguageModel, group_size: int) -> int:
     """Turn the linear layers that int4 fits into FakeInt4Linear, in place: the same parameters under the same names. How many."""
     count = 0
     for module in model.modules():
-        if type(module) is nn.Linear and fits_int4(module.in_features, group_size):
-            module.__class__ = FakeInt4Linear
+        if isinstance(module, nn.Linear) and type(module) in ROUNDED and fits_int4(module.in_features, group_size):
+            module.__class__ = ROUNDED[type(module)]
             module.group_size = group_size  # type: ignore[assignment]
             count += 1
     return count
@@ -90,5 +97,5 @@ def fine_tune(
     trainer.watch.check(trainer.step, train.lr)
     for module in trainer.model.modules():
         if isinstance(module, FakeInt4Linear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            module.__class__ = next(exact for exact, rounded in ROUNDED.items() if rounded is type(module))  # type: ignore[assignment]
     return trainer.model.eval()

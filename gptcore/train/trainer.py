@@ -165,8 +165,8 @@ def turn_on_fp8(model: LanguageModel) -> None:
     """Large products in eight bits; raises UserError for a model without linear layers of fitting sizes."""
     if not isinstance(model, GPT) or not use_fp8(model, model.norm_bound()):
         raise UserError("train.precision=fp8: needs model.family=gpt with model.n_embd a multiple of 16; use bf16")
-    model.head_in_fp8 = not model.vocab_size % 16
-    if not model.head_in_fp8:
+    model.lm_head.in_fp8 = not model.vocab_size % 16
+    if not model.lm_head.in_fp8:
         log.info("the head stays in bf16: set model.padded_vocab_size to a multiple of 16 to have it in fp8 too")
 
 

@@ -41,8 +41,9 @@ def sections(model: LanguageModel, clock: PhaseClock) -> Iterator[None]:
             section = MODULES.get(name.rsplit(".", 1)[-1])
             if section is not None:
                 _hook(stack, module, section, clock)
-        # A family calls the loss by the name in its own file, or in that of the class it is made from.
-        files = {kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("gptcore.")}
+        # The loss is called by its name in the file of a family, or of its head.
+        kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+        files = {kind.__module__ for kind in kinds if kind.__module__.startswith("gptcore.")}
         for home, (name, section) in product([sys.modules[file] for file in files], LOSSES.items()):
             if hasattr(home, name):
                 original = getattr(home, name)
