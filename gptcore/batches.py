@@ -98,21 +98,33 @@ class BatchSampler:
 
     def places(self, samples: np.ndarray) -> np.ndarray:
         """`starts` for ascending sample numbers."""
+        # A counter, not a stream (as in counter-based generators, Salmon et al. 2011): nothing has to be replayed to know
+        # sample i. A resume starts at any number in no time, and ranks and micro-batches read their shares without talking to
+        # each other.
         epochs, places = np.divmod(samples, self.windows_per_epoch)
         starts = np.empty(len(samples), dtype=np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             self._enter_epoch(epoch)
             here = epochs == epoch
             starts[here] = self._offset + self._order[places[here]] * self.block_size
+        # A circle: on a line the tokens before the offset would be left out as well.
         return starts % len(self.tokens)
 
     def _enter_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
         key = f"{self.seed}:{epoch}" + (f":{self.stream}" if self.stream else "")
+        # Hashed, so that neighbouring seeds and epochs have nothing in common; Philox, whose numbers are the same on every
+        # machine and in every version.
         digest = hashlib.sha256(key.encode()).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        # A permutation, not draws with replacement: those leave more than a third of the text unread in an epoch (1/e), and
+        # read a quarter twice or more. Without a permutation neighbours in a text would be neighbours in a batch, whose
+        # gradients are alike.
         self._order = rng.permutation(self.windows_per_epoch)
+        # Windows cut at the same places every epoch would ask for the same tokens with the same short contexts each time:
+        # whatever opens a window is always guessed from nothing. What is left over at the end of an epoch, fewer than
+        # block_size tokens, is other text every time, too.
         self._offset = int.from_bytes(digest[16:], "little") % self.block_size
         self._epoch = epoch
 
@@ -128,6 +140,8 @@ class MixtureSampler:
         assert min(weights) > 0, weights
         self.samplers, self.seed = list(samplers), seed
         self.block_size = samplers[0].block_size
+        # Whole numbers a cycle instead of a draw a sample: the weights are kept exactly, and how often a source came before is
+        # arithmetic.
         self.per_cycle = _shares(weights, CYCLE)  # (sources,) samples of each source in a cycle
         self._cycle = -1
         self._source = np.empty(0, dtype=np.int64)  # (CYCLE,) whose turn it is
@@ -151,6 +165,7 @@ class MixtureSampler:
             self._enter_cycle(cycle)
             here = cycles == cycle
             sources[here] = self._source[places[here]]
+            # All of the source's earlier cycles, and its turns in this one: the count that a stream would have had to remember.
             numbers[here] = cycle * self.per_cycle[sources[here]] + self._rank[places[here]]
         return sources, numbers
 
@@ -213,6 +228,8 @@ class Prefetcher:
 
     def batch(self, start: int, count: int) -> tuple[Any, Any]:
         """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
+        # A guess, never an answer of its own: what was not asked for is thrown away, so order and content are the sampler's in
+        # any case.
         if not self._ahead or self._ahead[0][0] != (start, count):
             for _, future in self._ahead:
                 future.cancel()
@@ -245,6 +262,8 @@ class DeviceTokens:
                 f"{len(tokens)} tokens need {4 * len(tokens)} bytes on the device, more than {max_bytes}; read batches from the shards"
             )
         self.sampler, self.device = sampler, torch.device(device)
+        # 4 bytes an id, not the 8 of int64, which only the windows of a batch need; uint16 would be 2, but torch has few
+        # operations for it.
         self.ids = torch.from_numpy(np.asarray(tokens[0 : len(tokens)]).astype(np.int32)).to(self.device)
         self._reach = torch.arange(sampler.block_size + 1, device=self.device)
 
@@ -263,6 +282,8 @@ def val_batches(tokens: Tokens, block_size: int, batch_size: int) -> Iterator[tu
     Every token after the first is a target exactly once. The last window is filled up with inputs 0 and targets -1,
     which a loss ignores. The batch size changes nothing but the grouping. Fewer than two tokens give nothing.
     """
+    # Windows without overlap: the first token of each has no context but itself. Cheaper than a sliding window by block_size,
+    # the same for all models, so a comparison stays fair.
     stride = block_size * batch_size
     for begin in range(0, len(tokens) - 1, stride):
         flat = tokens[begin : begin + stride + 1].astype(np.int64)
@@ -287,6 +308,7 @@ class _Windows:
 
     def gather(self, starts: np.ndarray) -> np.ndarray:
         """(count, length) ids; the tokens are a circle."""
+        # One shard, and no window over its end: numpy copies whole rows, many times faster than token by token.
         if len(self._windows) == 1 and self._windows[0] is not None and starts.max() < len(self._windows[0]):
             return self._windows[0][starts]
         rows = np.empty((len(starts), self.length), dtype=self.tokens.dtype)

@@ -64,10 +64,13 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     if is_committed(directory):
         return directory
     manifest = {"kind": "checkpoint", "format": FORMAT, "step": snapshot.step, "vocab_size": snapshot.state["vocab_size"]}
+    # Under a temporary name, flushed, then renamed: whoever is killed at any moment leaves the old checkpoint or the new one,
+    # never half of one.
     with commit_dir(directory, manifest) as tmp:
         write_tensors(snapshot.model, tmp / MODEL)
         write_tensors(snapshot.optimizer, tmp / OPTIMIZER)
         write_json(tmp / "state.json", {**snapshot.state, "step": snapshot.step})
+        # With config and vocabulary a checkpoint needs nothing else, whatever happens to the run's folder.
         (tmp / "config.yaml").write_text(dump_yaml(snapshot.config), encoding="utf-8")
         shutil.copyfile(snapshot.tokenizer, tmp / "tokenizer.json")
     return directory
@@ -81,6 +84,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def prune_checkpoints(folder: Path, last: int, every: int = 0) -> None:
     """Delete all but the newest `last`, those at multiples of `every` steps (0: none), and the best that a kept one knows of."""
     found = {step_of(path): path for path in list_checkpoints(folder)}
+    # More than one: the newest may be damaged, or the training may have gone astray before it was saved.
     kept = set(sorted(found)[-last:])
     for step in tuple(kept):
         with contextlib.suppress(OSError, ValueError):  # a damaged one knows of no best one
@@ -108,6 +112,7 @@ def step_of(directory: Path) -> int:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is what its manifest says, and what is wrong with each newer one."""
     skipped = []
+    # From the newest on: what is not whole costs the steps since the one before, not the run.
     for directory in reversed(step_directories(folder)):
         try:
             check_checkpoint(directory)
@@ -136,6 +141,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
     """Read and verify a checkpoint's model and state. Raises what `check_checkpoint` raises."""
     check_checkpoint(directory)
     config, state = load_config(directory / "config.yaml"), read_state(directory)
+    # A file that somebody sent is checked by its header first, before memory is taken for it.
     check_weights(directory / MODEL, config, state.get("vocab_size"), state.get("quantization"))
     return Checkpoint(directory, config, state, load_tensors(directory / MODEL, str(device)))
 
@@ -143,6 +149,7 @@ def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Chec
 def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, Checkpoint]:
     """The trained model of a checkpoint, in evaluation mode on `device`, and what came with it."""
     checkpoint = load_checkpoint(directory, device)
+    # With another vocabulary every id means other text: the model would run, and answer nonsense.
     if Vocab.load(directory / "tokenizer.json").fingerprint != checkpoint.state.get("vocab_fingerprint"):
         raise UserError(f"{directory / 'tokenizer.json'}: not the vocabulary this model was trained with; {WAY_OUT}")
     model = build_model(checkpoint.config.model, checkpoint.state["vocab_size"])
@@ -157,6 +164,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file one after the other, each a copy of its own on the CPU: never is the whole file in memory."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (no dict)
+            # A copy: the tensor itself is a view of the mapped file, which may be deleted while it is used.
             yield name, file.get_tensor(name).clone()
 
 

@@ -1,23 +1,32 @@
-"""What a process and its machine use, as numbers for the journal: CPU and memory from /proc, a GPU from NVIDIA's NVML.
+"""What a process and its machine use, as numbers for the journal: by psutil, and for an NVIDIA GPU by NVML (nvidia-ml-py).
 
     usage = Usage(gpu_uuid)      # None: no GPU
     usage.take()                 # {"system/cpu_process_percent": 187.0, …}: means since the last take, memory as it is now
 
-What cannot be read here (no /proc, no NVML, a GPU in slices) is left out. A take costs about 0.2 ms and is empty within a
-second of the last one, so that the fastest steps do not notice; a GPU's use, of which NVML tells only the last moment, is
-looked at once a second from a thread that otherwise sleeps.
+What cannot be read here (a package that is not installed, a GPU in slices) is left out. A take is empty within a second of the last
+one, so that the fastest steps do not notice; a GPU's use, of which NVML tells only the last moment, is looked at once a second from
+a thread that otherwise sleeps.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import statistics
 import threading
 import time
-from pathlib import Path
+from typing import Any
 
-PROC = Path("/proc")
+# A box that only trains has neither, and trains all the same.
+try:
+    import psutil
+except ImportError:
+    psutil = None  # type: ignore[assignment]
+try:
+    import pynvml
+except ImportError:
+    pynvml = None
+
 LOOK_S = 1.0  # between two looks, at least
 
 
@@ -25,20 +34,19 @@ class Usage:
     """Counters since the last `take`. CPU use of the process is 100 % a core; of the machine, 100 % is all cores busy."""
 
     def __init__(self, gpu_uuid: str | None = None) -> None:
-        self._before = (time.monotonic(), process_seconds(), machine_ticks())
+        self._before = (time.monotonic(), process_seconds())
         self._gpu = Gpu.find(gpu_uuid) if gpu_uuid else None
+        machine()  # counts from here on
 
     def take(self) -> dict[str, float]:
-        if time.monotonic() - self._before[0] < LOOK_S:
+        now = (time.monotonic(), process_seconds())
+        if now[0] - self._before[0] < LOOK_S:
             return {}
-        now = (time.monotonic(), process_seconds(), machine_ticks())
-        (wall, process, machine), self._before = self._before, now
+        (wall, process), self._before = self._before, now
         values: dict[str, float] = {}
         if now[0] > wall:
             values["system/cpu_process_percent"] = 100 * (now[1] - process) / (now[0] - wall)
-        if machine and now[2] and (all_ticks := now[2][1] - machine[1]) > 0:
-            values["system/cpu_machine_percent"] = 100 * (now[2][0] - machine[0]) / all_ticks
-        return values | memory() | (self._gpu.take() if self._gpu else {})
+        return values | machine() | (self._gpu.take() if self._gpu else {})
 
 
 def process_seconds() -> float:
@@ -47,69 +55,54 @@ def process_seconds() -> float:
     return times.user + times.system
 
 
-def machine_ticks() -> tuple[int, int] | None:
-    """(busy, all) clock ticks of the machine's CPUs so far; of the host's, in a container."""
-    try:
-        ticks = [int(word) for word in PROC.joinpath("stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    except (OSError, ValueError):
-        return None
-    idle = ticks[3] + ticks[4]  # idle, and idle while waiting for a disk
-    return sum(ticks) - idle, sum(ticks)
-
-
-def memory() -> dict[str, float]:
-    """MiB that this process holds in memory now, and the share of the machine's that is taken."""
-    try:
-        pages = int(PROC.joinpath("self/statm").read_text(encoding="ascii").split()[1])
-        lines = PROC.joinpath("meminfo").read_text(encoding="ascii").splitlines()
-        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-        taken = 100 * (1 - kib["MemAvailable"] / kib["MemTotal"])
-    except (OSError, ValueError, KeyError, IndexError):
+def machine() -> dict[str, float]:
+    """The share of the CPUs' time that was busy since the last call (of the host's, in a container), and of memory that is taken now;
+    MiB that this process holds of it."""
+    if psutil is None:
         return {}
-    return {"system/memory_process_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20, "system/memory_machine_percent": taken}
-
-
-class _Rates(ctypes.Structure):
-    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+    try:
+        memory, own = psutil.virtual_memory(), psutil.Process().memory_info()
+    except (psutil.Error, OSError):
+        return {}
+    return {
+        "system/cpu_machine_percent": psutil.cpu_percent(),
+        "system/memory_process_mib": own.rss / 2**20,
+        # Not psutil's `used`: what caches hold is free as soon as somebody needs it.
+        "system/memory_machine_percent": 100 * (1 - memory.available / memory.total),
+    }
 
 
 class Gpu:
-    """One GPU, through the driver's own library: nothing to install, and no process to start."""
+    """One GPU, by the handle that NVML knows it by."""
 
-    def __init__(self, nvml: ctypes.CDLL, handle: ctypes.c_void_p) -> None:
-        self._nvml, self._handle = nvml, handle
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
         self._looks: list[float] = []
         threading.Thread(target=self._watch, name="gptloom-gpu-usage", daemon=True).start()
 
     @classmethod
     def find(cls, uuid: str) -> Gpu | None:
-        """The GPU of that UUID; None where the driver's library is not there, or does not know it."""
-        handle = ctypes.c_void_p()
+        """The GPU of that UUID; None where the driver or the package is not there, or does not know it."""
+        if pynvml is None:
+            return None
         try:
-            nvml = ctypes.CDLL("libnvidia-ml.so.1")
-            is_there = nvml.nvmlInit_v2() == 0
-        except (OSError, AttributeError):
+            pynvml.nvmlInit()
+            return cls(pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"))
+        except pynvml.NVMLError:
             return None
-        name = (uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}").encode()
-        if not is_there or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) != 0:
-            return None
-        return cls(nvml, handle)
 
     def take(self) -> dict[str, float]:
         """Share of the time since the last take in which the GPU was busy, and MiB taken on it now, by whomever."""
         looks, self._looks = self._looks, []
         values = {"system/gpu_percent": statistics.fmean(looks)} if looks else {}
-        held = _Memory()
-        if self._nvml.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(held)) == 0:
-            values["system/gpu_memory_mib"] = held.used / 2**20
+        with contextlib.suppress(pynvml.NVMLError):
+            values["system/gpu_memory_mib"] = pynvml.nvmlDeviceGetMemoryInfo(self._handle).used / 2**20
         return values
 
     def _watch(self) -> None:
-        rates = _Rates()
-        while self._nvml.nvmlDeviceGetUtilizationRates(self._handle, ctypes.byref(rates)) == 0:
-            self._looks.append(float(rates.gpu))
-            time.sleep(LOOK_S)
+        try:
+            while True:
+                self._looks.append(float(pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu))
+                time.sleep(LOOK_S)
+        except pynvml.NVMLError:
+            return  # in slices it has no such figure

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptcore.config import ExperimentConfig, UserError
-from gptcore.models import build_model
+from gptcore.models.build import MODELS, build_model
 from gptcore.models.quantized import with_layout
 
 MAX_VOCAB = 1 << 24
@@ -42,7 +42,7 @@ def check_weights(path: Path, config: ExperimentConfig, vocab_size: object, layo
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= MAX_VOCAB:
         raise UserError(f"{path.parent / 'state.json'}: vocab_size={str(vocab_size)[:40]!r} is no vocabulary's; {WAY_OUT}")
     found = _read_header(path)
-    if config.model.family != "bigram" and config.model.n_layer > len(found):  # spares building a thousand layers
+    if MODELS[config.model.family].has_layers and config.model.n_layer > len(found):  # spares building a thousand layers
         raise UserError(f"{path}: too few tensors for model.n_layer={config.model.n_layer}; {WAY_OUT}")
     with torch.device("meta"):
         model = build_model(config.model, vocab_size)

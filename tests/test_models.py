@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from gptcore.config import ModelConfig, UserError
+from gptcore.config.model import FAMILIES
 from gptcore.models import build_model, losses
+from gptcore.models.build import MODELS
 from gptcore.models.cache import FixedCache
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.layers import apply_rotary, attend_once, rms_norm, rotary_table
@@ -27,6 +29,10 @@ CONFIGS = {
     "bigram": ModelConfig(family="bigram", block_size=T),
 }
 GPTS = ["modern", "gpt2", "classic"]
+
+
+def test_every_family_has_a_class_and_a_name_for_people():
+    assert list(FAMILIES) == list(MODELS)
 
 
 def make(name, *, trained=True, **changes):

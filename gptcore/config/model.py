@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from gptcore.config.base import Section
+
+# The families, by the names that people call them. The class of each is in gptcore/models/build.py.
+FAMILIES = {"gpt": "GPT", "lstm": "LSTM", "gru": "GRU", "mingru": "minGRU", "bigram": "bigram", "ngram": "n-gram"}
+Family = str if TYPE_CHECKING else Literal[tuple(FAMILIES)]
 
 # What tells the presets apart. A preset fills the fields that the file leaves unset; the resolved config shows them all.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -62,7 +66,7 @@ PRESET_FIELDS = tuple(PRESETS["modern"])
 class ModelConfig(Section):
     """The network. One contract for all families, so the trainer does not know which it trains."""
 
-    family: Literal["gpt", "lstm", "gru", "mingru", "bigram", "ngram"] = Field(
+    family: Family = Field(
         "gpt",
         description="gpt: decoder-only Transformer; lstm, gru: the RNN baselines; mingru: one that is learnt in parallel; "
         "bigram: the floor of the notes; ngram: counts of `order` tokens, for the rnn study.",

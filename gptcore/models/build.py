@@ -10,6 +10,16 @@ from gptcore.models.mingru import MinGRU
 from gptcore.models.ngram import NGram
 from gptcore.models.rnn import GRU, LSTM
 
+# Each is made of (config, vocab_size). Their names for people are in gptcore/config/model.py.
+MODELS: dict[str, type[LanguageModel]] = {
+    "gpt": GPT,
+    "lstm": LSTM,
+    "gru": GRU,
+    "mingru": MinGRU,
+    "bigram": Bigram,
+    "ngram": NGram,
+}
+
 
 def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
     """The model of `model.family` for a vocabulary of `vocab_size` ids, freshly initialised from torch's global seed.
@@ -21,12 +31,4 @@ def build_model(config: ModelConfig, vocab_size: int) -> LanguageModel:
         raise UserError(
             f"model.padded_vocab_size={rows} is smaller than the vocabulary of {vocab_size} ids; raise it or leave it out"
         )
-    families: dict[str, type[LanguageModel]] = {
-        "gpt": GPT,
-        "lstm": LSTM,
-        "gru": GRU,
-        "mingru": MinGRU,
-        "bigram": Bigram,
-        "ngram": NGram,
-    }
-    return families[config.family](config, rows)
+    return MODELS[config.family](config, rows)

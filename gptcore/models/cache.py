@@ -31,6 +31,7 @@ class KVCache:
         if end > keys.size(2):
             keys = self.keys[layer] = self._with_room(keys[:, :, :length], end)
             values = self.values[layer] = self._with_room(values[:, :, :length], end)
+        # Written into room that is there: joining tensors would copy all that was read, for every token.
         keys[:, :, length:end], values[:, :, length:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
@@ -40,6 +41,8 @@ class KVCache:
 
     def mask(self, T: int, S: int) -> Tensor | None:
         """Which of S tokens each of the newest T may see, (T, S); None: all, or those before it where T == S."""
+        # One new token may see everything; as many as there are in all is the causal case, which attention's kernels know
+        # without a mask.
         if not 1 < T < S:
             return None
         return torch.ones(T, S, dtype=torch.bool, device=self.keys[0].device).tril(S - T)
@@ -51,6 +54,7 @@ class KVCache:
     def _with_room(self, old: Tensor, tokens: int) -> Tensor:
         """`old` in a tensor that holds at least `tokens`."""
         B, nh, length, hs = old.shape
+        # Doubling: all copies together cost no more than one of the final size.
         room = min(self.block_size, max(FIRST_TOKENS, tokens, 2 * length))
         new = old.new_empty(B, nh, room, hs)
         new[:, :, :length] = old
@@ -72,6 +76,8 @@ class FixedCache(KVCache):
         if k.size(2) > 1 or layer == len(self.keys):
             k, v = super().extend(layer, k, v)
             return (k, v) if k.size(2) > 1 else (self.keys[layer], self.values[layer])
+        # The place comes from the device: a slice would be a number of Python's, and a recording would write to the same place
+        # for ever.
         self.keys[layer].index_copy_(2, self._at, k)
         self.values[layer].index_copy_(2, self._at, v)
         return self.keys[layer], self.values[layer]

@@ -20,6 +20,8 @@ def to_fp8(x: Tensor, dtype: torch.dtype, bound: float | None = None) -> tuple[T
 
     bound: what no value can exceed, where that is known; then the largest one has not to be searched for.
     """
+    # A number of 8 bits has so little range that gradients, which are all small, would round to 0: each tensor is stretched to
+    # it.
     end = torch.finfo(dtype).max
     if bound is None:
         scale = x.abs().amax().float().clamp_min(1e-12) / end
@@ -51,8 +53,10 @@ class _Fp8Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         g8, g_scale = to_fp8(grads[0], E5M2)  # (M, N)
+        # The hardware multiplies rows by rows, so each product needs its factors in that order.
         grad_x = scaled_matmul(g8, w8.t().contiguous(), g_scale, w_scale)  # (M, K)
         grad_w = scaled_matmul(g8.t().contiguous(), x8.t().contiguous(), g_scale, x_scale)  # (N, K)
+        # In float32, as gradients of micro-steps are added up.
         return grad_x, grad_w.float(), None
 
 
@@ -79,6 +83,7 @@ def use_fp8(model: nn.Module, norm_bound: float | None = None) -> int:
     """
     count = 0
     for name, module in model.named_modules():
+        # Not a head: there rounding costs most, and its loss in pieces has products of its own.
         if type(module) is nn.Linear and not (module.in_features % 16 or module.out_features % 16):
             module.__class__ = Fp8Linear  # the same parameters under the same names, another product
             if name.endswith(("c_attn", "c_fc")):

@@ -129,6 +129,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.h):
             x = block(x, rotary, cache, layer)  # (B, T, C)
         if cache is not None:
+            # Once, after all layers: each of them has appended at the same place.
             cache.advance(T)
         return x if self.ln_f is None else self.ln_f(x)  # (B, T, C)
 
@@ -160,6 +161,7 @@ class GPT(LanguageModel):
 
     def norm_bound(self) -> float | None:
         """What no value can exceed that a block's norms hand on: n_embd values whose squares have the mean 1. None: not known."""
+        # A gain could make values as large as it likes.
         is_known = self.config.norm_position == "pre" and not self.config.norm_gain
         return float(self.config.n_embd) ** 0.5 if is_known else None
 

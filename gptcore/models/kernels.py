@@ -38,6 +38,7 @@ def _rotate_kernel(qkv, cos, sin, q, k, N, T, H, HALF: tl.constexpr, BLOCK: tl.c
     a = tl.load(qkv + at, mask=is_row, other=0.0).to(tl.float32)
     b = tl.load(qkv + at + HALF, mask=is_row, other=0.0).to(tl.float32)
     r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + EPS)[:, None]
+    # Both halves of a head at once: rotation pairs channel i with channel i + hs / 2.
     a, b = a * r, b * r
     angle = (rows % T)[:, None] * HALF + half[None, :]
     c = tl.load(cos + angle, mask=is_row, other=0.0)
@@ -72,11 +73,13 @@ def _rotate_back_kernel(qkv, cos, sin, dq, dk, dv, dqkv, N, T, H, HALF: tl.const
         angle = (rows % T)[:, None] * HALF + half[None, :]
         c = tl.load(cos + angle, mask=is_row, other=0.0)
         s = tl.load(sin + angle, mask=is_row, other=0.0)
+        # A rotation's gradient is the rotation back.
         da, db = first * c + second * s, second * c - first * s
         a = tl.load(qkv + at, mask=is_row, other=0.0).to(tl.float32)
         b = tl.load(qkv + at + HALF, mask=is_row, other=0.0).to(tl.float32)
         r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + EPS)[:, None]
         a, b = a * r, b * r
+        # The norm's gradient: what points along the vector is taken out, for its length does not matter.
         mean = ((tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * HALF))[:, None]
         tl.store(dqkv + at, r * (da - a * mean), mask=is_row)
         tl.store(dqkv + at + HALF, r * (db - b * mean), mask=is_row)
@@ -91,6 +94,7 @@ class _RotateHeads(torch.autograd.Function):
         k = torch.empty_like(q)
         grid = (triton.cdiv(B * T, ROWS), 2 * n_head)
         _rotate_kernel[grid](qkv, cos, sin, q, k, B * T, T, n_head, HALF=half, BLOCK=ROWS, EPS=EPSILON)
+        # Not q and k: they are made again from qkv, which is there anyway. Memory is what a backward pass waits for.
         ctx.save_for_backward(qkv, cos, sin)
         v = qkv.view(B, T, 3, n_head, 2 * half)[:, :, 2].clone()
         return q, k, v
@@ -143,6 +147,7 @@ def _loss_kernel(logits, targets, nats, grad, V: tl.constexpr, CAP: tl.constexpr
         else:
             y = tl.where(is_column, y, -float("inf"))
             higher = tl.maximum(top, y)
+            # Sum and maximum in one pass: whenever the maximum rises, what was summed is rescaled (Milakov & Gimelshein 2018).
             total = tl.where(is_column, total * tl.exp(top - higher) + tl.exp(y - higher), total)
             top = tl.where(is_column, higher, top)
     if IS_BOUNDED:

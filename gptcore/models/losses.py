@@ -24,6 +24,8 @@ PIECE_LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Nats per target token in float32 (float64 stays float64); targets of -1 count neither in the sum nor in the mean."""
+    # exp and the sum over 50,000 tokens in 16 bits would be off in the second digit of the loss; the products before it may be
+    # short, this may not.
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
     return loss.view_as(targets) if reduction == "none" else loss
@@ -31,6 +33,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """Bend logits to stay within ±cap (Gemma 2, 2024); 0 leaves them alone."""
+    # A network that is sure of itself lets logits grow without end, for ever smaller gains. The cap ends that smoothly: small
+    # logits pass as they are, and the slope is never quite 0.
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -53,6 +57,7 @@ def piecewise_cross_entropy(
         cross_entropy(logits(part)[None], part_targets[None], "none")[0]
         for part, part_targets in zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     ]
+    # Nats a token first, the sum last: so pieces change no more than rounding.
     each = torch.cat(pieces).view_as(targets)
     if reduction == "none":
         return each
@@ -69,6 +74,7 @@ class _Head:
         """Summed nats, the gradients of x, (rows, C), and of the weight, (V, C)."""
         logits = (x @ self.weight.T).float()  # (rows, V)
         loss, grad = loss_and_gradient(logits, targets, self.cap)
+        # Softmax and loss were in float32; the two large products need no more digits than the one forwards.
         grad = grad.to(x.dtype)  # (rows, V)
         return loss, grad @ self.weight, grad.T @ x
 
@@ -79,6 +85,7 @@ class _Fp8Head:
     def __init__(self, weight: Tensor, cap: float) -> None:
         self.cap = cap
         self.weight, self.scale = to_fp8(weight, E4M3)
+        # The hardware multiplies rows by rows only, so both orders are there once a step instead of once a piece.
         self.transposed = self.weight.t().contiguous()  # (C, V)
         self.grad_scale = torch.full((), 1 / torch.finfo(E5M2).max, device=weight.device)
 
@@ -107,8 +114,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
         head = _Fp8Head(weight, cap) if use_fp8 and len(x) % 16 == 0 else _Head(weight.to(x.dtype), cap)
         # Summed over pieces, so never in the 16 bits that a weight gathered by FSDP2 has.
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        # What is kept for the backward pass is as large as x and the weight; the logits would be V / C times x: at GPT-2's size
+        # 65 times.
         grad_x = torch.empty_like(x)
         loss = torch.zeros((), device=x.device)
+        # Sixteens of rows, as products in eight bits want them.
         rows = max(16, PIECE_LOGITS[x.device.type] // len(weight) // 16 * 16)
         for start in range(0, len(x), rows):
             piece = slice(start, start + rows)
@@ -120,6 +130,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
+        # The gradients are those of the plain sum; what stands above it, a mean or a loss scale, is one factor.
         return grad_x * grads[0].to(grad_x.dtype), grad_w * grads[0], None, None, None
 
 
@@ -127,10 +138,13 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tens
     """Summed nats of (rows, V) float32 logits before the cap, and their gradient; a target of -1 gives 0 for both."""
     capped = soft_cap(logits, cap)
     is_target = targets >= 0
+    # logsumexp takes the largest logit out first: exp of a logit above 88 is no number in float32.
     log_z = capped.logsumexp(1, keepdim=True)  # (rows, 1)
     nats = (log_z - capped.gather(1, targets.clamp_min(0)[:, None]))[:, 0]
     is_hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]  # (rows, V); a compiler fuses it away
+    # The gradient of cross-entropy by the logits: what was predicted minus what came, softmax - one-hot.
     grad = torch.where(is_target[:, None], (capped - log_z).exp() - is_hit.float(), 0.0)
     if cap:
+        # Slope of the cap: tanh' = 1 - tanh².
         grad = grad * (1 - (capped / cap).square())
     return torch.where(is_target, nats, 0.0).sum(), grad

@@ -33,6 +33,7 @@ def scan(gate: Tensor, candidate: Tensor, h: Tensor | None) -> Tensor:
     if gate.size(1) == 1:  # one more token in generation
         z, g = gate.sigmoid(), log_g(candidate).exp()
         return z * g if h is None else torch.lerp(h, g, z)
+    # In logarithms: the product of a thousand factors below 1 is 0 in float32, the sum of their logarithms is a number.
     log_keep = -F.softplus(gate)  # log(1 - z)
     log_new = -F.softplus(-gate) + log_g(candidate)  # log(z g)
     if h is not None:  # the old state is one more value before the first, kept whole
@@ -53,6 +54,7 @@ class MinGRULayer(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         gate, candidate = self.gate_and_candidate(x).chunk(2, dim=-1)  # (B, T, D) each
+        # Sums over the whole text: in 16 bits the end of a long one would be added to nothing.
         with torch.autocast(x.device.type, enabled=False):
             states = scan(gate, candidate, h)  # (B, T, D)
         return self.c_proj(states.to(x.dtype)), states[:, -1:]
@@ -63,9 +65,12 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        # The gates do not see what came before, so a few tokens are mixed first: without it a gate cannot know which word a
+        # letter ends.
         self.conv = nn.Conv1d(channels, channels, KERNEL, groups=channels)
 
     def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Padded on the left only: nothing may look ahead.
         before = x.new_zeros(len(x), KERNEL - 1, x.size(2)) if before is None else before.to(x.dtype)
         seen = torch.cat((before, x), dim=1)  # (B, 3 + T, C)
         return self.conv(seen.mT).mT, seen[:, -(KERNEL - 1) :]

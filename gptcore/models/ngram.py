@@ -30,6 +30,7 @@ class NGram(LanguageModel):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.block_size, self.vocab_size, self.order = config, config.block_size, vocab_size, config.order
+        # k-grams are int64 numbers in base V.
         if vocab_size**self.order >= 2**63:
             longest = int(63 / np.log2(vocab_size))
             raise UserError(f"model.order={self.order}: too long for a vocabulary of {vocab_size}; at most {longest}")
@@ -52,7 +53,11 @@ class NGram(LanguageModel):
             once, twice = int((counts == 1).sum()), int((counts == 2).sum())
             setattr(self, f"keys_{k}", torch.from_numpy(keys).to(self.discounts.device))
             setattr(self, f"counts_{k}", torch.from_numpy(counts).to(self.discounts.device, torch.float32))
+            # How much too often a k-gram that was seen is believed: estimated from those that were seen once and twice (Ney et
+            # al. 1994).
             self.discounts[k - 1] = once / (once + 2 * twice) if once else 0.5
+            # From here on counts are of different left neighbours: "Francisco" is frequent, but after one word only, so a text
+            # that does not say "San" should not expect it.
             keys, counts = np.unique(keys % V ** (k - 1), return_counts=True)
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -110,6 +115,8 @@ class NGram(LanguageModel):
         for k in range(1, self.order + 1):
             context = p.new_zeros(rows, dtype=torch.int64) if k == 1 else contexts[k - 2]
             keys, counts = getattr(self, f"keys_{k}"), getattr(self, f"counts_{k}")
+            # Sorted numbers instead of a hash table: what follows a context lies side by side, and one search finds it for all
+            # positions at once.
             low = torch.searchsorted(keys, context * self.vocab_size)
             high = torch.searchsorted(keys, (context + 1) * self.vocab_size)
             high = torch.where(context < 0, low, high)
@@ -123,6 +130,7 @@ class NGram(LanguageModel):
             share = torch.where(different > 0, discount * different / total.clamp_min(1), 1.0)
             p = p * share[:, None]
             p[row, keys[place] % self.vocab_size] += (seen - discount) / total[row]
+        # Never quite 0: one token at minus infinity would be the whole loss.
         return p.clamp_min(1e-30).log()
 
     def new_cache(self, batch_size: int) -> list[Tensor]:

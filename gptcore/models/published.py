@@ -50,6 +50,7 @@ def load_published(path: str | Path, n_head: int) -> tuple[GPT, ModelConfig]:
         block_size = len(weights["transformer.wpe.weight"])
     except KeyError as error:
         raise UserError(f"{path}: has no {error.args[0]}; give the model.safetensors of a GPT-2") from None
+    # The file has no config: sizes are shapes, the depth is how many blocks have names.
     n_layer = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
     config = ModelConfig(preset="gpt2", n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
     model = GPT(config, vocab_size)

@@ -62,6 +62,7 @@ class QuantizedLinear(Head, nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """x: (rows, in_features) bfloat16; returns (rows, out_features) bfloat16 or float32, a tensor of its own."""
+        # Unpacked for this product and dropped: kept, the weights would take the memory that they were to save.
         return F.linear(x, self.dequantize().to(BF16))
 
     def kernel(self, rows: int, device: torch.device) -> Product:
@@ -117,6 +118,7 @@ class Int8Linear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None) -> None:
         super().__init__(in_features, out_features, bias)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        # A scale an output row: it leaves the sum as one factor, so products stay in integers to the end.
         self.register_buffer("scale", torch.ones(out_features, dtype=BF16))
 
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
@@ -185,6 +187,8 @@ class Int8DynamicLinear(Int8Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         weight, scale = self.packed(x.device)
+        # A scale a token, not one for all: activations have a few huge channels in a few tokens, and these would leave the
+        # others no digits (Dettmers et al. 2022).
         largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
         x_scale = largest.clamp_min_(1e-12).div_(127)  # (rows, 1)
         x8 = x.div(x_scale).round_().to(torch.int8)
@@ -215,6 +219,7 @@ class Int4Linear(QuantizedLinear):
         assert fits_int4(in_features, group_size), (in_features, group_size)
         self.group_size = group_size
         self.register_buffer("weight", torch.full((out_features, in_features // 2), 0x88, dtype=torch.uint8))
+        # A scale a group: with 16 values one outlier in a row would cost all others their digits.
         self.register_buffer("scale", torch.ones(out_features, in_features // group_size, dtype=BF16))
 
     def entry(self) -> dict[str, Any]:
@@ -314,7 +319,8 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, table: QuantizedLinear, *, is_tied: bool) -> None:
         super().__init__()
         self.is_tied = is_tied
-        self._table = (table,)  # in a tuple: not a child, so a tied one is neither saved nor moved twice
+        # In a tuple: not a child, so a tied one is neither saved nor moved twice.
+        self._table = (table,)
         if not is_tied:
             self.table = table
 
@@ -338,6 +344,7 @@ def empty_layer(entry: dict[str, Any], in_features: int, out_features: int, bias
 
 def with_layout(model: LanguageModel, layout: Layout) -> LanguageModel:
     """Replace the named modules by empty quantized ones and everything else by bfloat16, in place; its weights come next."""
+    # Rounded numbers have no gradient; whoever fine-tunes does so before rounding (gptcore.quantize.qat).
     model.requires_grad_(False).to(BF16)
     for name, entry in layout.items():
         old = model.get_submodule(name)

@@ -51,6 +51,7 @@ class Recurrent(LanguageModel):
                     nn.init.normal_(module.weight, std=0.02 / (2 * config.n_layer) ** 0.5 if is_output else 0.02)
         else:
             nn.init.normal_(self.wte.weight)
+            # Near-uniform first guess, as the GPT's.
             nn.init.normal_(self.lm_head.weight, std=0.001)
 
     def build_layers(self, config: ModelConfig) -> None:
@@ -62,6 +63,7 @@ class Recurrent(LanguageModel):
         raise NotImplementedError(type(self).__name__)
 
     def hidden(self, idx: Tensor, cache: RecurrentState | None) -> Tensor:
+        # Nothing of the order of tokens has to be told here: a recurrence reads them one after the other.
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)  # (B, T, C)
         x, state = self.recur(x, None if cache is None else cache.value)  # (B, T, C)
         if cache is not None:
@@ -78,6 +80,7 @@ class RNN(Recurrent):
     layer: type[nn.LSTM] | type[nn.GRU]
 
     def build_layers(self, config: ModelConfig) -> None:
+        # torch drops out between layers, of which there is none below a single one, and warns.
         dropout = config.dropout if config.n_layer > 1 else 0.0
         self.rnn = self.layer(config.n_embd, config.n_embd, config.n_layer, batch_first=True, dropout=dropout)
 
@@ -94,7 +97,9 @@ class LSTM(RNN):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)
         for name, bias in self.rnn.named_parameters():
-            if name.startswith("bias_ih"):  # forget gates start open (Jozefowicz et al. 2015)
+            # Forget gates start open (Jozefowicz et al. 2015): half closed they would halve the memory, and the gradient that comes back
+            # through it, at every token. torch orders the gates: input, forget, cell, output.
+            if name.startswith("bias_ih"):
                 nn.init.ones_(bias[config.n_embd : 2 * config.n_embd])
 
 

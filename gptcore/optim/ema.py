@@ -17,8 +17,11 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self._model = decay, model
         self._parameters = {name: local_part(p) for name, p in model.named_parameters()}  # of a spread model: its part here
+        # Starts as the weights, not as zeros: then there is no bias towards zero to be corrected.
         self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
 
+    # Steps of a constant size circle around a minimum; their mean lies nearer to it than any of them. Much of what the fall of
+    # the learning rate brings, at any time, and without stopping the run for it.
     @torch.no_grad()
     def update(self) -> None:
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - self.decay)

@@ -31,6 +31,7 @@ class Optimizers:
     def set_lr_factor(self, factor: float) -> None:
         """Learning rates that live on the device are changed in place, where a CUDA graph reads them."""
         for key, optimizer in self._optimizers.items():
+            # One factor for all: the optimizers' peaks differ by design, their schedule does not.
             for group, peak in zip(optimizer.param_groups, self._peaks[key], strict=True):
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(peak * factor)
@@ -53,6 +54,7 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         for optimizer in self._optimizers.values():
+            # None, not zeros: the next backward pass then writes where it would add.
             optimizer.zero_grad(set_to_none=True)
         for parameter in self._whole.values():
             parameter.grad = None
@@ -70,6 +72,7 @@ class Optimizers:
         """tensors: whole ones, as `state_tensors` names them."""
         by_name = {name: parameter for parameter, name in self._names.items()}
         for flat, value in tensors.items():
+            # By name, not by number: so a state fits however the parameters are grouped or ordered.
             key, name, slot = flat.split("/")
             parameter = by_name[name]
             if value.dim() and is_spread(self._whole[name]):
@@ -91,16 +94,23 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
     on_device: learning rates and step counters are tensors beside the parameters, so that a CUDA graph can hold the step.
     ranks: the processes that share Muon's work.
     """
+    # Muon is for matrices that map one hidden space to another, where a direction matters and an entry does not. Rows of tables
+    # and head belong to single tokens, of which many get no gradient in a batch, and vectors have no singular values: these
+    # keep AdamW (Jordan et al. 2024).
     muon: dict[int, list[Tensor]] = {1: [], 3: []}
     decayed, plain = [], []
     whole: dict[str, Tensor] = dict(model.named_parameters())
     parameters = {name: nn.Parameter(local_part(p)) if is_spread(p) else p for name, p in whole.items()}
+    # By identity: a tied matrix is a table and a head, under whichever name it comes first.
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, parameter in parameters.items():
         is_table = id(whole[name]) in tables - heads
         if config.optimizer == "muon" and name.startswith("transformer.h.") and parameter.dim() == 2:
             muon[3 if name.endswith("c_attn.weight") else 1].append(parameter)
+        # Decay pulls towards zero what the data does not hold in place. A matrix needs that: where a norm follows, its growth
+        # only makes later steps smaller. A gain of zero would silence a channel, and the row of a rare token would decay in all
+        # the steps that never see it.
         elif parameter.dim() >= 2 and not is_table:
             decayed.append(parameter)
         else:
@@ -115,6 +125,8 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
         muon_groups: list[dict[str, object]] = [
             {"params": params, "splits": splits, "lr": peak(config.lr)} for splits, params in muon.items() if params
         ]
+        # Newton–Schulz forgives the rounding of bfloat16, whose products a GPU makes several times faster; on a CPU float32
+        # keeps runs the same to the bit.
         is_short = device.type == "cuda" or config.precision == "bf16"
         dtype = torch.bfloat16 if is_short else torch.float32
         rows = {parameters[name]: len(p) for name, p in whole.items() if is_spread(p)} or None
@@ -127,6 +139,8 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
         for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if params
     ]
+    # fused: one kernel for all parameters instead of several for each. capturable: its step counter is on the device, where a
+    # CUDA graph can count.
     optimizers["adamw"] = torch.optim.AdamW(
         adamw_groups, lr=adamw_lr, betas=(config.beta1, config.beta2), fused=True, capturable=on_device
     )

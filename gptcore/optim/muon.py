@@ -16,7 +16,9 @@ from torch import Tensor
 from gptcore.optim.sharing import in_turns, share_out
 from gptcore.ranks import ALONE, Ranks
 
-# Quintic coefficients of the Muon write-up: they push every singular value into about [0.7, 1.2] in five steps.
+# Of p(s) = a·s + b·s³ + c·s⁵, which each step applies to every singular value s and to nothing else. The classical coefficients
+# (15/8, -10/8, 3/8) go to exactly 1, but a small s grows by less than 2 a step; these have the slope 3.44 at 0, so that five
+# steps lift even s = 0.003, and leave s somewhere in about [0.7, 1.2], which training does not notice (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -24,12 +26,17 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     """Replace each matrix's singular values by about 1. matrices: (..., rows, columns), any leading shape; dtype: of the products."""
     a, b, c = COEFFICIENTS
     x = matrices.to(dtype)
+    # G = x·xᵀ is a square of the rows: of a tall matrix the transpose has the smaller one, and the same singular values.
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # all singular values at most 1
+    # The iteration diverges for singular values above 1.26. The Frobenius norm bounds the largest and costs one pass; the
+    # largest itself would cost an iteration of its own.
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.reshape(-1, *x.shape[-2:])
-    for _ in range(steps):  # x ← a·x + (b·G + c·G²)·x with G = x·xᵀ: three products, the sums within them
+    # x ← a·x + (b·G + c·G²)·x with G = x·xᵀ, that is p of each singular value without ever finding one: with x = U·S·Vᵀ, G is
+    # U·S²·Uᵀ. Three products, the sums within them: what GPUs are fastest at, and safe in 16 bits, where an SVD is neither.
+    for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
@@ -78,6 +85,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_stack(self, group: dict[str, Any], rows: int, columns: int, parameters: list[Tensor]) -> Iterator[None]:
         """One update of a stack; pauses where other processes have to be heard."""
+        # One batch of products for all matrices of a shape: a GPU would idle on each alone.
         grads = torch.stack([p.grad for p in parameters if p.grad is not None])
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -85,7 +93,11 @@ class Muon(torch.optim.Optimizer):
         if self.found_inf is not None:  # momentum drawn towards itself stays as it is
             grads = torch.where(self.found_inf > 0, torch.stack(buffers), grads)
         torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - group["momentum"])
+        # Nesterov's look ahead (Sutskever et al. 2013): the gradient counts once more than in the momentum, so the step already
+        # knows of the newest turn. Means, not sums, as orthogonalising forgets every factor.
         update = grads.lerp_(torch.stack(buffers), group["momentum"])  # (n, rows or this process's, columns), Nesterov
+        # Query, key and value are three matrices that happen to lie in one parameter: made orthogonal together, they would have
+        # to share one set of directions.
         splits = int(group["splits"])
 
         def orthogonal(matrices: Tensor) -> Tensor:
@@ -93,10 +105,17 @@ class Muon(torch.optim.Optimizer):
             return orthogonalize(parts, dtype=self.dtype).view(-1, rows, columns)
 
         update = yield from share_out(update, rows, orthogonal, self.dtype, self.ranks, is_spread=self.rows is not None)
+        # An orthogonal (rows, columns) matrix has entries of size 1/√max(rows, columns). With √(rows / columns) for tall ones a
+        # step changes an output by the same amount whatever the shape, so one learning rate serves all (Bernstein & Newhouse
+        # 2024).
         scale, lr = max(1.0, rows // splits / columns) ** 0.5, group["lr"]
+        # Arithmetic instead of a branch: a recorded CUDA graph cannot decide, and asking the device would stop it.
         if self.found_inf is not None:
             lr = lr * (1 - self.found_inf)
+        # Decoupled decay (Loshchilov & Hutter 2019): on the weights themselves, as in the gradient the orthogonalising would
+        # lose its size.
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        # `alpha` has to be a number of Python's; a learning rate on the device is multiplied instead.
         if isinstance(lr, Tensor):
             torch._foreach_add_(parameters, list((update * (-lr * scale)).unbind()))
         else:

@@ -21,7 +21,8 @@ def in_turns(tasks: Iterable[Iterator[None]]) -> None:
     """Run tasks that pause; at every turn one more begins, so that the exchange of one runs beside the work of the one before."""
     running: list[Iterator[None]] = []
     for task in tasks:
-        running.insert(0, task)  # the newest first: its exchange starts before the others compute
+        # The newest first: its exchange starts before the others compute.
+        running.insert(0, task)
         running = [task for task in running if not _is_over(task)]
     while running:
         running = [task for task in running if not _is_over(task)]
@@ -40,6 +41,8 @@ def share_out(
 
     is_spread: `update` holds this process's rows only, and so does what is returned. dtype: of what travels.
     """
+    # Alone there is nothing to share. Several would otherwise all do the same work, and Muon's cost would not shrink with more
+    # GPUs.
     if ranks.count == 1:
         return orthogonal(update)
     if is_spread:
@@ -56,6 +59,7 @@ def _own_slice(n: int, ranks: Ranks) -> tuple[int, slice]:
 def _by_slice(update: Tensor, orthogonal: Orthogonal, dtype: torch.dtype, ranks: Ranks) -> Generator[None, None, Tensor]:
     n = len(update)
     size, mine = _own_slice(n, ranks)
+    # All parts have one size, as a gather wants them: what the last slices lack is filled up with zeros.
     part = update.new_zeros(size, *update.shape[1:], dtype=dtype)
     if mine.start < mine.stop:
         part[: mine.stop - mine.start] = orthogonal(update[mine])
@@ -71,6 +75,7 @@ def _by_owner(
     n, own_rows, columns = update.shape
     size, mine = _own_slice(n, ranks)
     height = -(-rows // ranks.count)  # FSDP2 gives all but the last processes so many rows
+    # Rows of a matrix cannot be made orthogonal apart, so those of each matrix meet on one process and go home again.
     sent = update.new_zeros(ranks.count * size, height, columns, dtype=dtype)
     sent[:n, :own_rows] = update
     received, work = ranks.start_exchange(sent.view(ranks.count, size, height, columns))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gptcore.config.model import FAMILIES
 from gptcore.report.figures import COLOURS, thin_out
-from gptcore.report.record import FAMILY_NAMES, read_run
+from gptcore.report.record import read_run
 
 STEPS = (("train", "main"), ("rnn", "baseline"), ("floor", "floor"))
 
@@ -22,7 +23,7 @@ def draw_curves(run_dir: Path, path: Path) -> Path | None:
     axes = figure.subplots()
     for name, role in STEPS:
         step = run.steps[name]
-        family = {"train": run.model_name, "rnn": FAMILY_NAMES["lstm"], "floor": FAMILY_NAMES["bigram"]}[name]
+        family = {"train": run.model_name, "rnn": FAMILIES["lstm"], "floor": FAMILIES["bigram"]}[name]
         for key, width, label in (("train/bpb", 0.8, "training"), ("val/bpb", 2.2, "held out")):
             values = thin_out(step.series(key))
             if len(values):

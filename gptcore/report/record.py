@@ -15,13 +15,13 @@ import pandas as pd
 import yaml
 
 from gptcore.config import UserError
+from gptcore.config.model import FAMILIES
 from gptcore.config.switches import SHORT
 from gptcore.journal import FILE_NAME, TAGS_FILE, read_journal
 from gptcore.report.wording import MISSING
 
 QUANTIZATION = "quantization"  # its model has a row among those compared
 STEPS = ("train", "floor", "evaluate", *SHORT, "rnn")
-FAMILY_NAMES = {"gpt": "GPT", "lstm": "LSTM", "bigram": "bigram"}
 COMPARISON_COLUMNS = ["model", "parameters", "val_loss", "val_bpb", "val_ppl", "tok_per_sec", "seconds"]
 
 
@@ -61,7 +61,7 @@ class RunRecord:
     @property
     def model_name(self) -> str:
         """What the trained model is called in tables and legends."""
-        return FAMILY_NAMES.get(str(self.section("model").get("family", "gpt")), "model")
+        return FAMILIES.get(str(self.section("model").get("family", "gpt")), "model")
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the config; empty where the file has none."""

@@ -61,6 +61,7 @@ def train_loop(
             step=written.step,
         )
 
+    # Writing takes seconds, copying milliseconds: so a thread writes, and the training goes on.
     writer = CheckpointWriter(checkpoints_of(out), train.keep_checkpoints, train.keep_interval, tell)
     loop = _Loop(trainer, journal, writer, stop, memory or {})
     try:
@@ -70,6 +71,7 @@ def train_loop(
     trainer.ranks.wait()  # for the checkpoint that the first process wrote
     chosen = checkpoint_path(checkpoints_of(out), loop.best.step if train.select == "best" else trainer.step)
     if train.select == "best":
+        # What is evaluated last and handed on is the best, not where the run happened to end.
         use_weights(trainer, chosen)
     try:
         last = evaluate(trainer, journal, 0, stop)
@@ -115,6 +117,8 @@ class _Loop:
     def run(self) -> None:
         trainer, train = self.trainer, self.train
         if trainer.step == 0:
+            # A fresh model should lose about ln V a token. Much more or less is a bug in initialisation or targets, and here it
+            # is seen before an hour is spent.
             self.last = self.untrained = evaluate(trainer, self.journal, train.eval_tokens, self.stop)
             uniform = math.log(trainer.model.vocab_size)
             log.info("untrained loss %.4f; a uniform guess has ln V = %.4f", self.untrained.loss, uniform)
@@ -122,13 +126,19 @@ class _Loop:
             self._save()
         is_done = trainer.progress() >= 1 or self._has_lost_patience()
         with controlled_gc():
+            # What comes before the first step, compiling too, is not a step's time.
             self.reporter.timer.restart()
             while not is_done:
                 loss, norm, factor = train_step(trainer)
+                # A tensor of the device, not a number: asking would wait for the step, and the CPU could not queue the next one
+                # meanwhile.
                 self.reporter.losses.append(loss)
                 self.reporter.timer.mark()
+                # A full disk is told at the next step, not at the end.
                 self.writer.check()
                 is_done = trainer.progress() >= 1
+                # A signal reaches one process sooner than another; all have to leave after the same step, or the rest waits for
+                # ever.
                 is_stopped = trainer.ranks.any(bool(self.stop)) and not is_done
                 is_report = trainer.step % train.log_interval == 0 or is_done
                 is_evaluation = trainer.step % train.eval_interval == 0 or (is_done and train.select == "best")
@@ -139,10 +149,12 @@ class _Loop:
                 if is_report:
                     with trainer.clock.phase("report"):
                         self.reporter.report(norm, factor, self.last)
+                # Before anything is evaluated or saved: a checkpoint of no numbers would replace a good one.
                 check_finite(trainer)
                 if is_evaluation and (not is_done or train.select == "best"):
                     is_best, is_stopped = self._judge(is_stopped)
                     is_done = is_done or self._has_lost_patience()
+                    # The best weights have to be on disk when they are chosen: the next step overwrites them.
                     is_saving = is_saving or is_stopped or is_done or (is_best and train.select == "best")
                 if is_saving:
                     self._save()
@@ -168,6 +180,7 @@ class _Loop:
     def _evaluate(self) -> bool:
         self.last = evaluate(self.trainer, self.journal, self.train.eval_tokens, self.stop)
         self.owes_evaluation = False
+        # Now, while the device is waiting anyway: within steps it is switched off.
         gc.collect()
         return self.best.take(self.last, self.trainer.step)
 
@@ -191,6 +204,7 @@ def evaluate(trainer: Trainer, journal: Journal, max_tokens: int, stop: StopFlag
     with (
         trainer.clock.phase("evaluate"),
         averaged(trainer),
+        # Other shapes than a step's would be compiled for a single use.
         uncompiled(trainer.model),
         stop.interrupting() if is_interruptible else nullcontext(),
     ):
@@ -214,6 +228,8 @@ def use_weights(trainer: Trainer, checkpoint: Path) -> None:
 def controlled_gc() -> Iterator[None]:
     """No garbage collection in the middle of a step: what is there now is left out of it, the rest is looked at after evaluations."""
     gc.collect()
+    # A collection goes through all objects of Python, and stops a step for milliseconds at moments of its own choosing. What is
+    # there now stays, so it is never looked at again.
     gc.freeze()
     gc.disable()
     try:

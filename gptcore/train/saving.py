@@ -53,13 +53,17 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
     """
     began = time.perf_counter()
     seconds = trainer.elapsed_seconds()
+    # These ask all processes, so all of them have to come by here, the ones without a file too.
     rng = random_states(trainer)
     losses = trainer.ranks.sum_(torch.stack(memory["losses"])) if memory["losses"] else None
     if not (trainer.ranks.is_first or trainer.is_spread):
         return
     with trainer.clock.phase("save"):
+        # Two snapshots in memory would be one too many.
         writer.wait()
         weights = trainer.model.weights()
+        # The model file is what is used later: the average, where there is one. What the run goes on with lies beside the
+        # optimizer.
         model = weights if trainer.average is None else trainer.average.weights()
         tensors = trainer.optimizers.state_tensors()
         if trainer.average is not None:
@@ -68,12 +72,16 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
             tensors |= {LOSS_SCALE: trainer.loss_scale.scale, LOSS_SCALE_GROWTH: trainer.loss_scale.growth}
         if losses is not None:
             tensors[LOSSES] = losses
+        # Moments of the optimizer belong to exactly these weights, so all is copied between the same two steps.
         copies, wait_for_copies = copy_to_host(
             {f"m/{name}": tensor for name, tensor in model.items()} | {f"o/{n}": t for n, t in tensors.items()},
             is_kept=trainer.ranks.is_first,
         )
         if not trainer.ranks.is_first:
             return
+        # The rest of the run follows from the config and the step: order of samples and schedule are functions of it. Not so
+        # the random state, where dropout is, the clock of earlier attempts, the micro-batch that was found to fit, and what the
+        # loop remembers.
         state = {
             "tokens_seen": trainer.tokens_seen,
             "seconds": seconds,
@@ -107,10 +115,14 @@ def resume(trainer: Trainer, out: Path) -> dict[str, Any]:
         return {}
     directory = checkpoint_path(checkpoints_of(out), step)
     state = read_state(directory)
+    # Going on with another config would be a run that no config describes.
     _check_same(load_config(directory / "config.yaml"), state, trainer.config, trainer.shards, out)
     memory = {**state["memory"], "losses": _load_tensors(trainer, directory)}
+    # From here on sampler, schedule and progress are where they were.
     trainer.step = trainer.watch.checked = state["step"]
     trainer.seconds_before = state["seconds"]
+    # Another cut of the batch adds up in another order, and the last digits would differ from those of a run that was never
+    # stopped.
     if trainer.config.train.micro_batch_size == "auto" and trainer.local_batch_size % state["micro_batch_size"] == 0:
         trainer.micro_batch_size = state["micro_batch_size"]
     _set_random_state(trainer, state["rng"])
@@ -146,6 +158,7 @@ def _choose(out: Path) -> int:
     folder = checkpoints_of(out)
     for torn in sweep(folder, new_s=0.0):
         log.info("deleted %s, which a killed process left unfinished", torn)
+    # A machine that died may have left a file of zeros under a good name, so every byte is read before it is believed.
     whole, skipped = newest_whole(folder)
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
@@ -153,6 +166,7 @@ def _choose(out: Path) -> int:
     for directory in newer:
         if is_committed(directory):
             shutil.rmtree(directory.with_name(f"damaged_{directory.name}"), ignore_errors=True)
+            # Put aside, not deleted: it may be all that is left of a week.
             directory.rename(directory.with_name(f"damaged_{directory.name}"))
         else:
             shutil.rmtree(directory)
@@ -167,6 +181,7 @@ def _load_tensors(trainer: Trainer, directory: Path) -> list[Tensor]:
     weights = trainer.model.weights()
     copy_tensors(directory / MODEL, weights if trainer.average is None else trainer.average.weights())
     losses: list[Tensor] = []
+    # One by one: twice the model and its moments at once might not fit.
     for name, tensor in read_tensors(directory / OPTIMIZER):
         if name.startswith(TRAINING_WEIGHTS):
             fill(weights[name.removeprefix(TRAINING_WEIGHTS)], tensor)
@@ -196,6 +211,7 @@ def _set_random_state(trainer: Trainer, states: list[dict[str, str]]) -> None:
     """This process's generators; one that was not there before draws numbers of its own."""
     rank = trainer.ranks.rank
     if rank >= len(states):
+        # Not the seed alone: its masks are those of step 0, once more.
         torch.manual_seed(trainer.config.train.seed + rank + trainer.step)
         return
     restored = {key: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for key, text in states[rank].items()}

@@ -16,8 +16,10 @@ from gptcore.batches import Sampler
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.device import Device, choose_device, seed_everything, set_determinism
 from gptcore.models import LanguageModel, build_model
+from gptcore.models.build import MODELS
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.gpt import GPT
+from gptcore.models.rnn import RNN
 from gptcore.optim import Optimizers, WeightAverage, build_optimizers
 from gptcore.ranks import ALONE, Ranks
 from gptcore.shards import ShardSet
@@ -90,15 +92,18 @@ class Trainer:
 def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALONE) -> Trainer:
     """Everything in place before step 0, or a UserError that says which field to change."""
     train = config.train
-    if config.model.family == "ngram":
-        raise UserError("model.family=ngram is counted, not trained: `gptloom study rnn` does it; choose another family")
+    family = MODELS[config.model.family]
+    if not family.is_trained:
+        raise UserError(
+            f"model.family={config.model.family} is counted, not trained: `gptloom study rnn` does it; choose another family"
+        )
     shards.check_fits(config.model.block_size)
     if train.global_batch_size % ranks.count:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} cannot be divided among {ranks.count} processes; use a multiple"
         )
     device = choose_device(train.device, train.precision)
-    set_determinism(train.deterministic, device, is_recurrent=config.model.family in ("lstm", "gru"))
+    set_determinism(train.deterministic, device, is_recurrent=issubclass(family, RNN))
     check_memory(config, shards.vocab_size, device, ranks)
     use_graph = _graph_applies(config, device, ranks)
     if use_graph:

@@ -12,15 +12,16 @@ from gptcore.config import ExperimentConfig, ModelConfig, UserError, with_change
 from gptcore.device import Device
 from gptcore.evaluate import evaluate_loss
 from gptcore.models import LanguageModel, build_model
+from gptcore.models.build import MODELS
 from gptcore.models.ngram import NGram
-from gptcore.models.rnn import RecurrentState
+from gptcore.models.rnn import Recurrent, RecurrentState
 from gptcore.studies import Bench, Cell, CellResult
 from gptcore.studies.rnn.carried import stream_bpb, train_carried
 from gptcore.studies.rnn.options import RnnOptions
 from gptcore.studies.sizes import nearest_width
 from gptcore.studies.speed import measure_decoding
 
-RECURRENT = ("lstm", "gru", "mingru")
+RECURRENT = [name for name, kind in MODELS.items() if issubclass(kind, Recurrent)]
 TABLES = ("wte", "wpe", "lm_head")  # what "non-embedding" leaves out
 SEARCH_SEED = 0  # not one of the study's, so that no result is the best of several tries
 
@@ -32,7 +33,7 @@ def measure_cell(cell: Cell, bench: Bench) -> CellResult:
     if options.family == "ngram":
         return measure_ngram(config, options, bench)
     if options.carried and options.family not in RECURRENT:
-        raise UserError(f"options.carried=true: {options.family} has no recurrent state; use lstm, gru or mingru")
+        raise UserError(f"options.carried=true: {options.family} has no recurrent state; use {', '.join(RECURRENT)}")
     search = try_rates(config, options, bench)
     lr = min(search, key=lambda row: row["val_bpb"])["lr"] if search else config.train.lr
     config = with_changes(config, train={"lr": lr})

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from gptcore.config.base import Section
+from gptcore.config.model import Family
 
 
 class RnnOptions(Section):
     """Settings of the RNN study. The base experiment's model is the reference, a GPT."""
 
-    family: Literal["gpt", "lstm", "gru", "mingru", "bigram", "ngram"] = Field("gpt", description="The model of the arm.")
+    family: Family = Field("gpt", description="The model of the arm.")
     n_layer: int | None = Field(None, ge=1, description="Layers of a recurrent family; empty: the reference's.")
     carried: bool = Field(False, description="Train with a state that goes on from batch to batch.")
     lrs: tuple[float, ...] = Field((), description="Learning rates tried on a short training; empty: the experiment's.")
