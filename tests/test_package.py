@@ -90,6 +90,7 @@ def test_wheel_brings_two_packages(wheel: Path) -> None:
     assert {f"gptloom/{name}" for name in experiments} <= set(names)
 
 
+@pytest.mark.timeout(600)  # a first start of everything, where other work may go on beside it
 def test_a_run_by_deployment_in_a_project_of_the_wheel(environment: Path, tmp_path: Path, small_text: Path) -> None:
     """Beside a `flows/` and a `random.py` of the user's own, which are none of our business."""
     program, project = str(environment / "bin" / "gptloom"), tmp_path / "project"
