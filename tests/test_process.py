@@ -293,7 +293,7 @@ def test_failure_is_told_with_code_and_log_in_mlflow(out: Path, mlflow_store: st
 def test_a_wrong_argument_of_a_device_process_is_told_as_any_mistake() -> None:
     call = [sys.executable, "-m", "gptcore.evaluate"]
     done = subprocess.run(
-        [*call, "nowhere", "--shard", "x", "--depth", "3"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [*call, "nowhere", "--shard", "x", "--depth", "3"], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout)["error"].startswith("python -m gptcore.evaluate: unrecognized arguments: --depth 3; see ")

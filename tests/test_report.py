@@ -436,6 +436,6 @@ def test_report_needs_no_torch(whole_run: Path) -> None:
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'prefect', 'mlflow'])); sys.argv = ['report', sys.argv[1]];"
         "import runpy; runpy.run_module('gptcore.report', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(whole_run)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(whole_run)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert Path(json.loads(done.stdout.splitlines()[-1])["report"]) == (whole_run / "report.html").resolve()
