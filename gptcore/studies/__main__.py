@@ -21,6 +21,7 @@ import torch
 
 from gptcore.config import UserError, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
+from gptcore.config.switches import STUDIES
 from gptcore.entry import EXIT_STOPPED, PARENT_VARIABLE, Stopped, process_parser, python_environment, run_process
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import home_dir
@@ -29,7 +30,7 @@ from gptcore.studies.finish import finish
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = process_parser(__doc__, "study", "name of a study, or a study file (YAML)")
+    parser = process_parser(__doc__, "study", f"{', '.join(STUDIES)}, or a study file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to study and experiment")
     parser.add_argument("--smoke", action="store_true", help="the smallest form, to see that everything works")
     parser.add_argument("--part", default="", metavar="I/N", help="only every N-th cell from I on, on GPU I")
