@@ -21,7 +21,7 @@ from typing import Any
 try:
     import psutil
 except ImportError:
-    psutil = None  # type: ignore[assignment]
+    psutil = None
 try:
     import pynvml
 except ImportError:

@@ -10,7 +10,10 @@ from gptcore.config.base import Section
 
 # The families, by the names that people call them. The class of each is in gptcore/models/build.py.
 FAMILIES = {"gpt": "GPT", "lstm": "LSTM", "gru": "GRU", "mingru": "minGRU", "bigram": "bigram", "ngram": "n-gram"}
-Family = str if TYPE_CHECKING else Literal[tuple(FAMILIES)]
+if TYPE_CHECKING:
+    Family = str
+else:
+    Family = Literal[tuple(FAMILIES)]
 
 # What tells the presets apart. A preset fills the fields that the file leaves unset; the resolved config shows them all.
 PRESETS: dict[str, dict[str, Any]] = {
