@@ -293,7 +293,7 @@ class Reconciler:
         """Other projects may share the server."""
         if flow_run.deployment_id is None:
             return self.client.read_flow(flow_run.flow_id).name in OWN_FLOWS
-        return (self.client.read_deployment(flow_run.deployment_id).entrypoint or "").startswith("flows/")
+        return (self.client.read_deployment(flow_run.deployment_id).entrypoint or "").startswith(("flows/", "gptloom.flows."))
 
     def _final_state(self, flow_run: FlowRun, state: State[Any]) -> State[Any]:
         journal = self.home / "runs" / flow_run.name / FILE_NAME
