@@ -25,6 +25,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.errors import first_line
 from gptcore.nights.gate import Decision, decide
 from gptcore.nights.ledger import Generation, KnownModel, Ledger, Matrix, draw_matrix, explain, read_matrix
 from gptcore.nights.scores import Scores, load_scores, pool, score_path
@@ -38,7 +39,7 @@ from gptloom.tasks.data import ingest
 from gptloom.tasks.nightly import Text
 from gptloom.tasks.records import registry
 from gptloom.tasks.records.registry import Version
-from gptloom.tasks.records.tracking import NOTE_TAG, check_store, find_run, first_line, keep_files
+from gptloom.tasks.records.tracking import NOTE_TAG, check_store, find_run, keep_files
 from gptloom.tasks.reporting import data_url, links
 from gptloom.tasks.runtime.log import run_logger
 
@@ -131,7 +132,7 @@ def run_night(night: Night, name: str) -> dict[str, Any]:
         decision = work(night)
     except BaseException as error:
         failure = error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         # What the gate had said before is on the page all the same.
         decision = replace(night.decision or Decision("failed", reason), outcome="failed", reason=reason)
     night.decision = decision

@@ -36,7 +36,7 @@ from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed, Scheduled
 
 from gptcore.config import UserError, load_config
-from gptcore.entry import Stopped
+from gptcore.errors import Stopped
 from gptcore.journal import FILE_NAME, last_record, read_journal
 from gptcore.leftovers import find_leftovers, sweep
 from gptcore.locks import is_held

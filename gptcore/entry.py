@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import errno
 import json
 import logging
 import os
@@ -23,32 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptcore.config import UserError
+from gptcore.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, Stopped, UserError, describe_error, exit_code
 from gptcore.journal import Journal
 from gptcore.store import claim, keep_private
-
-EXIT_OK = 0
-EXIT_BUG = 1
-EXIT_USER = 2  # the user's mistake
-EXIT_STOPPED = 75  # stopped on request, checkpoint kept
-EXIT_NON_FINITE = 76  # loss or gradient was not a number
-EXIT_MEMORY = 77  # out of device memory at the smallest micro-batch
 
 PARENT_VARIABLE = "GPTLOOM_PARENT_PID"
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # where torch's agent looks for the reason of each process's failure
 RESUMES_TAG = "gptloom.resumes"
-
-
-class Stopped(Exception):
-    """SIGTERM or SIGINT was obeyed: a checkpoint is on disk."""
-
-
-class NonFinite(Exception):
-    """The loss or a gradient became inf or nan; raised before the optimizer step."""
-
-
-class DeviceMemoryError(Exception):
-    """The device's memory does not hold even one sequence."""
 
 
 class StopFlag:
@@ -176,27 +156,6 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
     if is_first:
         print(json.dumps(result), flush=True)
     return EXIT_OK
-
-
-def exit_code(error: BaseException) -> int:
-    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        return EXIT_USER
-    if isinstance(error, (Stopped, KeyboardInterrupt)):
-        return EXIT_STOPPED
-    if isinstance(error, NonFinite):
-        return EXIT_NON_FINITE
-    if isinstance(error, (DeviceMemoryError, MemoryError)):
-        return EXIT_MEMORY
-    return EXIT_BUG
-
-
-def describe_error(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}; free some, or point GPTLOOM_HOME at another disk"
-    if isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError)):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
 
 
 class _Parser(argparse.ArgumentParser):

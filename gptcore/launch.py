@@ -17,7 +17,8 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from gptcore.entry import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, PARENT_VARIABLE, python_environment
+from gptcore.entry import PARENT_VARIABLE, python_environment
+from gptcore.errors import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER
 
 # Of several that failed the cause is told, not those who lost their partner by it.
 CAUSES = (EXIT_MEMORY, EXIT_NON_FINITE, EXIT_USER, EXIT_STOPPED)

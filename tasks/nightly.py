@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 
 from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig, dump_yaml, load_config, with_changes
+from gptcore.errors import first_line
 from gptcore.nights.ledger import Generation, Ledger
 from gptcore.nights.settings import NightlySettings
 from gptcore.store import is_committed, read_json, read_manifest, write_json
 from gptloom.tasks.records import registry
-from gptloom.tasks.records.tracking import common_tags, first_line
+from gptloom.tasks.records.tracking import common_tags
 from gptloom.tasks.runtime.log import run_logger
 from gptloom.tasks.runtime.process import run_device_process
 

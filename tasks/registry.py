@@ -10,9 +10,10 @@ from typing import Any
 from prefect import task
 
 from gptcore.config import ExperimentConfig
+from gptcore.errors import first_line
 from gptcore.store import read_manifest
 from gptloom.tasks.records import registry
-from gptloom.tasks.records.tracking import first_line, is_store_trouble
+from gptloom.tasks.records.tracking import is_store_trouble
 from gptloom.tasks.runtime.log import run_logger
 
 

@@ -19,7 +19,7 @@ import pytest
 from prefect.exceptions import CancelledRun
 
 from gptcore.config import ExperimentConfig, UserError
-from gptcore.entry import DeviceMemoryError, NonFinite, Stopped
+from gptcore.errors import DeviceMemoryError, NonFinite, Stopped
 from gptloom.flows.command import arguments, cli
 from gptloom.flows.command.surroundings import quiet_expected_errors
 

@@ -14,7 +14,8 @@ from gptcore import decoding
 from gptcore.config import ModelConfig, UserError, check_config, with_changes
 from gptcore.config.study import Cell
 from gptcore.device import choose_device, naming_refusals
-from gptcore.entry import NonFinite, StopFlag, recording
+from gptcore.entry import StopFlag, recording
+from gptcore.errors import NonFinite
 from gptcore.generate import generate
 from gptcore.journal import Journal
 from gptcore.models import build_model

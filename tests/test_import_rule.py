@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 SIDE = (
     "config",
     "store",
+    "errors",
     "locks",
     "leftovers",
     "journal",

@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 
-from gptcore.entry import Stopped, recording, short_title
+from gptcore.entry import recording, short_title
+from gptcore.errors import Stopped
 from gptcore.journal import Journal, read_journal
 
 

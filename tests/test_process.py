@@ -18,7 +18,8 @@ from conftest import wait_for
 from mlflow import MlflowClient
 
 from gptcore.config import UserError, check_config
-from gptcore.entry import DeviceMemoryError, NonFinite, Stopped, is_running
+from gptcore.entry import is_running
+from gptcore.errors import DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, read_journal
 from gptcore.store import commit_dir
 from gptloom.tasks.runtime import process

@@ -14,7 +14,7 @@ import yaml
 from gptcore.config import UserError, check_config
 from gptcore.config.base import Section
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
-from gptcore.entry import Stopped
+from gptcore.errors import Stopped
 from gptcore.journal import read_journal
 from gptcore.report.study import table
 from gptcore.shards import ShardSet, prepare

@@ -19,7 +19,8 @@ from gptcore import resampling
 from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model, newest_whole, read_state
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
 from gptcore.device import choose_device
-from gptcore.entry import NonFinite, StopFlag, Stopped, recording
+from gptcore.entry import StopFlag, recording
+from gptcore.errors import NonFinite, Stopped
 from gptcore.evaluate import Evaluation, bootstrap_bpb, evaluate_loss
 from gptcore.evaluate import main as evaluate
 from gptcore.journal import read_journal

@@ -15,7 +15,8 @@ import yaml
 from gptcore.checkpoint import load_checkpoint
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, load_config, with_changes
 from gptcore.device import Device, choose_device, naming_refusals, set_determinism
-from gptcore.entry import NonFinite, StopFlag, recording
+from gptcore.entry import StopFlag, recording
+from gptcore.errors import NonFinite
 from gptcore.journal import read_journal
 from gptcore.launch import find_cause
 from gptcore.shards import ShardSet, prepare

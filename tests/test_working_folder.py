@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from gptcore.corpus.package_index import pip_settings
-from gptcore.entry import EXIT_USER, python_environment
+from gptcore.entry import python_environment
+from gptcore.errors import EXIT_USER
 from gptcore.studies.__main__ import run_parts
 from gptloom.tasks.runtime import launcher
 

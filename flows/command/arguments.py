@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from gptcore.config import ExperimentConfig
 from gptcore.config.switches import STUDIES
-from gptcore.entry import EXIT_USER
+from gptcore.errors import EXIT_USER
 from gptloom.flows.command.data import work_on_data
 from gptloom.flows.command.health import run_doctor, run_reconciler
 from gptloom.flows.command.init import init_project

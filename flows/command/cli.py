@@ -27,7 +27,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from gptcore.entry import EXIT_BUG, EXIT_STOPPED, describe_error, exit_code, python_environment
+from gptcore.entry import python_environment
+from gptcore.errors import EXIT_BUG, EXIT_STOPPED, describe_error, exit_code
 from gptcore.store import keep_private
 from gptloom.flows.command.arguments import parse_arguments
 from gptloom.flows.command.servers import start_servers, stop_servers

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from gptcore.config import UserError, load_config
-from gptcore.entry import EXIT_OK
+from gptcore.errors import EXIT_OK
 from gptloom.flows.command.surroundings import check_source, find_experiment, prepare_servers, quiet_expected_errors
 
 

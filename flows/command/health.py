@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from gptcore.entry import EXIT_OK, EXIT_USER
+from gptcore.errors import EXIT_OK, EXIT_USER
 from gptcore.store import home_dir
 from gptloom.flows.command.surroundings import prepare_home, prepare_servers
 from gptloom.tasks.records.tracking import check_store

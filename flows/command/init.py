@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError
-from gptcore.entry import EXIT_OK
+from gptcore.errors import EXIT_OK
 from gptloom import PACKAGE
 
 AS_THEY_ARE = (".dockerignore", ".env.example", "constraints.txt", "docker-compose.yml")

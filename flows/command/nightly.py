@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from gptcore.config import UserError, load_config
-from gptcore.entry import EXIT_OK, EXIT_USER
+from gptcore.errors import EXIT_OK, EXIT_USER
 from gptloom.flows.command.surroundings import find_experiment, prepare_servers, quiet_expected_errors
 
 

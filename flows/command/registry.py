@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gptcore.entry import EXIT_OK
+from gptcore.errors import EXIT_OK
 from gptloom.flows.command.surroundings import prepare_servers, quiet_expected_errors
 
 

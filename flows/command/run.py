@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError, hide_password, load_config
-from gptcore.entry import EXIT_BUG, EXIT_OK
+from gptcore.errors import EXIT_BUG, EXIT_OK
 from gptloom.flows.command.surroundings import (
     check_source,
     find_experiment,

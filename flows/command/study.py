@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from gptcore.entry import EXIT_BUG, EXIT_OK, EXIT_STOPPED
+from gptcore.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED
 from gptloom.flows.command.surroundings import check_source, prepare_servers, quiet_expected_errors
 
 CONTRACT = ("run", "report", "cells", "measured", "cached", "failed", "not_run", "conclusion", "seconds", "mlflow_run_id")

@@ -18,7 +18,8 @@ import uuid
 from pathlib import Path
 
 from gptcore.config import DataConfig, UserError, hide_password
-from gptcore.entry import EXIT_BUG, exit_code, python_environment
+from gptcore.entry import python_environment
+from gptcore.errors import EXIT_BUG, exit_code
 from gptcore.store import home_dir
 from gptloom import NO_PROJECT, find_project
 from gptloom.flows.servers.databases import place_databases

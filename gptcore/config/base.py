@@ -5,10 +5,6 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
-class UserError(ValueError):
-    """A mistake only the user can mend. The message names the field or file, the value and the way out; exit code 2."""
-
-
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, and inf and nan; values are frozen once checked."""
 

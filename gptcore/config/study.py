@@ -26,15 +26,13 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gptcore.config import ExperimentConfig, changed, dump_yaml, load_config, read_yaml, with_changes, with_overrides
-from gptcore.config.base import Section, UserError
+from gptcore.config import ExperimentConfig, Section, UserError, dump_yaml, load_config, read_yaml, with_changes, with_overrides
+from gptcore.config.changing import Changes, lay_over
 from gptcore.config.switches import SHORT, STUDIES
-from gptcore.config.train import ENDS
 
 FOLDER = Path("experiments/studies")  # next to the working folder, else what comes with gptloom
 SHIPPED = Path(__file__).parents[2] / "gptloom" / FOLDER
 NO_END = 1e6  # minutes: a short form is over when it is over
-Changes = dict[str, dict[str, Any]]
 
 
 class ArmConfig(Section):
@@ -152,7 +150,7 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *,
         key, value = _pair(override, "options.repeats=5")
         tree["options"] = {**(tree.get("options") or {}), key: value}
     config = _checked(tree, path)
-    base = changed(_without_short_forms(load_config(path.parent / config.base)), config.changes, f"{path}: changes")
+    base = with_changes(_without_short_forms(load_config(path.parent / config.base)), f"{path}: changes", **config.changes)
     base = with_overrides(base, of_base, str(path))
     return StudyPlan(config, base, tuple(_cells(config, base, path)))
 
@@ -165,7 +163,7 @@ def load_short(name: str, config: ExperimentConfig) -> StudyPlan:
     path = find_study(f"short/{name}")
     tree = _filled(read_yaml(path, "study file"), config.studies)
     plan = _checked({"base": "config.yaml", "seeds": [config.train.seed], "minutes": NO_END, **tree, "study": name}, path)
-    base = changed(_without_short_forms(config), plan.changes, f"{path}: changes")
+    base = with_changes(_without_short_forms(config), f"{path}: changes", **plan.changes)
     return StudyPlan(plan, base, tuple(_cells(plan, base, path)))
 
 
@@ -205,7 +203,7 @@ def _cells(config: StudyConfig, base: ExperimentConfig, path: Path) -> list[Cell
             raise UserError(f"{path}: arm {arm.name}: the cells of a study share one text; vary another section")
         changes.setdefault("train", {})["seed"] = seed
         where = f"{path}: arm {arm.name}" + "".join(f", {key}={value}" for key, value in point.items())
-        resolved = changed(base, changes, where)
+        resolved = with_changes(base, where, **changes)
         parts = [arm.name, *(f"{key.split('.')[1]}={value}" for key, value in point.items()), f"seed{seed}"]
         name = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", "-".join(parts))
         cells.append(Cell(name, arm.name, point, seed, resolved, options))
@@ -236,13 +234,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     if "options" in above:
         merged["options"] = {**(below.get("options") or {}), **above["options"]}
     if "changes" in above:
-        sections = {**(below.get("changes") or {})}
-        for section, fields in above["changes"].items():
-            kept = dict(sections.get(section) or {})
-            if section == "train" and fields.keys() & set(ENDS):  # an end of its own replaces the others
-                kept = {key: value for key, value in kept.items() if key not in ENDS}
-            sections[section] = {**kept, **fields}
-        merged["changes"] = sections
+        merged["changes"] = lay_over(below.get("changes") or {}, above["changes"])
     return merged
 
 

@@ -20,7 +20,8 @@ from gptcore.config import DataConfig, UserError
 from gptcore.corpus.records import Batch, read_batches_of
 from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import Entry
-from gptcore.entry import EXIT_MEMORY, EXIT_USER, python_environment
+from gptcore.entry import python_environment
+from gptcore.errors import EXIT_MEMORY, EXIT_USER
 from gptcore.parallel import count_cores
 
 PIPE_BYTES = 1 << 20  # Linux gives 64 KiB, and a process switch for each; 1 MiB is what it allows anyone

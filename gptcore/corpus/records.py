@@ -5,7 +5,6 @@ A batch is an Arrow table of records with a few facts about its documents, so it
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections import Counter
@@ -25,6 +24,7 @@ from gptcore.corpus.formats import PART_BYTES, Raw, read_json_lines, read_member
 from gptcore.corpus.overlap import sample_ngrams
 from gptcore.corpus.sections import SplitPlan, cut_sections, hash_document, section_key
 from gptcore.corpus.sources import Entry
+from gptcore.errors import is_disk_full
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -140,7 +140,7 @@ def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str]) -> Iterato
         raise
     except (DamagedError, pa.ArrowException, *DECODING_ERRORS) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise
             raise UserError(f"{entry.name}: cannot be read ({error.strerror}); make {entry.path} readable") from None
         if data.invalid_text == "skip":

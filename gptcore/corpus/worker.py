@@ -15,7 +15,7 @@ from gptcore.config import DataConfig
 from gptcore.corpus.records import make_batch, read_batches_of
 from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import Entry
-from gptcore.entry import EXIT_BUG, describe_error, exit_code
+from gptcore.errors import EXIT_BUG, describe_error, exit_code
 from gptcore.parallel import go_without_pandas
 
 

@@ -22,7 +22,8 @@ import torch
 from gptcore.config import UserError, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.config.switches import STUDIES
-from gptcore.entry import EXIT_STOPPED, PARENT_VARIABLE, Stopped, process_parser, python_environment, run_process
+from gptcore.entry import PARENT_VARIABLE, process_parser, python_environment, run_process
+from gptcore.errors import EXIT_STOPPED, Stopped
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import home_dir
 from gptcore.studies.engine import check_options, count_parts, run_cells

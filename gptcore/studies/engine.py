@@ -27,7 +27,8 @@ from gptcore import NUMERICS_VERSION
 from gptcore.config import UserError, flatten
 from gptcore.config.study import StudyPlan
 from gptcore.device import Device, choose_device, reserve_device, seed_everything
-from gptcore.entry import StopFlag, Stopped, describe_error
+from gptcore.entry import StopFlag
+from gptcore.errors import Stopped, describe_error
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.shards import ShardSet
 from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_manifest, write_json

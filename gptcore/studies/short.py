@@ -17,7 +17,8 @@ from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.config.study import load_short
 from gptcore.config.switches import SHORT
 from gptcore.device import choose_device
-from gptcore.entry import Stopped, describe_error, process_parser, recording, run_process
+from gptcore.entry import process_parser, recording, run_process
+from gptcore.errors import Stopped, describe_error
 from gptcore.shards import ShardSet
 from gptcore.store import link_or_copy, write_json
 from gptcore.studies import DONE, Results

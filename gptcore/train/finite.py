@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptcore.entry import NonFinite
+from gptcore.errors import NonFinite
 
 SMALLEST_SCALE = 2.0**-10  # below it fp16 has lost the gradients themselves
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.checkpoint import MODEL, check_checkpoint, checkpoint_path, copy_tensors
-from gptcore.entry import StopFlag, Stopped
+from gptcore.entry import StopFlag
+from gptcore.errors import Stopped
 from gptcore.evaluate import Evaluation, evaluate_loss
 from gptcore.journal import Journal
 from gptcore.train.distribute import put_away, uncompiled

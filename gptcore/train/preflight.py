@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptcore.config import UserError
+from gptcore.errors import first_line
 from gptcore.timing import format_seconds, measure_ms
 from gptcore.train.activations import saved_activations
 from gptcore.train.distribute import put_away, uncompiled
@@ -107,9 +108,7 @@ def probe(trainer: Trainer, x: Tensor, y: Tensor) -> float:
         except Exception as error:
             if not is_compiler_error(error) or trainer.config.train.compile == "off":
                 raise
-            log.warning(
-                "torch.compile failed (%s), so the model runs uncompiled", (str(error).splitlines() or ["no reason"])[0]
-            )
+            log.warning("torch.compile failed (%s), so the model runs uncompiled", first_line(error))
             trainer.forward = build_forward(trainer.model, trainer.device, trainer.ranks, "off")
         finally:
             trainer.optimizers.zero_grad()

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from gptcore.entry import DeviceMemoryError
+from gptcore.errors import DeviceMemoryError
 from gptcore.optim import lr_factor
 from gptcore.ranks import ALONE, Ranks
 from gptcore.train.distribute import exchanging

@@ -22,9 +22,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcore.errors import first_line
 from gptcore.journal import FILE_NAME, TAGS_FILE, read_journal, read_last_record
 from gptcore.store import write_json
-from gptloom.tasks.records.tracking import REASON_TAG, RUN_TAG, connect, find_experiment, first_line, tracking_uri
+from gptloom.tasks.records.tracking import REASON_TAG, RUN_TAG, connect, find_experiment, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError, hide_password
+from gptcore.errors import first_line
 from gptcore.markdown import markdown_table
 from gptcore.store import MANIFEST, MARKER, commit_dir, home_dir, is_committed, read_manifest
-from gptloom.tasks.records.tracking import first_line, open_client, save_servable, tracking_uri
+from gptloom.tasks.records.tracking import open_client, save_servable, tracking_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS_TAG = "gptloom.champions"

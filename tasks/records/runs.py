@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore.config import UserError, load_config
+from gptcore.errors import first_line
 from gptcore.journal import FILE_NAME
 from gptcore.store import home_dir, is_claimed
 from gptloom.tasks.records.forwarding import forward_tree
-from gptloom.tasks.records.tracking import RUN_TAG, connect, first_line, tracking_uri
+from gptloom.tasks.records.tracking import RUN_TAG, connect, tracking_uri
 
 log = logging.getLogger("gptloom.tracking")
 

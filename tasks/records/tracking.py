@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.config import UserError, hide_password
+from gptcore.errors import first_line
 from gptcore.store import home_dir
 
 if TYPE_CHECKING:
@@ -248,11 +249,6 @@ def find_experiment(client: MlflowClient, name: str) -> str:
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)
-
-
-def first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.partition(" (Caused by")[0][:300]  # urllib3 nests its reasons; the outermost says enough
 
 
 def _git_commit() -> str:

@@ -30,7 +30,7 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import CancelledRun
 
 from gptcore.config import TrainConfig, UserError
-from gptcore.entry import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, DeviceMemoryError, NonFinite, Stopped
+from gptcore.errors import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, DeviceMemoryError, NonFinite, Stopped
 from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
 from gptcore.studies import CELL_FILE
 from gptloom.tasks.records.forwarding import Forwarder, write_tags

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptcore.config import ExperimentConfig
 from gptcore.device import Device
-from gptcore.entry import Stopped
+from gptcore.errors import Stopped
 from gptcore.models import LanguageModel
 from gptcore.shards import ShardSet
 from gptcore.train import build_trainer, train_step

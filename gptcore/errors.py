@@ -1,0 +1,65 @@
+"""What goes wrong: the kinds that a caller tells apart, the exit code of each, and its one sentence for people."""
+
+from __future__ import annotations
+
+import errno
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USER = 2  # the user's mistake
+EXIT_STOPPED = 75  # stopped on request, checkpoint kept
+EXIT_NON_FINITE = 76  # loss or gradient was not a number
+EXIT_MEMORY = 77  # out of device memory at the smallest micro-batch
+
+
+class UserError(ValueError):
+    """A mistake only the user can mend. The message names the field or file, the value and the way out; exit code 2."""
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT was obeyed: a checkpoint is on disk."""
+
+
+class NonFinite(Exception):
+    """The loss or a gradient became inf or nan; raised before the optimizer step."""
+
+
+class DeviceMemoryError(Exception):
+    """The device's memory does not hold even one sequence."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def exit_code(error: BaseException) -> int:
+    if isinstance(error, UserError) or is_disk_full(error):
+        return EXIT_USER
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        return EXIT_STOPPED
+    if isinstance(error, NonFinite):
+        return EXIT_NON_FINITE
+    if isinstance(error, (DeviceMemoryError, MemoryError)):
+        return EXIT_MEMORY
+    return EXIT_BUG
+
+
+def describe_error(error: BaseException) -> str:
+    if is_disk_full(error):
+        name = getattr(error, "filename", None)
+        where = f" while writing {name}" if name else ""
+        return f"no space left on the disk{where}; free some, or point GPTLOOM_HOME at another disk"
+    if isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, short: the first line of its message, or its kind where it has none."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(" (Caused by")[0][:1000]  # urllib3 nests its reasons; the outermost says enough
+
+
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """The reason why a text file could not be read."""
+    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"
