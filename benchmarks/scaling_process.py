@@ -72,7 +72,7 @@ class RandomTokens:
         return torch.randint(self.high, (count, self.length), device=device, generator=rng)
 
 
-class Bench:
+class ScalingBench:
     """Trainers of one plan, built, timed and thrown away one after the other."""
 
     def __init__(self, plan: dict[str, Any], ranks: Ranks) -> None:
@@ -144,7 +144,7 @@ def without_exchange(trainer: Trainer) -> None:
     trainer.step += 1
 
 
-def measure_speed(bench: Bench) -> None:
+def measure_speed(bench: ScalingBench) -> None:
     """Both batches under every way of being several, and the same work without any exchange."""
     plan, ranks = bench.plan, bench.ranks
     weak, strong = plan["weak_batch"] * ranks.count, plan["strong_batch"]
@@ -183,7 +183,7 @@ def measure_speed(bench: Bench) -> None:
                 break
 
 
-def measure_rounding(bench: Bench) -> None:
+def measure_rounding(bench: ScalingBench) -> None:
     """One GPU's losses with the model compiled in parts, as several GPUs have it, and in float32: what rounding alone does to them."""
     for kind, precision in {"losses in parts": bench.plan["train"]["precision"], "losses in fp32": "fp32"}.items():
         trainer = bench.build("ddp", bench.plan["strong_batch"], ALONE, compile="off", precision=precision)
@@ -195,7 +195,7 @@ def measure_rounding(bench: Bench) -> None:
         sweep()
 
 
-def measure_links(bench: Bench) -> None:
+def measure_links(bench: ScalingBench) -> None:
     """Bus bandwidth of a large all-reduce (2 (p - 1) / p of its bytes pass every link) and the time of a tiny one."""
     ranks, is_cuda = bench.ranks, torch.cuda.is_available()
     found = {}
@@ -221,7 +221,7 @@ def measure_links(bench: Bench) -> None:
     )
 
 
-def build_silent(bench: Bench, batch: int, silent: Silent) -> Trainer:
+def build_silent(bench: ScalingBench, batch: int, silent: Silent) -> Trainer:
     """DDP's trainer, compiled block by block as it is, without DDP around it."""
     from gptcore.train import trainer as trainer_module
 
@@ -245,7 +245,7 @@ class Loud:
         return nullcontext()
 
 
-def measure_large(bench: Bench) -> None:
+def measure_large(bench: ScalingBench) -> None:
     """A model that one GPU refuses, with a part of its memory: what is said there, and steps of it spread over several."""
     plan, ranks = bench.plan, bench.ranks
     large = plan["large"]
@@ -282,7 +282,7 @@ def main() -> int:
 
     dynamo.automatic_dynamic_shapes = False  # a second batch size is compiled as well as the first
     with joined_ranks() as ranks:
-        bench = Bench(plan, ranks)
+        bench = ScalingBench(plan, ranks)
         if ranks.count > 1:
             measure_links(bench)
         measure_speed(bench)

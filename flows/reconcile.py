@@ -45,7 +45,15 @@ from gptcore.store import home_dir
 from gptloom.flows.forms import titled
 from gptloom.tasks.records.forwarding import forward_tree
 from gptloom.tasks.records.tracking import end_run, running_runs
-from gptloom.tasks.runtime.liveness import Run, Snapshot, device_locks, end_processes, is_alive, is_dead, unfinished_runs
+from gptloom.tasks.runtime.liveness import (
+    ProcessSnapshot,
+    UnfinishedRun,
+    device_locks,
+    end_processes,
+    is_alive,
+    is_dead,
+    unfinished_runs,
+)
 from gptloom.tasks.runtime.log import run_logger
 from gptloom.tasks.runtime.process import close_journals
 
@@ -112,11 +120,11 @@ class Reconciler:
         self.crashed: list[FlowRun] = []  # by us, now
 
     def run(self) -> list[Finding]:
-        self.snapshot = Snapshot.take(self.home)
+        self.snapshot = ProcessSnapshot.take(self.home)
         self._end_orphans()
         self._end_disobedient()
         if self.apply:  # what was ended is gone
-            self.snapshot = Snapshot.take(self.home)
+            self.snapshot = ProcessSnapshot.take(self.home)
         self.flow_runs = self._active_flow_runs()
         self.dead = [run for run in unfinished_runs(self.home) if is_dead(run, self.snapshot.orphans)]
         for dead in self.dead:
@@ -162,7 +170,7 @@ class Reconciler:
 
     # --- journals and MLflow ---------------------------------------------------------------------------------------
 
-    def _close_run(self, run: Run) -> None:
+    def _close_run(self, run: UnfinishedRun) -> None:
         is_cancelled = (
             (flow_run := self._by_name(run.name)) is not None
             and flow_run.state is not None
@@ -254,7 +262,7 @@ class Reconciler:
         journal = self.home / "runs" / flow_run.name / FILE_NAME
         if journal.exists():
             opened = [line for line in read_journal(journal)[0] if line["kind"] == "open"]
-            run = Run(flow_run.name, journal.parent, hosts={line.get("host", "") for line in opened[-1:]})
+            run = UnfinishedRun(flow_run.name, journal.parent, hosts={line.get("host", "") for line in opened[-1:]})
             if is_held(journal):
                 return False
             if run.is_here and opened:
@@ -263,7 +271,7 @@ class Reconciler:
             return True
         return self._is_silent(flow_run)
 
-    def _is_part_of(self, run: Run, flow_run: FlowRun) -> bool:
+    def _is_part_of(self, run: UnfinishedRun, flow_run: FlowRun) -> bool:
         """Is this dead run a subflow of that flow run? The two are one process."""
         child = self._by_name(run.name)
         parent = self._parent_of(child) if child is not None and child.parent_task_run_id is not None else None

@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from gptcore.entry import process_parser, recording, run_process
 from gptcore.models import LanguageModel
 from gptcore.ranks import ALONE, Ranks
 from gptcore.resampling import resampled_sums
-from gptcore.shards import ShardSet
+from gptcore.shards import ShardSet, TokenView
 from gptcore.store import read_manifest, write_json
 
 
@@ -60,9 +60,21 @@ class Evaluation:
         return {key: value for key, value in values.items() if value is not None}
 
 
+class HeldOutText(Protocol):
+    """What the evaluation asks of a shard set, so that a view of one can stand in its place."""
+
+    directory: Path
+    eot_id: int
+    token_bytes: np.ndarray
+
+    def tokens(self, split: str) -> np.ndarray | TokenView: ...
+
+    def index(self, split: str) -> np.ndarray: ...
+
+
 @torch.no_grad()
 def evaluate_loss(
-    model: LanguageModel, shards: ShardSet, device: Device, batch_size: int, max_tokens: int = 0, *, ranks: Ranks = ALONE
+    model: LanguageModel, shards: HeldOutText, device: Device, batch_size: int, max_tokens: int = 0, *, ranks: Ranks = ALONE
 ) -> Evaluation:
     """Evaluate on the validation split: its first `max_tokens` tokens in whole batches, or all of it when 0; several processes share
     the work.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptcore.config import UserError, check_config, dump_yaml, flatten, load_config, with_changes
+from gptcore.config import UserError, check_config, dump_yaml, flatten, load_config, with_changes, with_overrides
 
 
 def write(tmp_path, text, name="toy.yaml"):
@@ -73,3 +73,21 @@ def test_flatten_and_changes():
     assert with_changes(config, train={"max_steps": 77}).train.max_steps == 77
     with pytest.raises(UserError):
         with_changes(config, train={"max_steps": 0})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: with_overrides(c, ["model.preset=gpt2", "train.minutes=2"], "here"),
+        lambda c: with_changes(c, "here", model={"preset": "gpt2"}, train={"minutes": 2}),
+    ],
+)
+def test_one_rule_for_changes_of_a_config(change) -> None:
+    """A preset resets what the one before it filled in; an end replaces the others; an end taken away leaves them."""
+    before = check_config({"train": {"max_steps": 70}, "model": {"preset": "classic", "dropout": 0.5}})
+    config = change(before)
+    assert config.model == check_config({"model": {"preset": "gpt2", "dropout": 0.5}}).model
+    assert (config.train.max_steps, config.train.minutes) == (None, 2)
+    assert with_changes(before, train={"minutes": None}).train.max_steps == 70
+    with pytest.raises(UserError, match=r"^here: unknown section 'modl'"):
+        with_changes(before, "here", modl={})

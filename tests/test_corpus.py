@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.config import DataConfig, UserError
-from gptcore.corpus import build_corpus, locate_corpus, package_index, read_documents, read_records
+from gptcore.corpus import build_corpus, download, locate_corpus, package_index, read_documents, read_records
 from gptcore.corpus.sections import cut_sections, hash_document, section_key
 from gptcore.store import is_committed, read_manifest
 
@@ -260,7 +260,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A simple package index on 127.0.0.1, known to pip's configuration; yields its folder."""
     root = tmp_path / "index"
     (root / "simple" / "tiny-texts").mkdir(parents=True)
-    monkeypatch.setattr(package_index, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0, 0.0))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     handler = partial(_QuietHandler, directory=str(root))
@@ -344,7 +344,7 @@ def test_wrong_package_sources_are_refused(tmp_path: Path, index: Path, source: 
 
 def test_unreachable_index_says_what_to_do_and_hides_the_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a traceback without network, and against a password in a log."""
-    monkeypatch.setattr(package_index, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(download, "RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(package_index, "pip_settings", lambda: {"index-url": "http://user:hunter2@127.0.0.1:9/simple"})
     with pytest.raises(UserError, match=r"index at 127\.0\.0\.1 cannot be reached .*data\.source=PATH") as caught:
         build(f"package:tiny-texts==1.0/data/*.txt#sha256={'0' * 64}", tmp_path)

@@ -18,7 +18,7 @@ from conftest import wait_for
 from gptcore.entry import PARENT_VARIABLE, is_running
 from gptloom.tasks.runtime import launcher
 from gptloom.tasks.runtime.launcher import Child, start_process
-from gptloom.tasks.runtime.liveness import Snapshot
+from gptloom.tasks.runtime.liveness import ProcessSnapshot
 
 pytestmark = [
     pytest.mark.integration,
@@ -116,7 +116,7 @@ def test_processes_show_their_own_command_and_are_no_orphans(home: Path, tmp_pat
     process = psutil.Process(child.pid)
     assert [word for word in process.cmdline() if word] == [sys.executable, "-m", "standin", "wait", "--out", "some where"]
     assert process.environ()[PARENT_VARIABLE] == str(os.getpid())
-    assert child.pid not in Snapshot.take(home).orphans
+    assert child.pid not in ProcessSnapshot.take(home).orphans
     os.kill(child.pid, signal.SIGKILL)
     child.wait(60)
 

@@ -28,7 +28,7 @@ from gptcore.journal import FILE_NAME, Journal, last_record
 from gptcore.locks import is_held
 from gptloom.flows.reconcile import GONE, MARK, OWN_FLOWS, Reconciler
 from gptloom.tasks.records.forwarding import Forwarder
-from gptloom.tasks.runtime.liveness import Snapshot, end_processes, unfinished_runs
+from gptloom.tasks.runtime.liveness import ProcessSnapshot, end_processes, unfinished_runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("mlflow_store")]  # a real store, real processes
 EARLIER = datetime.now(UTC) - timedelta(minutes=5)
@@ -360,7 +360,7 @@ def test_orphans_are_ended_and_others_are_not(
         start(home / "other", CHILD, GPTLOOM_PARENT_PID=str(2**22 + 1)),
     )
     processes += [ours, orphan, deaf, other]
-    assert set(Snapshot.take(home).orphans) == {orphan.pid, deaf.pid}
+    assert set(ProcessSnapshot.take(home).orphans) == {orphan.pid, deaf.pid}
     assert len([f for f in cycle(server, home) if f[0] == "process"]) == 2
     assert not psutil.pid_exists(orphan.pid)
     assert not psutil.pid_exists(deaf.pid)
@@ -385,7 +385,7 @@ time.sleep(60)
 """
     flow_run = server.add("toy-1", StateType.CANCELLING)
     processes.append(start(home, code, PREFECT__FLOW_RUN_ID=str(flow_run.id)))
-    assert Snapshot.take(home).flow_runs == {str(flow_run.id): processes[0].pid}
+    assert ProcessSnapshot.take(home).flow_runs == {str(flow_run.id): processes[0].pid}
     found = cycle(server, home)
     assert [what for what, _, _ in found] == ["process", "journal", "prefect"], found
     assert {outcome for _, _, outcome in found} == {"done"}

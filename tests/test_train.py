@@ -29,7 +29,7 @@ from gptcore.nights.scores import Scores
 from gptcore.ranks import ALONE
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import accumulate_gradients, build_trainer, resume, train_loop, train_step
-from gptcore.train.__main__ import run as process
+from gptcore.train.run import run_training as process
 from gptcore.train.saving import _choose
 
 ROOT = Path(__file__).parent.parent

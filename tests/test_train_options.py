@@ -22,8 +22,8 @@ from gptcore.launch import find_cause
 from gptcore.shards import ShardSet, prepare
 from gptcore.train import build_trainer, loop, preflight, resume, train_loop, train_step
 from gptcore.train import trainer as trainer_module
-from gptcore.train.__main__ import check_processes, open_shards
 from gptcore.train.finite import FiniteWatch, LossScale
+from gptcore.train.run import check_processes, open_shards
 from gptcore.train.trainer import build_forward, missing_compiler
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,7 @@ from gptcore.leftovers import find_leftovers
 from gptcore.store import MARKER, is_committed, read_json, read_manifest
 from gptloom import PACKAGE
 from gptloom.tasks.records.tracking import answers, read_servers
-from gptloom.tasks.runtime.liveness import Snapshot, device_locks, is_dead, unfinished_runs
+from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dead, unfinished_runs
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 LITTLE_GIB, FULL_GIB = 10.0, 1.0  # free disk: below the first a warning, below the second a failure
@@ -275,7 +275,7 @@ def _is_committed_kind(path: Path) -> bool:
 
 
 def check_runs(home: Path) -> Iterator[Check]:
-    snapshot = Snapshot.take(home)
+    snapshot = ProcessSnapshot.take(home)
     runs = unfinished_runs(home)
     dead = [run.name for run in runs if is_dead(run, snapshot.orphans)]
     remedy = "`gptloom reconcile` says what it would do, with --apply it does it"

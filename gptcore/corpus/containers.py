@@ -36,7 +36,7 @@ TAR_MAGIC = (257, b"ustar")
 BLOCK = 1 << 20
 
 
-class DamagedError(Exception):
+class UndecodableError(Exception):
     """A file that is cut short, corrupt, or not what its name says. The message says which, not where."""
 
 
@@ -140,7 +140,7 @@ def open_members(name: str, raw: BinaryIO, data: DataConfig, count: Callable[[st
     """All readable files in one file on disk, in their order there; the file itself when it is no archive.
 
     `count(rule)` is told of members that are left out: "unsafe" (links, devices, paths that lead out), "unwanted".
-    Raises UserError beyond a limit, DamagedError for what cannot be decoded (also while a member's stream is read).
+    Raises UserError beyond a limit, UndecodableError for what cannot be decoded (also while a member's stream is read).
     """
     yield from _open(name, raw, Kind.of(name), data, count, raw.tell, depth=0)
 
@@ -180,9 +180,9 @@ class _Header(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise  # the end mark
         except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise DamagedError("the tar ends without its end mark") from None
+            raise UndecodableError("the tar ends without its end mark") from None
         except tarfile.HeaderError as error:
-            raise DamagedError(f"the tar has a broken header: {error}") from None
+            raise UndecodableError(f"the tar has a broken header: {error}") from None
 
 
 def _tar_members(
@@ -220,7 +220,7 @@ def _zip_members(name: str, file: BinaryIO, data: DataConfig, count: Callable[[s
                 continue
             member = f"{name}/{info.filename}"
             if info.flag_bits & 1:
-                raise DamagedError(f"{info.filename} in it is encrypted")
+                raise UndecodableError(f"{info.filename} in it is encrypted")
             _check_size(member, info.file_size, data)
             check_expansion(info.file_size, info.compress_size, member, data)
             with archive.open(info) as opened:

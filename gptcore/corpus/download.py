@@ -13,10 +13,11 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from gptcore.config import DataConfig, UserError, hide_password
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import requests
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RETRY_SECONDS = (1.0, 2.0, 4.0)  # waits between attempts that got nowhere; one that got further starts them anew
 BLOCK = 1 << 20
@@ -48,6 +50,25 @@ class Facts:
 
 class Broken(Exception):
     """The connection or the server failed in a way that another attempt may mend."""
+
+
+def with_retries(attempt: Callable[[], T], where: str, progress: Callable[[], int] = int) -> T:
+    """Call `attempt` until it does not raise Broken, with waits in between; the last Broken is raised.
+
+    An attempt that got further, by `progress`, starts the waits anew.
+    """
+    waits = list(RETRY_SECONDS)
+    while True:
+        before = progress()
+        try:
+            return attempt()
+        except Broken as error:
+            if progress() > before:
+                waits = list(RETRY_SECONDS)
+            if not waits:
+                raise
+            logger.warning("%s: %s; next attempt in %g s", where, error, waits[0])
+            time.sleep(waits.pop(0))
 
 
 def fetch_address(source: str, data: DataConfig, home: Path) -> tuple[Path, str]:
@@ -92,22 +113,13 @@ class _Fetch:
         have = _read_facts(self.target)
         if have and self.pin and have.sha256 == self.pin and hash_file(self.target) == self.pin:
             return have.name
-        waits = list(RETRY_SECONDS)
-        while True:
-            before = self.part.stat().st_size if self.part.exists() else 0
-            try:
-                return self._attempt(have)
-            except Broken as error:
-                after = self.part.stat().st_size if self.part.exists() else 0
-                if after > before:
-                    waits = list(RETRY_SECONDS)
-                if not waits:
-                    if have and not self.pin:
-                        logger.warning("%s: %s; the copy that is here is used", self.where, error)
-                        return have.name
-                    raise UserError(f"{self.where}: {error}; check address and network, or {OWN_COPY}") from None
-                logger.warning("%s: %s; next attempt in %g s", self.where, error, waits[0])
-                time.sleep(waits.pop(0))
+        try:
+            return with_retries(lambda: self._attempt(have), self.where, self._size)
+        except Broken as error:
+            if have and not self.pin:
+                logger.warning("%s: %s; the copy that is here is used", self.where, error)
+                return have.name
+            raise UserError(f"{self.where}: {error}; check address and network, or {OWN_COPY}") from None
 
     def _attempt(self, have: Facts | None) -> str:
         import requests

@@ -43,7 +43,7 @@ class Note:
 
 
 @dataclass
-class Ledger:
+class CorpusNotes:
     """A note on each file of one corpus, by `file_key`."""
 
     corpus: str = ""
@@ -79,25 +79,25 @@ class Family:
             return directory
         return None
 
-    def ledger(self, corpus: Path) -> Ledger:
+    def ledger(self, corpus: Path) -> CorpusNotes:
         """The newest ledger of that corpus; empty if there is none, or it is damaged."""
         path = next((path for path in reversed(self._ledgers()) if _corpus_of(path) == corpus.name), None)
         if path is None:
-            return Ledger(corpus.name)
+            return CorpusNotes(corpus.name)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 head = json.loads(arrays["head"].tobytes())
                 if head["corpus"] != corpus.name:
-                    return Ledger(corpus.name)
+                    return CorpusNotes(corpus.name)
                 ends = np.cumsum(arrays["counts"])
                 parts = np.split(arrays["digests"].reshape(-1, 2), ends[:-1]) if len(ends) else []
                 signatures = map(tuple, arrays["signatures"].tolist())
                 rules = (head["rules"].get(name, {}) for name in head["names"])
                 notes = map(Note, signatures, parts, rules)
-                return Ledger(corpus.name, dict(zip(head["names"], notes, strict=True)))
+                return CorpusNotes(corpus.name, dict(zip(head["names"], notes, strict=True)))
         except Exception as error:  # zipfile, zlib and NumPy have many words for damage
             logger.info("%s: not usable (%s); everything is read again", path, error)
-            return Ledger(corpus.name)
+            return CorpusNotes(corpus.name)
 
     def remember(self, corpus: Path, files: list[SourceFile], notes: list[Note], started: float) -> None:
         """Note that `corpus` is what these files held, file i what `notes[i]` says; `started`: when they were listed."""

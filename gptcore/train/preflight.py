@@ -22,7 +22,7 @@ SAFE_SHARE = 0.9  # of the free memory that an automatic micro-batch may plan to
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """Of the rest of a run, on this process's device."""
 
     parameters: int
@@ -44,8 +44,8 @@ class Estimate:
         )
 
 
-def preflight(trainer: Trainer) -> Estimate:
-    """Estimate the run, choose the micro-batch where it is `auto`, compile what is to be compiled; nothing is learnt.
+def preflight(trainer: Trainer) -> RunEstimate:
+    """RunEstimate the run, choose the micro-batch where it is `auto`, compile what is to be compiled; nothing is learnt.
 
     Raises UserError when not even one sequence fits into memory.
     """
@@ -74,7 +74,7 @@ def preflight(trainer: Trainer) -> Estimate:
     if rng[1] is not None:
         torch.cuda.set_rng_state(rng[1])
     flops_per_token = trainer.model.flops_per_token()
-    return Estimate(
+    return RunEstimate(
         parameters=parameters,
         flops_per_token=flops_per_token,
         flops=None if steps is None else flops_per_token * trainer.tokens_per_step * steps,

@@ -30,7 +30,7 @@ KILL_S = 5.0
 
 
 @dataclass
-class Run:
+class UnfinishedRun:
     """A directory below runs/ with journals that are not closed."""
 
     name: str
@@ -45,11 +45,11 @@ class Run:
         return self.hosts <= {socket.gethostname()}
 
 
-def unfinished_runs(home: Path) -> list[Run]:
+def unfinished_runs(home: Path) -> list[UnfinishedRun]:
     """Runs with an unclosed journal, by name: under way, or dead."""
     runs = []
     for directory in sorted((home / "runs").glob("*/")):
-        run = Run(directory.name, directory)
+        run = UnfinishedRun(directory.name, directory)
         for path in sorted(directory.rglob(FILE_NAME)):
             record = last_record(path)
             if record is None or record["kind"] == "close":
@@ -64,20 +64,20 @@ def unfinished_runs(home: Path) -> list[Run]:
     return runs
 
 
-def is_dead(run: Run, orphans: Iterable[int]) -> bool:
+def is_dead(run: UnfinishedRun, orphans: Iterable[int]) -> bool:
     """Does nobody write its journals but processes that have lost their parent?"""
     return all(run.is_here and pid in set(orphans) for pid in run.writers.values())
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class ProcessSnapshot:
     """This user's processes at one moment, as far as they concern one GPTLOOM_HOME."""
 
     orphans: dict[int, str]  # process id → command, of device processes and what they started
     flow_runs: dict[str, int]  # id of a Prefect flow run → the process it runs in
 
     @classmethod
-    def take(cls, home: Path) -> Snapshot:
+    def take(cls, home: Path) -> ProcessSnapshot:
         orphans: dict[int, str] = {}
         flow_runs: dict[str, int] = {}
         for process in psutil.process_iter(["pid"]):
@@ -142,7 +142,7 @@ def device_locks() -> dict[str, int | None]:
 
 def main() -> dict[str, Any]:
     home = home_dir()
-    snapshot = Snapshot.take(home)
+    snapshot = ProcessSnapshot.take(home)
     runs = {run.name: ("dead" if is_dead(run, snapshot.orphans) else "alive") for run in unfinished_runs(home)}
     return {"runs": runs, "orphans": snapshot.orphans, "devices": device_locks()}
 
