@@ -21,7 +21,7 @@ from gptcore.device import Device, choose_device, seed_everything
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.models import LanguageModel
 from gptcore.ranks import ALONE, Ranks
-from gptcore.resampling import resampled_sums
+from gptcore.resampling import ratio_interval
 from gptcore.shards import ShardSet, TokenView
 from gptcore.store import read_manifest, write_json
 
@@ -70,6 +70,31 @@ class HeldOutText(Protocol):
     def tokens(self, split: str) -> np.ndarray | TokenView: ...
 
     def index(self, split: str) -> np.ndarray: ...
+
+
+class SplitView:
+    """A shard set whose `split` stands where the evaluation looks for validation text, up to its first `max_tokens` ids (0: all).
+
+    is_shuffled: every record's ids in random order.
+    """
+
+    def __init__(self, shards: ShardSet, split: str, max_tokens: int = 0, *, is_shuffled: bool = False) -> None:
+        self.directory, self.eot_id, self.token_bytes = shards.directory, shards.eot_id, shards.token_bytes
+        index = shards.index(split)
+        ids = np.asarray(shards.tokens(split)[: max_tokens or None])
+        self._view, self._index = ids, index[index[:, 0] < len(ids)]
+        if is_shuffled:
+            self._view = ids.copy()
+            rng = np.random.default_rng(0)
+            ends = np.append(self._index[1:, 0], len(ids))
+            for begin, end in zip(self._index[:, 0] + 1, ends, strict=True):
+                rng.shuffle(self._view[begin:end])
+
+    def tokens(self, split: str) -> np.ndarray | TokenView:
+        return self._view
+
+    def index(self, split: str) -> np.ndarray:
+        return self._index
 
 
 @torch.no_grad()
@@ -136,24 +161,10 @@ def _losses(model: LanguageModel, device: Device, x: np.ndarray, y: np.ndarray) 
     return loss.float().cpu().numpy().astype(np.float64)
 
 
-FEWEST_CLUSTERS = 5  # an interval from fewer would say more about luck than about the model
-
-
 def bootstrap_bpb(evaluation: Evaluation, resamples: int, seed: int) -> tuple[float, float, str] | None:
-    """95 % percentile interval of bits per byte, and what was resampled; None where too little can be resampled.
-
-    Whole documents are drawn (sections of one text are alike), or sections where fewer than 10 documents have any.
-    """
-    documents = evaluation.record_documents
-    unit = "documents" if len(np.unique(documents)) >= 10 else "sections"
-    cluster = np.unique(documents, return_inverse=True)[1] if unit == "documents" else np.arange(len(documents))
-    nats = np.bincount(cluster, evaluation.record_nats)
-    sizes = np.bincount(cluster, evaluation.record_bytes)
-    if len(nats) < FEWEST_CLUSTERS or not resamples:
-        return None
-    drawn_nats, drawn_sizes = resampled_sums((nats, sizes), resamples, seed)
-    low, high = np.quantile(drawn_nats / (math.log(2) * drawn_sizes), [0.025, 0.975])
-    return float(low), float(high), unit
+    """95 % percentile interval of bits per byte, and what was resampled; None where too little can be resampled."""
+    bits = evaluation.record_nats / math.log(2)
+    return ratio_interval(bits, evaluation.record_bytes, evaluation.record_documents, resamples, seed)
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ ROOMS = (
     "weights",
     "checkpoint",
     "evaluate",
+    "reciting",
     "train",
     "decoding",
     "generate",

@@ -25,9 +25,9 @@ from prefect.logging import disable_run_logger
 from gptcore.config import UserError, load_config
 from gptcore.nights.gate import Decision, compare, decide
 from gptcore.nights.ledger import Generation, KnownModel, Ledger, Matrix, draw_matrix, explain
-from gptcore.nights.night import _long_runs
 from gptcore.nights.scores import Scores, load_scores, pool, save_scores
 from gptcore.nights.settings import NightlySettings
+from gptcore.reciting import _long_runs
 from gptcore.shards import SplitTooSmall
 from gptcore.store import read_json
 

@@ -15,9 +15,10 @@ from gptcore.config import ExperimentConfig, UserError, check_config, with_chang
 from gptcore.corpus.selection import select_segments
 from gptcore.device import choose_device
 from gptcore.entry import StopFlag
+from gptcore.evaluate import SplitView
 from gptcore.journal import NoJournal
 from gptcore.models import LanguageModel
-from gptcore.nights.night import SplitView, recited_share
+from gptcore.reciting import recite
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import read_manifest
 from gptcore.train import build_trainer, train_loop
@@ -71,8 +72,8 @@ class Toy:
 
 def test_recited_text_is_found_and_other_text_is_not() -> None:
     device = choose_device("cpu", "fp32")
-    assert recited_share(Knows(), Toy(), "train", device) == 1.0
-    assert recited_share(Knows(), Toy(), "val", device) == 0.0
+    assert recite(Knows(), Toy(), "train", device).share == 1.0
+    assert recite(Knows(), Toy(), "val", device).share == 0.0
 
 
 def test_a_shuffled_view_keeps_every_record(shards: ShardSet) -> None:

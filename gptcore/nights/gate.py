@@ -13,10 +13,8 @@ import numpy as np
 
 from gptcore.nights.scores import Scores, pool
 from gptcore.nights.settings import NightlySettings
-from gptcore.resampling import resampled_sums
+from gptcore.resampling import FEWEST_CLUSTERS, choose_clusters, resampled_sums
 
-FEWEST_DOCUMENTS = 10  # with fewer, sections are resampled
-FEWEST_CLUSTERS = 5  # with fewer than that, no interval would mean anything
 SEED = 2024
 
 
@@ -60,15 +58,12 @@ class Decision:
 def compare(champion: Scores, challenger: Scores, resamples: int, error: float = 0.05) -> Comparison:
     """Both on the same records. `error`: two-sided, so the interval holds 1 - error."""
     assert np.array_equal(champion.bytes, challenger.bytes), "both models read the same records"
-    documents = np.unique(champion.documents, return_inverse=True)[1]
-    is_by_document = documents.max(initial=-1) + 1 >= FEWEST_DOCUMENTS
-    cluster = documents if is_by_document else np.arange(len(documents))
+    cluster, unit = choose_clusters(champion.documents)
     sums = [np.bincount(cluster, values) for values in (champion.nats, challenger.nats, champion.bytes)]
     low = high = None
     if len(sums[0]) >= FEWEST_CLUSTERS:
         old, new, size = resampled_sums(sums, resamples, SEED)
         low, high = map(float, np.quantile((new - old) / (math.log(2) * size), [error / 2, 1 - error / 2]))
-    unit = "documents" if is_by_document else "sections"
     return Comparison(champion.bpb, challenger.bpb, low, high, unit, len(sums[0]))
 
 

@@ -20,24 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gptcore.checkpoint import load_model
 from gptcore.config import UserError, load_config
-from gptcore.device import Device, choose_device
+from gptcore.device import choose_device
 from gptcore.entry import process_parser
-from gptcore.evaluate import evaluate_loss
+from gptcore.evaluate import SplitView, evaluate_loss
 from gptcore.models import LanguageModel
 from gptcore.nights.scores import Scores, save_scores, score_path
 from gptcore.ranks import ALONE
-from gptcore.shards import ShardSet, TokenView
+from gptcore.reciting import recite
+from gptcore.shards import ShardSet
 from gptcore.store import write_json
 from gptcore.train.run import run_training
 
 log = logging.getLogger(__name__)
 
-RECITED_BYTES = 48  # so many in a row count as recited: about eight words
-RECITE_WINDOWS = 128
 JUDGED_TOKENS = 1 << 17
 LEAST_GAIN = 0.05  # a record whose order saves the model less than this share of its bits is unreadable to it
 
@@ -67,30 +65,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         trained = result["arms"][arm["key"]]
         model = judge.evaluate(f"{args.run}/{arm['key']}", Path(trained["checkpoint"]))
         own = ShardSet.open(arm["shards"])
-        trained["recited"] = [recited_share(model, own, split, judge.device) for split in ("train", "val")]
+        trained["recited"] = [recite(model, own, split, judge.device).share for split in ("train", "val")]
     return result
-
-
-class SplitView:
-    """A shard set whose `split` stands where the evaluation looks for validation text, with its ids in or out of order."""
-
-    def __init__(self, shards: ShardSet, split: str, *, is_shuffled: bool) -> None:
-        self.directory, self.eot_id, self.token_bytes = shards.directory, shards.eot_id, shards.token_bytes
-        index = shards.index(split)
-        ids = np.asarray(shards.tokens(split)[:JUDGED_TOKENS])
-        self._view, self._index = ids, index[index[:, 0] < len(ids)]
-        if is_shuffled:
-            self._view = ids.copy()
-            rng = np.random.default_rng(0)
-            ends = np.append(self._index[1:, 0], len(ids))
-            for begin, end in zip(self._index[:, 0] + 1, ends, strict=True):
-                rng.shuffle(self._view[begin:end])
-
-    def tokens(self, split: str) -> np.ndarray | TokenView:
-        return self._view
-
-    def index(self, split: str) -> np.ndarray:
-        return self._index
 
 
 class Judge:
@@ -116,7 +92,7 @@ class Judge:
         for split in ("val", "train"):
             nats = []
             for is_shuffled in (False, True):
-                view = SplitView(shards, split, is_shuffled=is_shuffled)
+                view = SplitView(shards, split, JUDGED_TOKENS, is_shuffled=is_shuffled)
                 seen = evaluate_loss(model, view, self.device, self.batch_size, JUDGED_TOKENS)
                 nats.append(seen.record_nats)
             sizes = view.index(split)[:, 2].astype(np.float64)
@@ -140,33 +116,3 @@ class Judge:
             save_scores(path, scores)
             log.info("%s on %s: %.4f bits per byte", key, holdout["name"], scores.bpb)
         return model
-
-
-@torch.no_grad()
-def recited_share(model: LanguageModel, shards: ShardSet, split: str, device: Device) -> float:
-    """Share (0 to 1) of bytes that the model writes word for word, greedily, in runs of RECITED_BYTES or more.
-
-    Greedy continuation repeats a text exactly as long as the likeliest id is the text's at every place, so one forward pass
-    over windows of the text finds every such run (extraction: Carlini et al. 2023). In windows that hold fewer than twice
-    RECITED_BYTES, half a window is a run.
-    """
-    T = model.block_size
-    tokens = np.asarray(shards.tokens(split)[:])
-    starts = np.unique(np.linspace(0, len(tokens) - T - 1, RECITE_WINDOWS).astype(np.int64))
-    windows = torch.from_numpy(np.stack([tokens[s : s + T + 1] for s in starts]).astype(np.int64))
-    hits = []
-    for part in windows.split(32):
-        with device.autocast():
-            logits = model(part[:, :-1].to(device.torch))[0]  # (B, T, V)
-        hits.append((logits.argmax(-1).cpu() == part[:, 1:]).numpy())
-    is_right, sizes = np.concatenate(hits), shards.token_bytes[windows[:, 1:].numpy()].astype(np.int64)
-    least = min(RECITED_BYTES, int(sizes.sum(1).mean() / 2))
-    return float(sum(_long_runs(right, size, least) for right, size in zip(is_right, sizes, strict=True)) / sizes.sum())
-
-
-def _long_runs(is_right: np.ndarray, sizes: np.ndarray, least: int) -> int:
-    """Bytes in runs of right ids that hold `least` bytes or more. is_right, sizes: (T,)."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], is_right.astype(np.int8), [0]))))
-    sums = np.concatenate(([0], np.cumsum(sizes)))
-    runs = sums[edges[1::2]] - sums[edges[::2]]
-    return int(runs[runs >= least].sum())
