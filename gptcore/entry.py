@@ -158,7 +158,7 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
     return EXIT_OK
 
 
-class _Parser(argparse.ArgumentParser):
+class _ProcessParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
@@ -166,7 +166,7 @@ class _Parser(argparse.ArgumentParser):
 def process_parser(description: str | None, positional: str, help_text: str) -> argparse.ArgumentParser:
     """The arguments that all device processes share: what to do first, then where. A mistake in them is a UserError."""
     module = sys.modules["__main__"].__spec__
-    parser = _Parser(
+    parser = _ProcessParser(
         prog=f"python -m {module.name.removesuffix('.__main__')}" if module else None,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
