@@ -70,11 +70,7 @@ class BatchSampler:
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int, stream: int = 0, name: str = "") -> None:
-        if len(tokens) < block_size + 1:
-            raise UserError(
-                f"{name + ': ' if name else ''}{len(tokens)} tokens do not fill one window of model.block_size + 1 = "
-                f"{block_size + 1}; give more text, or lower model.block_size"
-            )
+        _check_window(tokens, block_size, name)
         self.tokens, self.block_size, self.seed, self.stream = tokens, block_size, seed, stream
         self.windows_per_epoch = len(tokens) // block_size
         self._windows = _Windows(tokens, block_size + 1)
@@ -190,11 +186,7 @@ class ChunkSampler:
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int, rows: int) -> None:
-        if len(tokens) < block_size + 1:
-            raise UserError(
-                f"{len(tokens)} tokens do not fill one window of model.block_size + 1 = {block_size + 1}; "
-                "give more text, or lower model.block_size"
-            )
+        _check_window(tokens, block_size)
         self.tokens, self.block_size, self.rows = tokens, block_size, rows
         self.chunk = min(rows * block_size + 1, len(tokens))
         # Hashed: neighbouring numbers as keys would draw the same places, shifted.
@@ -293,6 +285,14 @@ def val_batches(tokens: Tokens, block_size: int, batch_size: int) -> Iterator[tu
         y = np.full(rows * block_size, -1, dtype=np.int64)
         x[:n_targets], y[:n_targets] = flat[:-1], flat[1:]
         yield x.reshape(rows, block_size), y.reshape(rows, block_size)
+
+
+def _check_window(tokens: Tokens, block_size: int, name: str = "") -> None:
+    if len(tokens) <= block_size:
+        raise UserError(
+            f"{name + ': ' if name else ''}{len(tokens)} tokens do not fill one window of model.block_size + 1 = "
+            f"{block_size + 1}; give more text, or lower model.block_size"
+        )
 
 
 class _Windows:

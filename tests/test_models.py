@@ -14,7 +14,7 @@ from gptcore.models.build import MODELS
 from gptcore.models.cache import FixedCache
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.layers import apply_rotary, attend_once, rms_norm, rotary_table
-from gptcore.models.published import load_published, to_published
+from gptcore.models.published import TRANSPOSED, load_published
 from gptcore.studies.sizes import estimate_gpt_parameters, estimate_lstm_parameters
 
 V, T = 29, 16
@@ -208,7 +208,10 @@ def test_names_are_the_published_ones_whatever_the_preset():
 def test_published_weights_load_transposed_and_untouched_by_masks(tmp_path):
     """Hugging Face's Conv1D stores inputs × outputs: square matrices would load the wrong way round without a word."""
     model = make("gpt2")
-    published = to_published(model.weights()) | {"h.0.attn.bias": torch.ones(1, 1, T, T)}
+    published = {
+        name.removeprefix("transformer."): tensor.t() if name.endswith(TRANSPOSED) else tensor
+        for name, tensor in model.weights().items()
+    } | {"h.0.attn.bias": torch.ones(1, 1, T, T)}
     assert published["h.0.attn.c_attn.weight"].shape == (32, 96)
     x = torch.randn(5, 32)
     conv1d = torch.addmm(published["h.0.attn.c_proj.bias"], x, published["h.0.attn.c_proj.weight"])

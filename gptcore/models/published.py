@@ -31,14 +31,6 @@ def from_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours → published, the other way round."""
-    return {
-        name.removeprefix("transformer."): tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-        for name, tensor in weights.items()
-    }
-
-
 def load_published(path: str | Path, n_head: int) -> tuple[GPT, ModelConfig]:
     """The model of a published file, in evaluation mode; sizes come from the tensors, `n_head` is not in them.
 
