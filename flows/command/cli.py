@@ -1,11 +1,4 @@
-"""The `gptloom` command. Output for people goes to stderr; the last line on stdout is one JSON object, also after a failure.
-
-gptloom run experiments/shakespeare.yaml train.max_steps=200
-gptloom run --resume RUN      # a run that was interrupted, from where it was
-gptloom sync        # MLflow gets what it missed while it was away
-gptloom study timing --smoke
-gptloom up          # Prefect and MLflow with their UIs, until Ctrl-C or `gptloom down`
-"""
+"""The `gptloom` command. Output for people goes to stderr; the last line on stdout is one JSON object, also after a failure."""
 
 from __future__ import annotations
 
@@ -28,14 +21,14 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from gptcore.entry import python_environment
-from gptcore.errors import EXIT_BUG, EXIT_STOPPED, describe_error, exit_code
+from gptcore.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, describe_error, exit_code
 from gptcore.store import keep_private
 from gptloom.flows.command.arguments import parse_arguments
 from gptloom.flows.command.servers import start_servers, stop_servers
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one verb; returns the exit code: what the verb returns, 0 where it returns none."""
     keep_private()
     os.environ.update(python_environment())  # for what Prefect, MLflow and torch start
     atexit.register(gc.freeze)  # else Python looks for cycles among all it has imported, for a second, before it ends
@@ -46,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     stdout_for_us = _stdout_to_stderr() if takes_stdout else contextlib.nullcontext(sys.stdout)
     with stdout_for_us as stdout, _signals_interrupt():
         try:
-            code: int = args.verb(args, result)
+            code: int = args.verb(args, result) or EXIT_OK
         except BaseException as error:
             code = _explain(error, result)
         if result:

@@ -1,8 +1,5 @@
 """`gptloom doctor`: one line a check, ok, warn or fail, each with its remedy. It changes nothing and needs no server.
 
-    gptloom doctor            # sizes of everything, hashes of what is newest, a few seconds
-    gptloom doctor --full     # every byte of checkpoints and shards
-
 The last line on stdout is JSON: {"checks": [{"name", "status", "message", "remedy"}], "ok"}; exit code 2 when a check fails.
 """
 
@@ -16,7 +13,7 @@ import sqlite3
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -32,6 +29,8 @@ from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dea
 OK, WARN, FAIL = "ok", "warn", "fail"
 LITTLE_GIB, FULL_GIB = 10.0, 1.0  # free disk: below the first a warning, below the second a failure
 HASHED_BYTES = 1 << 30  # without --full: so much is hashed, newest first; about two seconds
+# Downloads and a family's ledger are kept in another way.
+COMMITTED_KINDS = ("corpora", "segments", "vocabs", "tokens", "shards", "checkpoints")
 PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)")
 
 
@@ -46,9 +45,6 @@ class Check:
 
     def line(self) -> str:
         return f"{self.status:<5} {self.name}: {self.message}" + (f"; {self.remedy}" if self.remedy else "")
-
-    def as_json(self) -> dict[str, str]:
-        return asdict(self)
 
 
 def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
@@ -118,15 +114,13 @@ def check_devices() -> Iterator[Check]:
     status, remedy = (WARN, "end other programs, or train a smaller model") if free < 1 else (OK, "")
     yield Check("cpu", status, f"{cores} cores, {free:.1f} GiB of memory free", remedy)
     if not torch.cuda.is_available():
-        has_driver = shutil.which("nvidia-smi") is not None
-        if has_driver and torch.version.cuda is None:
-            yield Check("gpu", WARN, "a driver is here, but this torch is built for CPUs", "install torch's CUDA build")
-        elif has_driver:
-            yield Check(
-                "gpu", WARN, "a driver is here, but torch finds no usable GPU", "compare nvidia-smi with torch.version.cuda"
-            )
-        else:
+        if shutil.which("nvidia-smi") is None:
             yield Check("gpu", OK, "none; training runs on the CPU")
+        elif torch.version.cuda is None:
+            yield Check("gpu", WARN, "a driver is here, but this torch is built for CPUs", "install torch's CUDA build")
+        else:
+            remedy = "compare nvidia-smi with torch.version.cuda"
+            yield Check("gpu", WARN, "a driver is here, but torch finds no usable GPU", remedy)
     holders = device_locks()
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(number)
@@ -189,21 +183,17 @@ def check_permissions(home: Path) -> Iterator[Check]:
 def check_servers() -> Iterator[Check]:
     """What the environment or `gptloom up` names must answer; nothing named is well too."""
     ours = read_servers()
-    for name, variable, key, health in (
-        ("prefect", "PREFECT_API_URL", "prefect_api_url", "/health"),
-        ("mlflow", "MLFLOW_TRACKING_URI", "mlflow_url", "/health"),
+    for name, variable, key, instead in (
+        ("prefect", "PREFECT_API_URL", "prefect_api_url", "a temporary one"),
+        ("mlflow", "MLFLOW_TRACKING_URI", "mlflow_url", "a file"),
     ):
         url = os.environ.get(variable) or str(ours.get(key, ""))
         where = f"{variable}={hide_password(url)}" if os.environ.get(variable) else hide_password(url)
         if not url:
-            yield Check(
-                name,
-                OK,
-                "no server is up; runs use a temporary one" if name == "prefect" else "no server is up; runs use a file",
-            )
+            yield Check(name, OK, f"no server is up; runs use {instead}")
         elif not url.startswith(("http://", "https://")):
             yield Check(name, OK, f"{where}: a database, no server")
-        elif answers(url + health):
+        elif answers(f"{url}/health"):
             yield Check(name, OK, f"{where} answers")
         elif os.environ.get(variable):
             yield Check(name, FAIL, f"{where} does not answer", f"start that server, or unset {variable}")
@@ -239,9 +229,9 @@ def check_stores(home: Path) -> Iterator[Check]:
 def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
     """Committed directories against their manifests: all sizes, and hashes up to HASHED_BYTES, newest first."""
     name = pattern.partition("/")[0].replace("runs", "checkpoints")
-    folders = sorted({path.parent for path in home.glob(pattern)})
+    found = list(home.glob(pattern))
     directories = [
-        path for path in home.glob(pattern) if path.is_dir() and not path.name.startswith(".") and _is_committed_kind(path)
+        path for path in found if path.is_dir() and not path.name.startswith(".") and path.parent.name in COMMITTED_KINDS
     ]
     directories.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     budget = float("inf") if full else float(HASHED_BYTES)
@@ -256,22 +246,15 @@ def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
             hashed += budget >= 0
         except (UserError, KeyError, TypeError, AttributeError) as error:
             bad += 1
-            problem = str(error).partition(";")[0]
-            yield Check(
-                name, FAIL, problem, f"delete {directory}; data is made again, training goes on from an older checkpoint"
-            )
-    left = [path for folder in folders for path in find_leftovers(folder)]
+            remedy = f"delete {directory}; data is made again, training goes on from an older checkpoint"
+            yield Check(name, FAIL, str(error).partition(";")[0], remedy)
+    left = [path for folder in sorted({path.parent for path in found}) for path in find_leftovers(folder)]
     if left:
         message = f"{len(left)} half-written, left by killed processes: {left[0]}" + (" …" if len(left) > 1 else "")
         yield Check(name, WARN, message, "`gptloom reconcile --apply` deletes them, and so does the next build")
     if not bad:
         how = "every byte hashed" if hashed == len(directories) else f"all sizes, {hashed} hashed; --full reads the rest"
         yield Check(name, OK, f"{len(directories)} directories whole ({how})" if directories else "none yet")
-
-
-def _is_committed_kind(path: Path) -> bool:
-    """Downloads and a family's ledger are kept in another way."""
-    return path.parent.name in ("corpora", "segments", "vocabs", "tokens", "shards", "checkpoints")
 
 
 def check_runs(home: Path) -> Iterator[Check]:

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ def find_directories(target: str, overrides: list[str]) -> dict[str, Path]:
                 f"{target}: holds no prepared data; give a directory below data/ in GPTLOOM_HOME, or an experiment file"
             )
         kind = str(read_manifest(path).get("kind"))
-        if kind == "shards":
-            return {"shards": path.resolve()}
-        if kind not in ("corpus", "segment", "vocab", "tokens"):
+        if kind not in ("corpus", "segment", "vocab", "tokens", "shards"):
             raise UserError(f"{target}: holds {kind!r}; give a directory below data/ in GPTLOOM_HOME, or an experiment file")
         return {kind: path.resolve()}
     config, home = load_config(target, overrides), home_dir()
@@ -80,7 +79,10 @@ def show_head(found: dict[str, Path]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for kind, directory in found.items():
         if kind in ("corpus", "segment"):
-            result["records"] = _first_records(directory)
+            result["records"] = [
+                {"document": r.document, "section": r.section, "bytes": r.bytes, "text": r.text[:HEAD_CHARACTERS]}
+                for r in islice(corpus.read_records(directory, "train"), HEAD_RECORDS)
+            ]
         elif kind == "vocab":
             result["ids"] = vocab.Vocab.load(directory).tokens[:HEAD_TOKENS]
         elif kind == "shards":
@@ -109,47 +111,25 @@ def _token_statistics(directory: Path) -> dict[str, Any]:
     n_tokens = shard_set.n_tokens["train"]
     commonest = [{"id": int(i), "token": names[i], "share": float(counts[i] / n_tokens)} for i in order if counts[i]]
     unused = np.flatnonzero(counts == 0)
-    result = {
-        "bytes_per_token": shard_set.n_bytes["train"] / n_tokens,
+    per_token = shard_set.n_bytes["train"] / n_tokens
+    unknown = shard_set.manifest["n_unknown"]
+    _print(f"{per_token:.3f} bytes per training token; {len(unused)} of {len(counts)} ids unused")
+    for row in commonest:
+        _print(f"  {row['id']:>8} {row['token']!r:<20} {100 * row['share']:.2f} %")
+    return {
+        "bytes_per_token": per_token,
         "commonest": commonest,
         "unused": len(unused),
         "unused_first": [names[i] for i in unused[:COMMONEST]],
-        "unknown_share": {
-            split: shard_set.manifest["n_unknown"][split] / max(count, 1) for split, count in shard_set.n_tokens.items()
-        },
+        "unknown_share": {split: unknown[split] / max(count, 1) for split, count in shard_set.n_tokens.items()},
     }
-    _print(f"{result['bytes_per_token']:.3f} bytes per training token; {len(unused)} of {len(counts)} ids unused")
-    for row in commonest:
-        _print(f"  {row['id']:>8} {row['token']!r:<20} {100 * row['share']:.2f} %")
-    return result
 
 
 def _verify_one(kind: str, directory: Path) -> int:
     if kind == "shards":
         return shards.ShardSet.open(directory).verify()
-    if kind == "corpus":
-        return _checked_bytes(directory) + sum(_checked_bytes(segment) for segment in corpus.segment_dirs(directory))
-    return _checked_bytes(directory)
-
-
-def _checked_bytes(directory: Path) -> int:
-    return sum(facts["bytes"] for facts in read_manifest(directory, verify=True)["files"].values())
-
-
-def _first_records(directory: Path) -> list[dict[str, Any]]:
-    records = []
-    for record in corpus.read_records(directory, "train"):
-        records.append(
-            {
-                "document": record.document,
-                "section": record.section,
-                "bytes": record.bytes,
-                "text": record.text[:HEAD_CHARACTERS],
-            }
-        )
-        if len(records) == HEAD_RECORDS:
-            break
-    return records
+    parts = [directory, *(corpus.segment_dirs(directory) if kind == "corpus" else [])]
+    return sum(facts["bytes"] for part in parts for facts in read_manifest(part, verify=True)["files"].values())
 
 
 def _print(text: str) -> None:

@@ -14,10 +14,8 @@ from gptloom.flows.command.surroundings import find_experiment, prepare_servers,
 def retrain(args: argparse.Namespace, result: dict[str, Any]) -> int:
     """`gptloom nightly`: one night, or several simulated ones."""
     is_simulation = args.simulate is not None
-    experiment = "experiments/nights.yaml" if is_simulation else "experiments/shakespeare.yaml"
-    if args.words and "=" not in args.words[0]:
-        experiment = args.words.pop(0)
-    experiment = find_experiment(experiment)
+    default = "experiments/nights.yaml" if is_simulation else "experiments/shakespeare.yaml"
+    experiment = find_experiment(args.words.pop(0) if args.words and "=" not in args.words[0] else default)
     load_config(experiment, args.words)
     if is_simulation and args.simulate < 1:
         raise UserError(f"--simulate {args.simulate}: there is no night in that; give 1 or more, e.g. --simulate 7")

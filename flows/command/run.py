@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError, hide_password, load_config
@@ -23,7 +22,7 @@ from gptloom.flows.command.surroundings import (
 CONTRACT = ("run", "flow_run_id", "mlflow_run_id", "val_loss", "val_bpb", "checkpoint", "report", "seconds")
 
 
-def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
+def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """`gptloom run`: check what can be checked in a moment, then the flow."""
     words = [*filter(None, [args.experiment]), *args.overrides]
     experiment, overrides = ("", words) if args.resume else ("".join(map(find_experiment, words[:1])), words[1:])
@@ -62,13 +61,9 @@ def run_experiment(args: argparse.Namespace, result: dict[str, Any]) -> int:
     flow = pipeline.with_options(flow_run_name=result["run"])
     outcome = flow(experiment=experiment, overrides=Overrides(more=overrides), resume=resume)
     result.update({key: outcome[key] for key in CONTRACT})
-    _print_results(home / "runs" / result["run"])
-    return EXIT_OK
-
-
-def _print_results(directory: Path) -> None:
     from gptcore.report import comparison_table, format_comparison, headline
 
+    directory = home / "runs" / result["run"]
     table = format_comparison(comparison_table(directory)).to_string(index=False)
     print(f"\n{table}\n\n{headline(directory)}\nreport: {directory / 'report.html'}", file=sys.stderr)
 
