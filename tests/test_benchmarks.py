@@ -139,38 +139,38 @@ def test_scaling_judges_efficiency_exchange_and_losses(monkeypatch):
 def test_the_scaling_model_on_cases_one_can_do_by_hand():
     module = runpy.run_path(str(DOCS / "scaling_model.py"))
     machine = module["Machine"](link=100e9, network=10e9, link_latency=0.0, network_latency=0.0, mfu=1.0, peak_flops=1e14)
-    assert machine.all_reduce(1e9, 2) == pytest.approx(0.01)
-    assert machine.all_reduce(1e9, 4) == 2 * machine.all_gather(1e9, 4) == pytest.approx(0.015)
-    assert machine.all_reduce(1e9, 16) == pytest.approx(2 * 15 / 16 * 1e9 / 80e9)  # eight adapters of 10 GB/s
+    assert 2 * machine.all_gather(1e9, 2) == pytest.approx(0.01)
+    assert 2 * machine.all_gather(1e9, 4) == pytest.approx(0.015)
+    assert 2 * machine.all_gather(1e9, 16) == pytest.approx(2 * 15 / 16 * 1e9 / 80e9)  # eight adapters of 10 GB/s
     assert machine.all_to_all(1e9, 16) == pytest.approx(8 / 16 * 1e9 / 10e9)
-    assert machine.all_reduce(1e9, 1) == 0.0
-    job = module["Job"](layers=2, width=10, vocab=100, context=20, ns_mfu=0.5)
-    assert (job.matrix_parameters, job.parameters) == (2 * 12 * 100, 2 * 12 * 100 + 2 * 1000)
+    assert machine.all_gather(1e9, 1) == 0.0
+    job = module["Job"](layers=2, width=10, vocab=100, context=20)
+    assert (job.matrices, job.parameters) == (2 * 12 * 100, 2 * 12 * 100 + 2 * 1000)
     assert job.flops_per_token == 6 * 3400 + 12 * 2 * 10 * 20
     square, wide = 6 * 1000, 4 * 100 * 40 + 2 * 1000  # 4m²n + 2m³
     one = 5 * 2 * (3 * square + square + 2 * wide) / 0.5e14
     assert job.muon_seconds(machine, 1) == pytest.approx(one)
     assert job.muon_seconds(machine, 2) == job.muon_seconds(machine, 64) == pytest.approx(one / 2)  # a matrix is not cut
-    predict, efficiency = module["predict"], module["weak_efficiency"]
+    predict = module["predict"]
     assert predict(job, machine, 1, 100).waited == 0.0
-    assert efficiency(job, machine, 1, 100) == module["strong_efficiency"](job, machine, 1, 100) == 1.0
+    assert module["efficiency"](job, machine, 1, 100, 100) == 1.0
     gpt2 = module["GPT2"]
     tokens = module["break_even_tokens"](machine, 4, "ddp")
     bare = module["Job"](layers=12, width=768, vocab=0, context=0)
     step = predict(bare, machine, 4, round(tokens))
-    assert step.exchange - machine.all_gather(2 * bare.matrix_parameters, 4) == pytest.approx(2 / 3 * step.compute, rel=1e-3)
+    assert step.exchange - machine.all_gather(2 * bare.matrices, 4) == pytest.approx(2 / 3 * step.compute, rel=1e-3)
     assert 160e6 < gpt2.parameters < 165e6
 
 
 def test_the_scaling_model_is_checked_against_what_was_measured():
     module = runpy.run_path(str(DOCS / "scaling_model.py"))
     records = scaling_records()
-    machine, facts = module["from_records"](records)
-    assert (facts["compute"], facts["tokens"]) == (pytest.approx(0.09), 1000)
+    machine, measured = module["from_records"](records)
+    assert 1000 * measured["per_token"] == pytest.approx(0.09)
     assert (machine.link, machine.link_latency) == (300e9, pytest.approx(10e-6))
-    points = module["measured_points"](records)
-    fitted = module["fit_contention"](machine, facts, points)
-    step = module["predict"](module["GPT2"], fitted, 2, 1000, "ddp", facts["compute"], facts["other"])
+    points = [r for r in records if r["kind"] == "weak" and r["processes"] > 1]
+    fitted = module["fit_contention"](machine, measured, points)
+    step = module["predict_record"](points[-1], fitted, measured)
     assert step.seconds == pytest.approx(1 / 9)  # the point that it was fitted to
 
 
