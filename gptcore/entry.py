@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gptcore.config import ExperimentConfig, load_config
 from gptcore.errors import EXIT_BUG, EXIT_OK, EXIT_STOPPED, Stopped, UserError, describe_error, exit_code
 from gptcore.journal import Journal
 from gptcore.store import claim, keep_private
@@ -158,6 +159,18 @@ def run_process(main: Callable[[list[str]], dict[str, Any]]) -> int:
     return EXIT_OK
 
 
+def read_experiment(argv: list[str]) -> ExperimentConfig:
+    """`CONFIG.yaml [section.field=value …]` as a configuration. Raises UserError for anything else."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"usage: {_program()} CONFIG.yaml [section.field=value …]")
+    return load_config(argv[0], argv[1:])
+
+
+def _program() -> str | None:
+    module = sys.modules["__main__"].__spec__
+    return f"python -m {module.name.removesuffix('.__main__')}" if module else None
+
+
 class _ProcessParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -165,12 +178,7 @@ class _ProcessParser(argparse.ArgumentParser):
 
 def process_parser(description: str | None, positional: str, help_text: str) -> argparse.ArgumentParser:
     """The arguments that all device processes share: what to do first, then where. A mistake in them is a UserError."""
-    module = sys.modules["__main__"].__spec__
-    parser = _ProcessParser(
-        prog=f"python -m {module.name.removesuffix('.__main__')}" if module else None,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _ProcessParser(prog=_program(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(positional, type=Path, help=help_text)
     parser.add_argument("--shards", type=Path, help="directory of a shard set")
     parser.add_argument("--out", type=Path, help="directory for journal and results")

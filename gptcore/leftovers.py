@@ -2,8 +2,6 @@
 
 A builder that is killed leaves `.NAME.tmp` behind, as large as what it built. The lock on the directory tells it from a
 living one's: the kernel frees it when the process ends, however it ends.
-
-    python -m gptcore.leftovers DIR        # sweeps one folder; prints what went
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -68,8 +65,3 @@ def _is_left(path: Path, new_s: float) -> bool:
         return False
     finally:
         os.close(fd)
-
-
-if __name__ == "__main__":
-    for left in sweep(Path(sys.argv[1])):
-        print(left)

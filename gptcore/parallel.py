@@ -1,8 +1,8 @@
 """Chunks of work on all cores: a process per chunk, results in order, memory for a few chunks, a progress bar on stderr.
 
-    with Progress("encoding", total_bytes) as progress:
+    with progress_bar("encoding", total_bytes) as progress:
         for result in map_processes(encode_chunk, jobs):
-            progress.add(n_bytes)
+            progress.update(n_bytes)
 
 A `ChunkMap` runs one function over jobs wherever it likes; `map_processes` is this machine's, `gptloom.tasks.data` has one for a
 Dask cluster. What a job is never depends on who runs it, so neither do the results.
@@ -23,8 +23,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # function (importable by name), jobs (small, picklable values) → results in the order of the jobs
 ChunkMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
@@ -42,16 +44,11 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_here(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    """The jobs one after the other in this process."""
-    return map(function, jobs)
-
-
 def map_processes(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
     """The jobs on all cores, in processes that die with this one. Few jobs stay here: starting a process costs several."""
     workers = min(count_cores(), len(jobs) // JOBS_PER_WORKER)
     if workers < 2:
-        yield from map_here(function, jobs)
+        yield from map(function, jobs)
         return
     release_memory()
     # A worker is replaced after a while: what it remembers (an encoder, every word it met) may not grow with the corpus.
@@ -89,9 +86,13 @@ def release_memory() -> None:
     arrow = sys.modules.get("pyarrow")
     if arrow is not None:
         arrow.default_memory_pool().release_unused()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:  # musl has none
-        trim(0)
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *args: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+    if function is not None:  # musl has none of these
+        function(*args)
 
 
 class _NoPandas(importlib.abc.MetaPathFinder):
@@ -120,30 +121,11 @@ def in_order(submit: Callable[[Any], Any], jobs: Sequence[Any], window: int) -> 
             future.cancel()
 
 
-class Progress:
+def progress_bar(title: str, total_bytes: int) -> tqdm[Any]:
     """A bar with MB/s and time left where stderr is a terminal; elsewhere nothing, the log has the totals."""
+    from tqdm import tqdm
 
-    def __init__(self, title: str, total_bytes: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total_bytes,
-            desc=title,
-            unit="B",
-            unit_scale=True,
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        )
-
-    def add(self, n_bytes: int) -> None:
-        self._bar.update(n_bytes)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.close()
+    return tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
 
 
 def _enter_worker(alone: bool) -> None:
@@ -160,9 +142,7 @@ def _enter_worker(alone: bool) -> None:
     # The second is fastokens': its spinning threads cost a quarter more time, and 50 MB.
     for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = "1"
-    limit = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if limit is not None:
-        limit(-8, 1)  # M_ARENA_MAX: one heap for one thread's work spares 30 MB
+    _call_libc("mallopt", -8, 1)  # M_ARENA_MAX: one heap for one thread's work spares 30 MB
 
 
 def _follow_parent() -> None:

@@ -14,7 +14,7 @@ from conftest import ROOT, wait_for
 
 from gptcore import parallel
 from gptcore.entry import is_running
-from gptcore.parallel import in_order, map_here, map_processes, run_apart
+from gptcore.parallel import in_order, map_processes, run_apart
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_only_a_few_jobs_are_ahead() -> None:
     assert submitted == [0, 1, 2]
     results.close()
     assert submitted == [0]
-    assert list(map_here(abs, [-1])) == [1]
+    assert list(map_processes(abs, [-1])) == [1]
 
 
 def fail(number: int) -> int:

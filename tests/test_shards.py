@@ -22,7 +22,7 @@ from gptcore import shards
 from gptcore.config import ExperimentConfig, UserError, VocabConfig, check_config
 from gptcore.corpus import build, read_records, segments
 from gptcore.corpus.chunks import list_chunks
-from gptcore.parallel import map_here, map_processes
+from gptcore.parallel import map_processes
 from gptcore.shards import ShardSet, ShardWriter, TokenView, format, map_shard, prepare, write_shards
 from gptcore.shards.encoding import _behind_ends
 from gptcore.store import MANIFEST, read_manifest, write_json
@@ -339,7 +339,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypa
     prepared = prepare(config(tmp_path / "texts"), tmp_path)
     monkeypatch.setenv("GPTLOOM_WORKERS", "2")
     made = []
-    for chunk_map in (map_here, map_processes):
+    for chunk_map in (map, map_processes):
         shutil.rmtree(tmp_path / "data" / "tokens")
         directory = write_shards(prepared.corpus, prepared.vocab, tmp_path, 64, chunk_map)
         made.append({path.name: path.read_bytes() for path in only_tokens(directory).iterdir()})

@@ -1,7 +1,4 @@
 """Room 1, corpus: sources become clean, deduplicated, split documents in committed directories.
-
-    python -m gptcore.corpus experiments/shakespeare.yaml [section.field=value …]      # prints the manifest
-
 A source is read as a stream: file → archive member → document → cleaning → deduplication → sections → Parquet, by
 several processes where there is much of it (`sources`, `containers`, `formats`, `cleaning`, `records`, `pool`, `ingest`,
 `build`). What is on disk, and how it is read back, is in `segments`; one ingest adds one segment and touches no other.
@@ -13,32 +10,15 @@ Importing this package loads no pyarrow and no pandas, because the trainer impor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from gptcore.config import DataConfig, UserError, load_config
+from gptcore.config import DataConfig
 from gptcore.corpus.build import Build, commit
-from gptcore.corpus.preflight import Estimate, estimate
-from gptcore.corpus.segments import FILE_NAME, FORMAT, SPLITS, Record, read_batches, read_documents, read_records, segment_dirs
+from gptcore.corpus.preflight import estimate
+from gptcore.corpus.segments import SPLITS, read_batches, read_documents, read_records, segment_dirs
 from gptcore.corpus.statistics import length_histogram, summarise
-from gptcore.store import home_dir, read_manifest
 
-__all__ = [
-    "FILE_NAME",
-    "FORMAT",
-    "SPLITS",
-    "Estimate",
-    "Record",
-    "build_corpus",
-    "estimate",
-    "find_corpus",
-    "length_histogram",
-    "locate_corpus",
-    "read_batches",
-    "read_documents",
-    "read_records",
-    "segment_dirs",
-    "summarise",
-]
+__all__ = ["SPLITS", "build_corpus", "estimate", "find_corpus", "length_histogram", "locate_corpus"]
+__all__ += ["read_batches", "read_documents", "read_records", "segment_dirs", "summarise"]
 
 
 def find_corpus(data: DataConfig, home: Path) -> Path | None:
@@ -71,10 +51,3 @@ def build_corpus(data: DataConfig, home: Path) -> Path:
         return commit(build, build.locate())
     finally:
         build.close()
-
-
-def main(argv: list[str]) -> dict[str, Any]:
-    """`CONFIG.yaml [section.field=value …]` → the corpus manifest."""
-    if not argv or argv[0].startswith("-"):
-        raise UserError("usage: python -m gptcore.corpus CONFIG.yaml [section.field=value …]")
-    return read_manifest(build_corpus(load_config(argv[0], argv[1:]).data, home_dir()))

@@ -1,7 +1,8 @@
 """`python -m gptcore.corpus CONFIG.yaml [section.field=value …]`: build the corpus, print its manifest."""
 
-from gptcore.corpus import main
-from gptcore.entry import run_process
+from gptcore.corpus import build_corpus
+from gptcore.entry import read_experiment, run_process
+from gptcore.store import home_dir, read_manifest
 
 if __name__ == "__main__":
-    raise SystemExit(run_process(main))
+    raise SystemExit(run_process(lambda argv: read_manifest(build_corpus(read_experiment(argv).data, home_dir()))))

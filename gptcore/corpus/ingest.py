@@ -24,7 +24,7 @@ from gptcore.corpus.overlap import NgramSketch, sample_ngrams
 from gptcore.corpus.records import Batch
 from gptcore.corpus.sections import SplitPlan, character_start
 from gptcore.corpus.segments import FORMAT, SPLITS, SegmentWriter, load_arrays
-from gptcore.parallel import Progress
+from gptcore.parallel import progress_bar
 from gptcore.store import content_id, read_manifest
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ class Pass:
         started = told = time.monotonic()
         done = 0
         try:
-            with Progress("reading", total_bytes) as progress:
+            with progress_bar("reading", total_bytes) as progress:
                 for batch in batches:
                     self.add(batch)
-                    progress.add(batch.bytes_read)
+                    progress.update(batch.bytes_read)
                     done += batch.bytes_read
                     if time.monotonic() - told >= PROGRESS_SECONDS:
                         told = time.monotonic()

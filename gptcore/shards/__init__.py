@@ -1,7 +1,5 @@
 """Room 3, shards: token ids on disk, memory-mapped, in files that describe themselves.
 
-    python -m gptcore.shards experiments/shakespeare.yaml [section.field=value …]      # corpus, vocabulary and shards
-
 A shard is llm.c's format (`gptcore.shards.format`). Before each record stands `<|endoftext|>`, which counts zero bytes. Every
 segment of the corpus has a directory of ids of its own (`gptcore.shards.encoding`); `home/data/shards/<id>/` strings them
 together for one vocabulary:
@@ -25,27 +23,15 @@ from typing import Any
 import numpy as np
 
 from gptcore import corpus, vocab
-from gptcore.config import ExperimentConfig, UserError, load_config
+from gptcore.config import ExperimentConfig, UserError
 from gptcore.parallel import ChunkMap, map_processes
 from gptcore.shards.encoding import FORMAT as TOKENS_FORMAT
 from gptcore.shards.encoding import write_tokens
 from gptcore.shards.format import REMAKE, ShardWriter, TokenView, map_shard
-from gptcore.store import commit_dir, content_id, hash_file, home_dir, is_committed, read_manifest
+from gptcore.store import commit_dir, content_id, hash_file, is_committed, read_manifest
 
-__all__ = [
-    "Prepared",
-    "ShardSet",
-    "ShardWriter",
-    "Source",
-    "SplitTooSmall",
-    "TokenView",
-    "is_complete",
-    "locate_shards",
-    "main",
-    "map_shard",
-    "prepare",
-    "write_shards",
-]
+__all__ = ["Prepared", "ShardSet", "ShardWriter", "Source", "SplitTooSmall", "TokenView"]
+__all__ += ["is_complete", "locate_shards", "map_shard", "prepare", "write_shards"]
 
 logger = logging.getLogger(__name__)
 
@@ -244,16 +230,6 @@ def prepare(config: ExperimentConfig, home: Path) -> Prepared:
     corpus_dir = corpus.build_corpus(config.data, home)
     vocab_dir = vocab.build_vocab(config.vocab, corpus_dir, home)
     return Prepared(corpus_dir, vocab_dir, write_shards(corpus_dir, vocab_dir, home, config.model.block_size))
-
-
-def main(argv: list[str]) -> dict[str, Any]:
-    """`CONFIG.yaml [section.field=value …]` → the three directories and the counts."""
-    if not argv or argv[0].startswith("-"):
-        raise UserError("usage: python -m gptcore.shards CONFIG.yaml [section.field=value …]")
-    prepared = prepare(load_config(argv[0], argv[1:]), home_dir())
-    shard_set = ShardSet.open(prepared.shards)
-    counts = {key: shard_set.manifest[key] for key in ("vocab_size", *COUNTS)}
-    return {"corpus": str(prepared.corpus), "vocab": str(prepared.vocab), "shards": str(prepared.shards), **counts}
 
 
 def _describe(directory: Path, corpus_dir: Path, vocab_dir: Path, vocabulary: vocab.Vocab, parts: list[Path]) -> dict[str, Any]:

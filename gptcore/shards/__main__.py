@@ -1,7 +1,19 @@
-"""`python -m gptcore.shards CONFIG.yaml`: corpus, vocabulary and shards, built or found; prints where they are."""
+"""`python -m gptcore.shards CONFIG.yaml [section.field=value …]`: corpus, vocabulary and shards, built or found; prints where they are."""
 
-from gptcore.entry import run_process
-from gptcore.shards import main
+from dataclasses import asdict
+from typing import Any
+
+from gptcore.entry import read_experiment, run_process
+from gptcore.shards import COUNTS, ShardSet, prepare
+from gptcore.store import home_dir
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    prepared = prepare(read_experiment(argv), home_dir())
+    manifest = ShardSet.open(prepared.shards).manifest
+    where = {name: str(directory) for name, directory in asdict(prepared).items()}
+    return where | {key: manifest[key] for key in ("vocab_size", *COUNTS)}
+
 
 if __name__ == "__main__":
     raise SystemExit(run_process(main))

@@ -19,7 +19,7 @@ import numpy as np
 
 from gptcore import corpus, vocab
 from gptcore.corpus.chunks import Chunk, list_chunks, read_chunk
-from gptcore.parallel import ChunkMap, Progress
+from gptcore.parallel import ChunkMap, progress_bar
 from gptcore.shards.format import ShardWriter, check_range, token_dtype
 from gptcore.store import commit_dir, content_id, is_committed, read_manifest
 
@@ -76,10 +76,10 @@ def write_tokens(segment: Path, vocab_dir: Path, home: Path, chunk_map: ChunkMap
         jobs = [EncodeJob(chunk, number, str(vocab_dir), str(tmp)) for number, chunk in enumerate(chunks)]
         splits = {split: _SplitWriter(tmp, split, vocabulary) for split in corpus.SPLITS}
         try:
-            with Progress(f"encoding {segment.name}", sum(chunk.bytes for chunk in chunks)) as progress:
+            with progress_bar(f"encoding {segment.name}", sum(chunk.bytes for chunk in chunks)) as progress:
                 for job, part in zip(jobs, chunk_map(encode_chunk, jobs), strict=True):
                     splits[job.chunk.split].append(part)
-                    progress.add(job.chunk.bytes)
+                    progress.update(job.chunk.bytes)
         finally:
             for writer in splits.values():
                 writer.shards.close()

@@ -1,7 +1,5 @@
 """Room 2, vocabulary: text becomes integers and back, by characters, bytes or byte pairs.
 
-    python -m gptcore.vocab experiments/shakespeare.yaml [section.field=value …]      # prints the manifest
-
 `home/data/vocabs/<id>/tokenizer.json` is a file the Hugging Face library `tokenizers` opens and that encodes the same:
 
     char   a WordLevel model over single characters: 0 `<|endoftext|>`, 1 `<unk>`, then the characters by code point
@@ -21,22 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from gptcore import corpus
-from gptcore.config import UserError, VocabConfig, load_config
+from gptcore.config import UserError, VocabConfig
 from gptcore.parallel import ChunkMap, map_processes
-from gptcore.store import commit_dir, content_id, hash_file, home_dir, is_committed, read_manifest, write_json
+from gptcore.store import commit_dir, content_id, hash_file, is_committed, write_json
 from gptcore.vocab.engines import default_engine
-from gptcore.vocab.kinds import (
-    END_OF_TEXT,
-    FILE_NAME,
-    UNKNOWN,
-    BytePairVocab,
-    ByteVocab,
-    CharVocab,
-    Vocab,
-    byte_pair_tree,
-    read_tree,
-    vocab_of,
-)
+from gptcore.vocab.kinds import FILE_NAME, ByteVocab, CharVocab, Vocab, byte_pair_tree, read_tree, vocab_of
 from gptcore.vocab.learning import (
     BPE_SIZE,
     adopt,
@@ -49,18 +36,7 @@ from gptcore.vocab.learning import (
     trainer_name,
 )
 
-__all__ = [
-    "END_OF_TEXT",
-    "FILE_NAME",
-    "UNKNOWN",
-    "BytePairVocab",
-    "ByteVocab",
-    "CharVocab",
-    "Vocab",
-    "build_vocab",
-    "locate_vocab",
-    "main",
-]
+__all__ = ["FILE_NAME", "ByteVocab", "CharVocab", "Vocab", "build_vocab", "locate_vocab"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,11 +132,3 @@ def _make_char(vocab: VocabConfig, corpus_dir: Path, chunk_map: ChunkMap) -> tup
         100 * unknown["val"] / max(total, 1),
     )
     return built, {"val_characters": total, "val_unknown": unknown["val"], "train_unknown": unknown["train"]}
-
-
-def main(argv: list[str]) -> dict[str, Any]:
-    """`CONFIG.yaml [section.field=value …]` → the vocabulary manifest."""
-    if not argv or argv[0].startswith("-"):
-        raise UserError("usage: python -m gptcore.vocab CONFIG.yaml [section.field=value …]")
-    config, home = load_config(argv[0], argv[1:]), home_dir()
-    return read_manifest(build_vocab(config.vocab, corpus.build_corpus(config.data, home), home))

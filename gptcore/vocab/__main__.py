@@ -1,7 +1,17 @@
-"""`python -m gptcore.vocab CONFIG.yaml`: builds the vocabulary, or finds it, and prints its manifest."""
+"""`python -m gptcore.vocab CONFIG.yaml [section.field=value …]`: corpus and vocabulary, built or found; prints the manifest."""
 
-from gptcore.entry import run_process
-from gptcore.vocab import main
+from typing import Any
+
+from gptcore.corpus import build_corpus
+from gptcore.entry import read_experiment, run_process
+from gptcore.store import home_dir, read_manifest
+from gptcore.vocab import build_vocab
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    config, home = read_experiment(argv), home_dir()
+    return read_manifest(build_vocab(config.vocab, build_corpus(config.data, home), home))
+
 
 if __name__ == "__main__":
     raise SystemExit(run_process(main))

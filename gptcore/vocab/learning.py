@@ -20,7 +20,7 @@ import numpy as np
 from gptcore import corpus
 from gptcore.config import UserError
 from gptcore.corpus.chunks import Chunk, list_chunks, read_chunk
-from gptcore.parallel import ChunkMap, Progress, run_apart
+from gptcore.parallel import ChunkMap, progress_bar, run_apart
 from gptcore.vocab.engines import default_engine, installed_version, open_engine
 from gptcore.vocab.kinds import (
     BYTES,
@@ -55,13 +55,13 @@ def count_characters(corpus_dir: Path, chunk_map: ChunkMap, *, exact: bool) -> d
     chunks = list_chunks(corpus_dir)
     jobs = [(chunk, exact or chunk.split == "val") for chunk in chunks]
     totals: dict[str, Counter[int]] = {"train": Counter(), "val": Counter()}
-    with Progress("counting characters", sum(chunk.bytes for chunk in chunks)) as progress:
+    with progress_bar("counting characters", sum(chunk.bytes for chunk in chunks)) as progress:
         for chunk, counts in zip(chunks, chunk_map(count_chunk, jobs), strict=True):
             if exact or chunk.split == "val":
                 totals[chunk.split].update(counts)
             else:
                 totals["train"] |= Counter(counts)
-            progress.add(chunk.bytes)
+            progress.update(chunk.bytes)
     return totals
 
 
@@ -112,10 +112,10 @@ def learn_merges(corpus_dir: Path, size: int, sample_bytes: int, path: Path, chu
     chunks = [chunk for chunk in list_chunks(corpus_dir) if chunk.split == "train"]
     total = sum(chunk.bytes for chunk in chunks)
     share = 1.0 if sample_bytes == 0 else min(1.0, sample_bytes / max(total, 1))
-    with open(path, "wb") as file, Progress("sampling text", total) as progress:
+    with open(path, "wb") as file, progress_bar("sampling text", total) as progress:
         for chunk, text in zip(chunks, chunk_map(sample_chunk, [(chunk, share) for chunk in chunks]), strict=True):
             file.write(text)
-            progress.add(chunk.bytes)
+            progress.update(chunk.bytes)
     n_bytes = path.stat().st_size
     logger.info("learning %d byte pairs from %.1f MB with %s", size - BYTES - 1, n_bytes / 1e6, trainer_name())
     # A process of its own: the trainers write to stdout, and their memory is given back.
