@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gptcore.config import UserError, check_config, dump_yaml, load_config
 from gptcore.config.switches import SHORT, STUDIES, SWITCHES
@@ -150,6 +151,13 @@ def test_every_study_with_a_brief_has_a_short_form_and_a_switch():
     assert files == set(SHORT) == {name for name in STUDIES if find(name).brief is not None}
     assert {name for name in STUDIES if name in SWITCHES} == {*SHORT, "rnn"}
     assert all(len(said) > 20 for said in STUDIES.values()), "the first line of a package's docstring says what it measures"
+
+
+def test_every_study_has_a_file_and_a_deployment():
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    offered = {d["parameters"]["name"] for d in deployments if d["name"].startswith("study-")}
+    files = {name for name in STUDIES if (ROOT / "experiments" / "studies" / f"{name}.yaml").is_file()}
+    assert offered == files == set(STUDIES)
 
 
 def test_the_baseline_has_the_parameters_of_the_gpt():

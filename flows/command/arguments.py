@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     study = add(
         "study",
         run_study,
-        "answer a research question: timing, quantization, accumulation, rnn",
+        f"answer a research question: {', '.join(STUDIES)}",
         "Measure every cell of experiments/studies/NAME.yaml and write a report. Cells measured before are kept, so the\n"
         "same command goes on where it was stopped and measures only what changed.",
         epilog=f"study.FIELD=value changes the study file, options.FIELD=value its options, any other the base experiment.\n{EPILOG}",
