@@ -185,24 +185,31 @@ class _Header(tarfile.TarInfo):
             raise UndecodableError(f"the tar has a broken header: {error}") from None
 
 
+def walk_tar(stream: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarInfo, BinaryIO | None]]:
+    """Every member of a tar in its order, with its bytes if it is a plain file whose path leads nowhere else, else None.
+
+    `mode` is tarfile's. Raises one of DECODING_ERRORS, or UndecodableError. Limits are the caller's.
+    """
+    with tarfile.open(fileobj=stream, mode=mode, bufsize=BLOCK, tarinfo=_Header) as tar:  # type: ignore[call-overload]
+        for member in tar:
+            tar.members = []  # tarfile remembers every member: memory would grow
+            is_plain = member.isreg() and not member.issparse() and _is_safe(member.name)
+            yield member, tar.extractfile(member) if is_plain else None
+
+
 def _tar_members(
     name: str, stream: BinaryIO, data: DataConfig, count: Callable[[str], None], size: Callable[[], int], depth: int
 ) -> Iterator[Member]:
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK, tarinfo=_Header) as tar:
-        for number, member in enumerate(tar):
-            tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member: memory would grow
-            _check_count(name, number + 1, data)
-            if not _is_safe(member.name) or not (member.isreg() or member.isdir()) or member.issparse():
-                count("unsafe")
-                continue
-            kind = Kind.of(member.name)
-            if not member.isreg() or not kind.is_wanted(data.formats):
-                count("unwanted" if member.isreg() else "")
-                continue
+    for number, (member, file) in enumerate(walk_tar(stream, "r|")):
+        _check_count(name, number + 1, data)
+        kind = Kind.of(member.name)
+        if file is None:
+            count("" if member.isdir() and _is_safe(member.name) else "unsafe")
+        elif not kind.is_wanted(data.formats):
+            count("unwanted")
+        else:
             _check_size(f"{name}/{member.name}", member.size, data)
-            file = tar.extractfile(member)
-            assert file is not None, member.name
-            yield from _open(f"{name}/{member.name}", cast(BinaryIO, file), kind, data, count, size, depth + 1)
+            yield from _open(f"{name}/{member.name}", file, kind, data, count, size, depth + 1)
 
 
 def _zip_members(name: str, file: BinaryIO, data: DataConfig, count: Callable[[str], None], depth: int) -> Iterator[Member]:

