@@ -7,12 +7,13 @@ from gptcore.config import ModelConfig
 from gptcore.decoding import FlatDecoder, start_decoding
 from gptcore.generate import generate, pick_next
 from gptcore.models import build_model
+from gptcore.models.build import MODELS
 from gptcore.quantize import METHODS, quantize
 
 V, T = 29, 16
 
 
-@pytest.fixture(params=["gpt", "lstm", "gru", "mingru", "bigram"])
+@pytest.fixture(params=[family for family, model in MODELS.items() if model.is_trained])
 def model(request):
     torch.manual_seed(0)
     model = build_model(ModelConfig(family=request.param, n_layer=2, n_head=2, n_embd=32, block_size=T), V)

@@ -23,10 +23,11 @@ CONFIGS = {
     "modern": ModelConfig(**SMALL),
     "gpt2": ModelConfig(preset="gpt2", **SMALL),
     "classic": ModelConfig(preset="classic", **SMALL),
-    "lstm": ModelConfig(family="lstm", n_layer=2, n_embd=24, block_size=T),
-    "gru": ModelConfig(family="gru", n_layer=2, n_embd=24, block_size=T),
-    "mingru": ModelConfig(family="mingru", n_layer=2, n_embd=24, block_size=T),
-    "bigram": ModelConfig(family="bigram", block_size=T),
+}
+CONFIGS |= {
+    family: ModelConfig(family=family, n_layer=2, n_embd=24, block_size=T)
+    for family, model in MODELS.items()
+    if model.is_trained and family != "gpt"
 }
 GPTS = ["modern", "gpt2", "classic"]
 

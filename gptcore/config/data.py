@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from gptcore.config.base import Section
 
+# The formats that have a reader, by the extension of their files (gptcore/corpus/formats.py).
+FORMATS = ("txt", "md", "html", "jsonl", "csv", "parquet")
+
 # Query fields that let whoever reads them in: presigned addresses and tokens.
 _SECRET_FIELD = r"(?:[^=&#\s]*(?:token|secret|signature|password|passwd|api-?_?key|credential)[^=&#\s]*|sig|key|auth|pw)"
 SECRET_QUERY = re.compile(rf"(?<=[?&]){_SECRET_FIELD}=[^&#\s]+", re.IGNORECASE)
@@ -58,16 +61,16 @@ class DataConfig(Section):
         "#sha256=f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         min_length=1,
         title="Source of text",
-        description="A file, a folder or a glob (of data.formats: txt, md, html, jsonl, csv, parquet; each plain, compressed or in an "
+        description=f"A file, a folder or a glob (of data.formats: {', '.join(FORMATS)}; each plain, compressed or in an "
         "archive), http(s)://…[#sha256=HEX], hf://datasets/OWNER/NAME[/GLOB][@REVISION], "
         "package:NAME==VERSION/GLOB#sha256=HEX (files of a source package, never executed), or a list of "
         "{source: …, weight: …}.",
     )
     formats: tuple[str, ...] = Field(
-        ("txt", "md", "html", "jsonl", "csv", "parquet"),
+        FORMATS,
         min_length=1,
         description="Files of a folder, an archive or a data set that are read, by extension; an extension other than "
-        "these six is read as plain text. A file or glob that is named itself is read whatever it is called.",
+        "these is read as plain text. A file or glob that is named itself is read whatever it is called.",
     )
     text_column: str = Field("text", min_length=1, description="Column of JSON lines, CSV and Parquet that holds text.")
     invalid_text: Literal["strict", "replace", "skip"] = Field(

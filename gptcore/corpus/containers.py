@@ -23,11 +23,11 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
 from gptcore.config import DataConfig, UserError
+from gptcore.config.data import FORMATS
 
 COMPRESSIONS = {"gz": "gzip", "xz": "xz", "bz2": "bz2", "zst": "zstd"}
 SHORT_NAMES = {"tgz": "tar.gz", "txz": "tar.xz", "tbz2": "tar.bz2", "tzst": "tar.zst"}
 ALIASES = {"markdown": "md", "htm": "html", "xhtml": "html", "ndjson": "jsonl", "tsv": "csv"}
-FORMATS = ("txt", "md", "html", "jsonl", "csv", "parquet")
 ARCHIVES = ("zip", "tar")
 MAX_DEPTH = 3  # an archive in an archive in an archive
 FREE_BYTES = 16 << 20  # any file may become this much: small texts of one repeated line compress a thousandfold

@@ -21,6 +21,7 @@ from gptcore.corpus.formats import PART_BYTES
 
 UNIT_BYTES = 4 << 20  # small files are dealt out together
 UNIT_FILES = 256
+PARTED = ("", "txt", "md", "jsonl", "parquet")  # formats of which one file is read by several processes
 MAX_INT = (1 << 63) - 1
 EXAMPLE = "give a text file, a folder or an address with data.source=…"
 
@@ -190,7 +191,7 @@ def plan_units(files: list[tuple[int, SourceFile]], data: DataConfig) -> Iterato
 def _parts(file: SourceFile) -> int | None:
     """How many parts a file can be read in side by side; None: read it as a whole."""
     kind = Kind.of(file.name)
-    if kind.compressions or kind.inner in ("zip", "tar", "html", "csv") or file.size <= PART_BYTES:
+    if kind.compressions or kind.inner not in PARTED or file.size <= PART_BYTES:
         return None
     if kind.inner == "parquet":
         import pyarrow.parquet as pq

@@ -133,16 +133,16 @@ def build_optimizers(model: nn.Module, config: TrainConfig, *, on_device: bool =
         optimizers["muon"] = Muon(
             muon_groups, lr=config.lr, weight_decay=config.weight_decay, dtype=dtype, ranks=ranks, rows=rows
         )
-    adamw_lr = config.lr if config.optimizer == "adamw" else config.adamw_lr
-    adamw_groups = [
-        {"params": params, "weight_decay": decay, "lr": peak(adamw_lr)}
+    rest_lr = config.adamw_lr if config.optimizer == "muon" else config.lr
+    rest = [
+        {"params": params, "weight_decay": decay, "lr": peak(rest_lr)}
         for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if params
     ]
     # fused: one kernel for all parameters instead of several for each. capturable: its step counter is on the device, where a
     # CUDA graph can count.
     optimizers["adamw"] = torch.optim.AdamW(
-        adamw_groups, lr=adamw_lr, betas=(config.beta1, config.beta2), fused=True, capturable=on_device
+        rest, lr=rest_lr, betas=(config.beta1, config.beta2), fused=True, capturable=on_device
     )
     grouped = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
