@@ -4,7 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from gptcore.entry import read_experiment, run_process
-from gptcore.shards import COUNTS, ShardSet, prepare
+from gptcore.shards import ShardSet, prepare
+from gptcore.shards.build import COUNTS
 from gptcore.store import home_dir
 
 
