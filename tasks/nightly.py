@@ -74,7 +74,7 @@ def seed_ledger(ledger: Ledger, champion: registry.Version | None, corpus: Path,
 @task(task_run_name="measure what tonight's text repeats", persist_result=False)
 def measure_repetition(ledger: Ledger, tonight: Generation, home: Path) -> float:
     """Per cent of the earlier hold-outs' 48-byte sequences that stand in tonight's training text."""
-    from gptcore.corpus.selection import overlap_of
+    from gptcore.corpus.segments import overlap_of
 
     folder = home / "data" / "segments"
     old = [folder / name for generation in ledger.accepted for name in generation.segments]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.config import DataConfig, UserError, VocabConfig
-from gptcore.corpus import build, build_corpus, segments
+from gptcore.corpus import build_corpus, records, segments
 from gptcore.corpus.chunks import list_chunks
 from gptcore.shards import ShardSet, write_shards
 from gptcore.store import read_manifest
@@ -32,7 +32,7 @@ def cluster(prefect_server: None) -> Iterator[str]:
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Twelve small chunks, so that both workers get some."""
     monkeypatch.setattr(segments, "ROW_GROUP_BYTES", 20_000)
-    monkeypatch.setattr(build, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(records, "BATCH_BYTES", 10_000)
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(240):

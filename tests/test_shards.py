@@ -20,7 +20,7 @@ import pytest
 
 from gptcore import shards
 from gptcore.config import ExperimentConfig, UserError, VocabConfig, check_config
-from gptcore.corpus import build, read_records, segments
+from gptcore.corpus import read_records, records, segments
 from gptcore.corpus.chunks import list_chunks
 from gptcore.parallel import map_processes
 from gptcore.shards import ShardSet, ShardWriter, TokenView, format, map_shard, prepare, write_shards
@@ -332,7 +332,7 @@ def test_deleted_ids_are_made_again(tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards order: chunks that finish out of turn must be strung together in turn."""
     monkeypatch.setattr(segments, "ROW_GROUP_BYTES", 10_000)
-    monkeypatch.setattr(build, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(records, "BATCH_BYTES", 5000)
     (tmp_path / "texts").mkdir()
     for number in range(100):
         (tmp_path / "texts" / f"{number}.txt").write_text(text_of_lines(number, 1500), encoding="utf-8")

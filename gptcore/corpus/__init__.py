@@ -9,6 +9,7 @@ Importing this package loads no pyarrow and no pandas, because the trainer impor
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from gptcore.config import DataConfig
@@ -34,11 +35,8 @@ def locate_corpus(data: DataConfig, home: Path) -> Path:
 
     Raises UserError for a source that is missing, empty, unreachable or not text.
     """
-    build = Build(data, home, write=False)
-    try:
+    with closing(Build(data, home, write=False)) as build:
         return build.locate().directory
-    finally:
-        build.close()
 
 
 def build_corpus(data: DataConfig, home: Path) -> Path:
@@ -46,8 +44,5 @@ def build_corpus(data: DataConfig, home: Path) -> Path:
 
     Raises UserError as `locate_corpus` does, and for a text that cannot be split.
     """
-    build = Build(data, home, write=True)
-    try:
+    with closing(Build(data, home, write=True)) as build:
         return commit(build, build.locate())
-    finally:
-        build.close()

@@ -24,15 +24,14 @@ from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.corpus import package_index
 from gptcore.corpus.families import NO_DIGESTS, Family, Note
 from gptcore.corpus.ingest import Base, Pass
-from gptcore.corpus.overlap import measure_overlap
 from gptcore.corpus.pool import count_processes, read_units
 from gptcore.corpus.preflight import estimate_files, refuse_impossible
-from gptcore.corpus.records import BATCH_BYTES, Batch, CleanText, make_batch, read_texts
+from gptcore.corpus.records import Batch, CleanText, batch_texts, read_texts
 from gptcore.corpus.sections import SplitPlan, is_balanced, plan_hash_split, plan_tail_split
-from gptcore.corpus.segments import FORMAT, SPLITS, load_arrays
+from gptcore.corpus.segments import FORMAT, SPLITS, add_up, corpus_dir_of, overlap_of
 from gptcore.corpus.sources import SourceFile, list_files, plan_units, sign
 from gptcore.leftovers import hold, sweep
-from gptcore.store import commit_dir, content_id, is_committed, read_manifest
+from gptcore.store import commit_dir, is_committed, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +58,7 @@ class Build:
 
     def __init__(self, data: DataConfig, home: Path, write: bool) -> None:
         self.data, self.home, self.write = data, home, write
+        self.weights = [source.weight for source in data.sources]
         self.started = time.time()
         self.files, self.facts = list_files(data, home)
         self.family = Family(data, home)
@@ -75,14 +75,13 @@ class Build:
             return None
         if any(self.ledger.note_on(file) is None for file in self.files):
             return None
-        return self.newest if self._same_sources(read_manifest(self.newest)) else None
+        weights = [source["weight"] for source in read_manifest(self.newest)["sources"]]
+        return self.newest if weights == self.weights else None
 
     def locate(self) -> Located:
         """Raises UserError for a source that is missing, empty, unreachable, not text, or cannot be split."""
         found = self.unchanged()
-        if found is not None:
-            return Located(found)
-        return self._added() or self._fresh()
+        return Located(found) if found else self._added() or self._fresh()
 
     def close(self) -> None:
         for folder, hold_fd in self.folders.items():
@@ -195,30 +194,19 @@ class Build:
             else:
                 self._log_left_out(counts)
                 distinct = len({hashlib.sha256(text.utf8).digest() for text in texts})
-                return lambda plan: self._from_memory(texts, counts, plan), distinct
+                return lambda plan: batch_texts(texts, counts, self.data, plan, size), distinct
         processes = count_processes(self.data)
         return lambda plan: read_units(plan_units(files, self.data), self.data, plan, processes), None
 
-    def _from_memory(self, texts: list[CleanText], counts: dict[int, Counter[str]], plan: SplitPlan) -> Iterator[Batch]:
-        begin = size = 0
-        for end, text in enumerate(texts, 1):
-            size += len(text.utf8)
-            if size >= BATCH_BYTES or end == len(texts):
-                yield make_batch(texts[begin:end], self.data, plan)
-                begin, size = end, 0
-        last = make_batch([], self.data, plan)
-        last.counts = {file: rules for file, rules in counts.items() if rules}
-        yield last
-
     def _log_left_out(self, counts: dict[int, Counter[str]]) -> None:
-        told = 0
-        for number, rules in counts.items():
-            left = ", ".join(f"{count} {rule}" for rule, count in rules.items() if rule in LEFT_OUT)
-            if left and told < MAX_TOLD:
-                logger.warning("%s: left out: %s", self.files[number].name, left)
-            told += bool(left)
-        if told > MAX_TOLD:
-            logger.warning("and %d files more of which something is left out; the manifest has the counts", told - MAX_TOLD)
+        left = {number: [f"{rules[rule]} {rule}" for rule in rules if rule in LEFT_OUT] for number, rules in counts.items()}
+        told = [number for number in left if left[number]]
+        for number in told[:MAX_TOLD]:
+            logger.warning("%s: left out: %s", self.files[number].name, ", ".join(left[number]))
+        if len(told) > MAX_TOLD:
+            logger.warning(
+                "and %d files more of which something is left out; the manifest has the counts", len(told) - MAX_TOLD
+            )
 
     def _pass(self, plan: SplitPlan, batches: Batches, size: int, base: Base | None = None) -> Pass:
         folder = None
@@ -235,18 +223,13 @@ class Build:
     def _describe(self, done: Pass, base: Base | None, segment: dict[str, Any] | None) -> Located:
         """The corpus of the base's segments and the new one. A file that changed meanwhile is refused."""
         self._check_untouched()
-        notes = self._notes(done, base)
+        self.remembered = self._notes(done, base)
         before = base.manifest["segments"] if base else []
-        segments = [*before, *([segment["id"]] if segment else [])]
-        if not segments:
+        parts = [read_manifest(self.home / "data" / "segments" / name) for name in before] + ([segment] if segment else [])
+        if not parts:
             raise self._nothing(done)
-        weights = [source.weight for source in self.data.sources]
-        mixture = [weight / sum(weights) for weight in weights]
-        name = content_id({"format": FORMAT, "segments": segments} | ({"mixture": mixture} if len(mixture) > 1 else {}))
-        located = Located(self.home / "data" / "corpora" / name, segment, done.folder)
-        located.manifest = _manifest(name, segments, self, done, base, segment, notes)
-        self.remembered = notes
-        return located
+        directory = corpus_dir_of([part["id"] for part in parts], self.weights, self.home)
+        return Located(directory, segment, done.folder, self._manifest(directory.name, parts, done.plan))
 
     def _notes(self, done: Pass, base: Base | None) -> list[Note]:
         notes = []
@@ -275,9 +258,36 @@ class Build:
         known = package_index.describe(Path(package[0].path), package_index.PackageSource.parse(source)) if package else {}
         return known | self.facts[number]
 
-    def _same_sources(self, manifest: dict[str, Any]) -> bool:
-        weights = [source.weight for source in self.data.sources]
-        return [source["weight"] for source in manifest["sources"]] == weights
+    def _manifest(self, name: str, parts: list[dict[str, Any]], plan: SplitPlan) -> dict[str, Any]:
+        rules: list[Counter[str]] = [Counter() for _ in self.data.sources]
+        read = [0] * len(rules)
+        for file, note in zip(self.files, self.remembered, strict=True):
+            rules[file.source].update(note.rules)
+            read[file.source] += len(note.digests)
+        counts = add_up(parts)
+        sources = [
+            {"source": hide_password(source.source), "weight": source.weight}
+            | self.describe_source(number)
+            | counts["sources"][number]
+            | {"files": sum(file.source == number for file in self.files)}
+            | {"read": read[number], "rules": dict(sorted(rules[number].items()))}
+            for number, source in enumerate(self.data.sources)
+        ]
+        total: Counter[str] = sum(rules, Counter())
+        return {
+            "kind": "corpus",
+            "id": name,
+            "format": FORMAT,
+            "segments": [part["id"] for part in parts],
+            "source": self.data.source_name,
+            **counts,
+            "duplicates": sum(read) - counts["documents"],
+            "skipped": sum(total[rule] for rule in LEFT_OUT),
+            "rules": dict(sorted(total.items())),
+            **plan.as_json(),
+            "section_bytes": self.data.section_bytes,
+            "sources": sources,
+        }
 
     def _nothing(self, done: Pass) -> UserError:
         skipped = sum(count for rules in done.notes.rules.values() for rule, count in rules.items() if rule in LEFT_OUT)
@@ -313,21 +323,14 @@ def commit(build: Build, located: Located) -> Path:
         logger.info("corpus %s: reused", located.directory.name)
     else:
         manifest = located.manifest
-        _add_overlap(build, located, manifest)
+        _add_overlap(build, manifest)
         with commit_dir(located.directory, manifest):
             pass
+        sizes = {split: manifest["splits"][split]["bytes"] for split in SPLITS}
         logger.info(
-            "corpus %s: %d documents in %d segments (%d duplicates dropped, %d skipped), split by %s, train %d bytes, val %d bytes, "
-            "overlap %.3g",
-            located.directory.name,
-            manifest["documents"],
-            len(manifest["segments"]),
-            manifest["duplicates"],
-            manifest["skipped"],
-            manifest["split"],
-            manifest["splits"]["train"]["bytes"],
-            manifest["splits"]["val"]["bytes"],
-            manifest["overlap"],
+            "corpus %(id)s: %(documents)d documents in %(n_segments)d segments (%(duplicates)d duplicates dropped, %(skipped)d "
+            "skipped), split by %(split)s, train %(train)d bytes, val %(val)d bytes, overlap %(overlap).3g",
+            manifest | sizes | {"n_segments": len(manifest["segments"])},
         )
     build.family.remember(located.directory, build.files, build.remembered, build.started)
     return located.directory
@@ -353,74 +356,13 @@ def _start(rule: str, data: DataConfig, inherited: SplitPlan | None) -> SplitPla
     return SplitPlan(rule if rule != "tail" else "document", "threshold", data.val_fraction)
 
 
-def _manifest(
-    name: str,
-    segments: list[str],
-    build: Build,
-    done: Pass,
-    base: Base | None,
-    segment: dict[str, Any] | None,
-    notes: list[Note],
-) -> dict[str, Any]:
-    parts = [read_manifest(build.home / "data" / "segments" / old) for old in (base.manifest["segments"] if base else [])]
-    parts += [segment] if segment else []
-    rules: list[Counter[str]] = [Counter() for _ in build.data.sources]
-    read = [0] * len(rules)
-    for file, note in zip(build.files, notes, strict=True):
-        rules[file.source].update(note.rules)
-        read[file.source] += len(note.digests)
-    sources = []
-    for number, source in enumerate(build.data.sources):
-        held = {key: sum(part["sources"][number][key] for part in parts) for key in ("documents", "bytes", "val_bytes")}
-        sources.append(
-            {
-                "source": hide_password(source.source),
-                "weight": source.weight,
-                **build.describe_source(number),
-                **held,
-                "files": sum(file.source == number for file in build.files),
-            }
-            | {"read": read[number], "rules": dict(sorted(rules[number].items()))}
-        )
-    near = sum(part["near_duplicates"] for part in parts)
-    documents = sum(part["documents"] for part in parts)
-    total: Counter[str] = sum(rules, Counter())
-    plan = done.plan
-    return {
-        "kind": "corpus",
-        "id": name,
-        "format": FORMAT,
-        "segments": segments,
-        "source": build.data.source_name,
-        "documents": documents,
-        "bytes": sum(part["bytes"] for part in parts),
-        "sections": sum(part["sections"] for part in parts),
-        "duplicates": max(sum(read) - documents, 0) if build.data.near_duplicates != "drop" else sum(read) - documents,
-        "near_duplicates": near,
-        "skipped": sum(total[rule] for rule in LEFT_OUT),
-        "rules": dict(sorted(total.items())),
-        **plan.as_json(),
-        "section_bytes": build.data.section_bytes,
-        "splits": {
-            split: {key: sum(part["splits"][split][key] for part in parts) for key in parts[0]["splits"][split]}
-            for split in SPLITS
-        },
-        "sources": sources,
-        "lengths": np.sum([part["lengths"] for part in parts], axis=0).tolist(),
-    }
-
-
-def _add_overlap(build: Build, located: Located, manifest: dict[str, Any]) -> None:
+def _add_overlap(build: Build, manifest: dict[str, Any]) -> None:
     folders = [build.home / "data" / "segments" / name for name in manifest["segments"]]
-    val, train = ([rows for folder in folders for rows in load_arrays(folder, f"ngrams_{side}")] for side in ("val", "train"))
-    overlap = measure_overlap(val, train)
-    manifest["overlap"] = round(overlap, 6)
-    manifest["overlap_alarm"] = overlap > build.data.max_overlap
+    overlap, limit = overlap_of(folders, folders), build.data.max_overlap
+    manifest |= {"overlap": round(overlap, 6), "overlap_alarm": overlap > limit}
     if manifest["overlap_alarm"]:
         logger.warning(
             "corpus %s: %.1f %% of the validation text's 48-byte sequences stand in the training text, more than "
             "data.max_overlap=%g; its loss will look better than on new text",
-            manifest["id"],
-            100 * overlap,
-            build.data.max_overlap,
+            *(manifest["id"], 100 * overlap, limit),
         )

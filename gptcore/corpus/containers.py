@@ -208,7 +208,7 @@ def _tar_members(
         elif not kind.is_wanted(data.formats):
             count("unwanted")
         else:
-            _check_size(f"{name}/{member.name}", member.size, data)
+            check_size(f"{name}/{member.name}", member.size, data)
             yield from _open(f"{name}/{member.name}", file, kind, data, count, size, depth + 1)
 
 
@@ -228,7 +228,7 @@ def _zip_members(name: str, file: BinaryIO, data: DataConfig, count: Callable[[s
             member = f"{name}/{info.filename}"
             if info.flag_bits & 1:
                 raise UndecodableError(f"{info.filename} in it is encrypted")
-            _check_size(member, info.file_size, data)
+            check_size(member, info.file_size, data)
             check_expansion(info.file_size, info.compress_size, member, data)
             with archive.open(info) as opened:
                 counted = Counted(cast(BinaryIO, opened), lambda info=info: info.compress_size, member, data)  # type: ignore[misc]
@@ -243,7 +243,8 @@ def _check_count(name: str, members: int, data: DataConfig) -> None:
         raise UserError(f"{name}: more than data.max_members={data.max_members} files in it; split it up, or raise the limit")
 
 
-def _check_size(name: str, size: int, data: DataConfig) -> None:
+def check_size(name: str, size: int, data: DataConfig) -> None:
+    """Raises UserError for a file or archive member of more than `data.max_member_bytes`."""
     if size > data.max_member_bytes:
         raise UserError(
             f"{name}: {size} bytes, more than data.max_member_bytes={data.max_member_bytes}; leave it out, or raise the limit"
@@ -312,7 +313,7 @@ def seekable(name: str, stream: BinaryIO, data: DataConfig) -> Iterator[BinaryIO
         copied = 0
         while piece := stream.read(BLOCK):
             copied += len(piece)
-            _check_size(name, copied, data)
+            check_size(name, copied, data)
             file.write(piece)
         file.seek(0)
         yield cast(BinaryIO, file)

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def _list(name: str, revision: str | None, folder: Path, data: DataConfig) -> di
         return listing
     from huggingface_hub import HfApi
 
-    with _Explained(f"hf://datasets/{name}", data):
+    with _explained(f"hf://datasets/{name}"):
         info = HfApi(endpoint=_endpoint()).dataset_info(
             name, revision=revision, files_metadata=True, timeout=data.timeout_seconds
         )
@@ -92,7 +94,7 @@ def _fetch(name: str, path: str, listing: dict[str, Any], folder: Path, data: Da
     options = {"repo_type": "dataset", "revision": listing["commit"], "cache_dir": folder}
     here = try_to_load_from_cache(name, path, **options)
     if not isinstance(here, str):
-        with _Explained(f"hf://datasets/{name}/{path}", data):
+        with _explained(f"hf://datasets/{name}/{path}"):
             here = hf_hub_download(name, path, endpoint=_endpoint(), etag_timeout=data.timeout_seconds, **options)
         logger.info("hf://datasets/%s/%s fetched", name, path)
     found = Path(here)
@@ -105,45 +107,43 @@ def _fetch(name: str, path: str, listing: dict[str, Any], folder: Path, data: Da
     return found
 
 
-class _Explained:
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
     """The library's errors as one sentence for the user."""
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if not reason:
+            raise
+        raise UserError(f"data.source: {what}: {reason}") from None
 
-    def __init__(self, what: str, data: DataConfig) -> None:
-        self.what, self.data = what, data
 
-    def __enter__(self) -> None:
-        pass
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
-        from huggingface_hub import errors
-
-        if isinstance(error, errors.LocalEntryNotFoundError) or type(error) is errors.HfHubHTTPError:
-            reason = self._unreachable(error)
-        elif isinstance(error, errors.GatedRepoError):
-            reason = "access to it must be granted first; ask for it on its page and set HF_TOKEN"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            reason = "no such revision; correct what follows @"
-        elif isinstance(error, errors.EntryNotFoundError):
-            reason = "no such file in the data set; correct the path"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            reason = "no such data set, or it is private; correct the name, or set HF_TOKEN"
-        elif isinstance(error, (errors.HFValidationError, ValueError)):
-            reason = f"not a usable name ({' '.join(str(error).split())[:200]}); correct it"
-        elif _is_network(error):
-            reason = self._unreachable(error)
-        elif isinstance(error, OSError) and "onsistency check" in str(error):
-            reason = "the file arrived incomplete; run again"
-        else:
-            return
-        raise UserError(f"data.source: {self.what}: {reason}") from None
-
-    def _unreachable(self, error: BaseException) -> str:
-        return (
-            f"the hub at {_endpoint()} cannot be reached ({type(error).__name__}); check the network, or give your own "
-            "text with data.source=PATH"
-        )
+    unreachable = (
+        f"the hub at {_endpoint()} cannot be reached ({type(error).__name__}); check the network, or give your own "
+        "text with data.source=PATH"
+    )
+    if type(error) is errors.HfHubHTTPError:
+        return unreachable
+    # The first that fits: a gated data set is one that is not found, too.
+    reasons = {
+        errors.LocalEntryNotFoundError: unreachable,
+        errors.GatedRepoError: "access to it must be granted first; ask for it on its page and set HF_TOKEN",
+        errors.RevisionNotFoundError: "no such revision; correct what follows @",
+        errors.EntryNotFoundError: "no such file in the data set; correct the path",
+        errors.RepositoryNotFoundError: "no such data set, or it is private; correct the name, or set HF_TOKEN",
+        ValueError: f"not a usable name ({' '.join(str(error).split())[:200]}); correct it",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
+    if _is_network(error):
+        return unreachable
+    is_torn = isinstance(error, OSError) and "onsistency check" in str(error)
+    return "the file arrived incomplete; run again" if is_torn else ""
 
 
 def _is_network(error: BaseException) -> bool:

@@ -109,7 +109,7 @@ class _Pool:
                         break
                     mine = queue.Queue(BACKLOG)
                     self.turns.put(mine)
-                worker.stdin.write(json.dumps([entry.as_json() for entry in unit]).encode() + b"\n")
+                worker.stdin.write(json.dumps([vars(entry) for entry in unit]).encode() + b"\n")
                 worker.stdin.flush()
                 reader = reader or pa.ipc.open_stream(worker.stdout)
                 while (batch := _receive(reader)) is not None:

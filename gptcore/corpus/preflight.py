@@ -1,13 +1,11 @@
 """Before work starts: how many documents, how much text, disk, memory and time a source will take, from a sample.
 
-    python -c "from gptcore import corpus, config; print(corpus.estimate(config.load_config('EXPERIMENT.yaml').data))"
-
 Up to 200 files, spread evenly, are read from their beginning for up to 1 MiB of text each, for about a quarter of a second.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -140,16 +138,12 @@ def _parquet_bytes(utf8: bytes) -> int:
 
 def _memory_free() -> int:
     """Bytes a new process may use: the machine's available memory, or what is left of the container's."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
-        pass
+    import psutil
+
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no container, or its limit is "max"
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
     return free
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -81,14 +81,18 @@ class Batch:
 
 
 def read_batches_of(unit: list[Entry], data: DataConfig, plan: SplitPlan) -> Iterator[Batch]:
-    """One unit of work as batches of about 2 MB. The last one has the counts; it may be empty.
-
-    Raises UserError for input that the settings do not allow.
-    """
+    """One unit of work as batches. Raises UserError for input that the settings do not allow."""
     counts: dict[int, Counter[str]] = {entry.file: Counter() for entry in unit}
+    yield from batch_texts(read_texts(unit, data, counts), counts, data, plan, sum(entry.bytes for entry in unit))
+
+
+def batch_texts(
+    texts: Iterable[CleanText], counts: dict[int, Counter[str]], data: DataConfig, plan: SplitPlan, bytes_read: int
+) -> Iterator[Batch]:
+    """Documents as batches of about 2 MB. The last one has the counts, as they are by then; it may be empty."""
     pending: list[CleanText] = []
     size = 0
-    for text in read_texts(unit, data, counts):
+    for text in texts:
         pending.append(text)
         size += len(text.utf8)
         if size >= BATCH_BYTES or len(pending) >= BATCH_DOCUMENTS:
@@ -96,7 +100,7 @@ def read_batches_of(unit: list[Entry], data: DataConfig, plan: SplitPlan) -> Ite
             pending, size = [], 0
     last = make_batch(pending, data, plan)
     last.counts = {file: rules for file, rules in counts.items() if rules}
-    last.bytes_read = sum(entry.bytes for entry in unit)
+    last.bytes_read = bytes_read
     yield last
 
 

@@ -13,7 +13,7 @@ Documents are numbered along the segments. A corpus finds its segments beside it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptcore.config import UserError
-from gptcore.corpus.overlap import NgramSketch
-from gptcore.store import read_manifest
+from gptcore.corpus.overlap import NgramSketch, measure_overlap
+from gptcore.store import content_id, read_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,6 +105,34 @@ def read_documents(directory: Path, split: str) -> Iterator[str]:
             yield from batch.slice(at, 1000).column(0).to_pylist()
 
 
+def corpus_dir_of(segments: list[str], weights: list[float], home: Path) -> Path:
+    """The directory of the corpus of these segments, committed yet or not; the weights of several sources belong to it."""
+    mixture = {"mixture": [weight / sum(weights) for weight in weights]} if len(weights) > 1 else {}
+    return home / "data" / "corpora" / content_id({"format": FORMAT, "segments": segments} | mixture)
+
+
+def add_up(segments: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifests of some segments count, together: documents, bytes, …, of all, of each split and of each source."""
+
+    def sums(rows: list[dict[str, int]], keys: Iterable[str]) -> dict[str, int]:
+        return {key: sum(row[key] for row in rows) for key in keys}
+
+    first = segments[0]
+    return {
+        **sums(segments, ("documents", "bytes", "sections", "near_duplicates")),
+        "splits": {split: sums([part["splits"][split] for part in segments], first["splits"][split]) for split in SPLITS},
+        "sources": [sums([part["sources"][n] for part in segments], counts) for n, counts in enumerate(first["sources"])],
+        "lengths": np.sum([part["lengths"] for part in segments], axis=0).tolist(),
+    }
+
+
+def overlap_of(held_out: list[Path], training: list[Path]) -> float:
+    """Share (0 to 1) of the validation text's 48-byte sequences of some segments that stand in the training text of others."""
+    val = [rows for folder in held_out for rows in load_arrays(folder, "ngrams_val")]
+    train = [rows for folder in training for rows in load_arrays(folder, "ngrams_train")]
+    return measure_overlap(val, train)
+
+
 def load_arrays(directory: Path, name: str) -> list[np.ndarray]:
     """`<name>.npy` of every segment that has one."""
     paths = [segment / f"{name}.npy" for segment in segment_dirs(directory)]
@@ -127,28 +155,18 @@ class SegmentWriter:
         import pyarrow.parquet as pq
 
         self.folder = folder
-        self.schema = pa.schema(
-            [
-                ("document", pa.int64()),
-                ("section", pa.int32()),
-                ("split", pa.string()),
-                ("source", pa.int16()),
-                ("title", pa.string()),
-                ("text", pa.large_string()),
-                ("bytes", pa.int64()),
-                ("characters", pa.int64()),
-                ("digest", pa.binary(16)),
-            ]
-        )
-        self._file = pq.ParquetWriter(
-            folder / FILE_NAME,
-            self.schema,
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=["split", "source", "title", "section"],
-            write_statistics=["split"],
-            data_page_size=1 << 20,
-        )
+        columns = {
+            "document": pa.int64(),
+            "section": pa.int32(),
+            "split": pa.string(),
+            "source": pa.int16(),
+            "title": pa.string(),
+        }
+        columns |= {"text": pa.large_string(), "bytes": pa.int64(), "characters": pa.int64(), "digest": pa.binary(16)}
+        self.schema = pa.schema(columns)
+        options = {"compression": "zstd", "compression_level": 1, "data_page_size": 1 << 20}
+        options |= {"use_dictionary": ["split", "source", "title", "section"], "write_statistics": ["split"]}
+        self._file = pq.ParquetWriter(folder / FILE_NAME, self.schema, **options)
         self._pending: dict[str, list[pa.RecordBatch]] = {split: [] for split in SPLITS}
         self._bytes = dict.fromkeys(SPLITS, 0)
         self._thread = ThreadPoolExecutor(1)

@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gptcore.config import DataConfig, SourceConfig, UserError, hide_password
 from gptcore.corpus import package_index
-from gptcore.corpus.containers import Kind
+from gptcore.corpus.containers import Kind, check_size
 from gptcore.corpus.formats import PART_BYTES
 
 UNIT_BYTES = 4 << 20  # small files are dealt out together
@@ -55,9 +54,6 @@ class Entry:
     text_column: str = "text"
     part: int | None = None  # a multiple of PART_BYTES, or a Parquet file's row group
 
-    def as_json(self) -> dict[str, Any]:
-        return vars(self)
-
 
 def list_files(data: DataConfig, home: Path) -> tuple[list[SourceFile], list[dict[str, str]]]:
     """All files of all sources, fetched where need be, and what is known about each source (title, licence).
@@ -69,11 +65,8 @@ def list_files(data: DataConfig, home: Path) -> tuple[list[SourceFile], list[dic
     for number, source in enumerate(data.sources):
         known: dict[str, str] = {}
         files += _files_of(number, source, data, home, known)
-        large = next((file for file in files if file.size > data.max_member_bytes), None)
-        if large is not None:
-            raise UserError(
-                f"{large.name}: {large.size} bytes, more than data.max_member_bytes={data.max_member_bytes}; leave it out, or raise the limit"
-            )
+        for file in files:
+            check_size(file.name, file.size, data)
         own = {"title": source.title, "licence": source.licence}
         facts.append(known | {key: value for key, value in own.items() if value})
     return files, facts
