@@ -182,8 +182,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        # Its own type carries the number of the cause in words only: "I/O error: … (os error 28)".
-        number = str(error).rpartition("(os error ")[2].rstrip(")")
-        if number.isdigit():
-            raise OSError(int(number), str(error), str(path)) from None
-        raise
+        # Its own type carries the number of the cause in words only: 'I/O error: … (os error 2) at path "…"'.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from None

@@ -165,6 +165,7 @@ def naming_refusals() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # torch has no class or code for it: its words are all there is to tell it from other errors.
         if "does not have a deterministic implementation" not in str(error):
             raise
         raise UserError(

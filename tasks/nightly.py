@@ -6,7 +6,7 @@ flows/nightly.py calls them in order; each takes and returns paths and small val
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,7 +217,7 @@ def run_arms(
     now = None
     if champion is not None:
         now = {"key": champion.facts["run"], "checkpoint": str(registry.checkpoint_of(champion))}
-    known = [vars(m) for m in ledger.models if is_committed(Path(m.checkpoint)) and (not now or m.key != now["key"])]
+    known = [asdict(m) for m in ledger.models if is_committed(Path(m.checkpoint)) and (not now or m.key != now["key"])]
     plan = {
         "champion": now,
         "judge": {"holdout": text.tonight.name, "percent": settings.corrupt_percent} if text.tonight else None,

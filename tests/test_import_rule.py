@@ -195,6 +195,14 @@ def test_files_directly_in_flows_hold_a_flow(path: Path) -> None:
     assert any(isinstance(decorator, ast.Name) and decorator.id == "flow" for decorator in decorators)
 
 
+@pytest.mark.parametrize(("module", "home"), [("tarfile", "gptcore/corpus/containers.py"), ("fcntl", "gptcore/locks.py")])
+def test_one_module_only(module: str, home: str) -> None:
+    """Tars are read with the same checks everywhere, locks taken in one way."""
+    folders = ("gptcore", "tasks", "flows", "benchmarks")
+    users = {path.relative_to(ROOT).as_posix() for folder in folders for path in source_files(folder) if module in tops(path)}
+    assert users == {home}
+
+
 def test_no_pickle() -> None:
     users = {
         str(path.relative_to(ROOT))

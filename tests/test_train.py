@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gptcore import resampling
-from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model, newest_whole, read_state
+from gptcore.checkpoint import list_checkpoints, load_checkpoint, load_model, newest_whole, read_state, write_tensors
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, with_changes
 from gptcore.device import choose_device
 from gptcore.entry import StopFlag, recording
@@ -250,6 +250,11 @@ def test_a_loaded_model_is_the_saved_one(config, shards, tmp_path):
     model, _ = load_model(Path(result["checkpoint"]))
     evaluation = evaluate_loss(model, shards, choose_device("cpu", "fp32"), 64)
     assert evaluation.loss == pytest.approx(result["val_loss"], rel=1e-6)
+
+
+def test_weights_that_cannot_be_written_raise_what_the_system_said(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_tensors({"a": torch.zeros(3)}, tmp_path / "nowhere" / "model.safetensors")
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_refused(config, shards, tmp_path):

@@ -193,6 +193,7 @@ def _read_csv(member: Member, column: str, data: DataConfig) -> Iterator[bytes |
     except KeyError:
         raise UserError(f"{member.name}: no column {column!r}; name the one that holds text with data.text_column") from None
     except pa.ArrowInvalid as error:
+        # pyarrow has one class and no code for all that is wrong with a table: its words tell an empty one from a damaged one.
         if "Empty CSV" in str(error):
             return
         raise

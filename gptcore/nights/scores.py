@@ -40,7 +40,7 @@ def save_scores(path: Path, scores: Scores) -> None:
     """Through a temporary name; .npz without pickled objects."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(tmp, **vars(scores))
+    np.savez(tmp, nats=scores.nats, bytes=scores.bytes, documents=scores.documents, sources=scores.sources)
     tmp.replace(path)
 
 
