@@ -80,9 +80,16 @@ def figure(plot: go.Figure, title: str, caption: str, *, alt: str, height: int =
 
 
 def interval_figure(
-    frame: pd.DataFrame, *, label: str, value: str, low: str, high: str, x_title: str, reference: float | None = None
+    frame: pd.DataFrame,
+    x_title: str,
+    *,
+    label: str = "arm",
+    value: str = "difference",
+    low: str = "low",
+    high: str = "high",
+    reference: float = 0.0,
 ) -> go.Figure:
-    """A dot with its interval per row, one under the other; `reference` is a vertical line, e.g. no change."""
+    """A dot with its interval per row, one under the other; `reference` is a vertical line: no change."""
     plot = go.Figure(layout_template="none")
     names = [str(name) for name in frame[label]]
     plot.add_scatter(
@@ -99,8 +106,7 @@ def interval_figure(
         },
         hovertemplate="%{y}: %{x:.4g}<extra></extra>",
     )
-    if reference is not None:
-        plot.add_vline(x=reference, line={"color": COLOURS["reference"], "width": 1.5, "dash": "dash"})
+    plot.add_vline(x=reference, line={"color": COLOURS["reference"], "width": 1.5, "dash": "dash"})
     plot.update_xaxes(title=x_title)
     plot.update_yaxes(autorange="reversed")
     return plot

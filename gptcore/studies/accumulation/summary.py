@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -13,6 +14,14 @@ from gptcore.studies.statistics import comparison_note, mean_interval, paired, r
 
 COUNTS = ("micro_steps", "micro_batch_size", "repeats")  # floats where other kinds of cells have no such column
 ROUNDING = 1e-12  # float64: hundreds of thousands of terms, each rounded to 1e-16
+METHODS = (
+    "ours: sums divided by the batch's number of targets. naive: the mean of the micro-batches' means. Full batches have as many "
+    "targets in every micro-batch, so there the two agree."
+)
+CHOICE = (
+    "The learning rate of each arm is the best of those tried, on the mean over seeds. A small batch sees more updates; its rescaled "
+    "beta2 averages squared gradients over as many tokens as the large batch's (Marek et al. 2025)."
+)
 
 
 def summarize(results: Results) -> Summary:
@@ -22,8 +31,7 @@ def summarize(results: Results) -> Summary:
     for kind, part in (("exactness", _exactness), ("economy", _economy)):
         own = rows[rows["kind"] == kind].dropna(axis=1, how="all")
         if len(own):
-            own = own.astype({column: int for column in COUNTS if column in own})
-            part(own, draft)
+            part(own.astype({column: int for column in COUNTS if column in own}), draft)
     if (rows["kind"] == "learning").any():
         _learning(results, rows[rows["kind"] == "learning"], draft)
     return draft.summary()
@@ -65,29 +73,14 @@ def _exactness(rows: pd.DataFrame, draft: Draft) -> None:
     ]
     frame = pd.DataFrame(grouped)
     draft.tables["exactness"] = frame
-    draft.blocks.append(
-        figure(
-            _error_figure(frame),
-            "Distance to the exact gradient",
-            "Relative distance to the float64 gradient of the whole batch, mean "
-            "over seeds; both axes logarithmic. Click a name to hide it.",
-            alt="Error of the gradient by number of micro-steps, for each precision and method",
-            height=460,
-        )
-    )
+    caption = "Relative distance to the float64 gradient of the whole batch, mean over seeds; both axes logarithmic."
+    caption += " Click a name to hide it."
+    alt = "Error of the gradient by number of micro-steps, for each precision and method"
+    draft.blocks.append(figure(_error_figure(frame), "Distance to the exact gradient", caption, alt=alt, height=460))
     most_rows = frame[(frame["micro_steps"] == most) | frame["method"].str.contains("processes")]
-    draft.blocks.append(
-        table(
-            f"The gradient in {most} micro-steps",
-            most_rows,
-            "relative distance to the float64 gradient of the whole batch: mean (95 % interval)",
-            styles={"error": ".2e", "micro_steps": "d"},
-            notes=[
-                "ours: sums divided by the batch's number of targets. naive: the mean of the micro-batches' means. Full batches have as many "
-                "targets in every micro-batch, so there the two agree."
-            ],
-        )
-    )
+    caption = "relative distance to the float64 gradient of the whole batch: mean (95 % interval)"
+    styles = {"error": ".2e", "micro_steps": "d"}
+    draft.blocks.append(table(f"The gradient in {most} micro-steps", most_rows, caption, styles=styles, notes=[METHODS]))
 
 
 def _economy(rows: pd.DataFrame, draft: Draft) -> None:
@@ -132,23 +125,14 @@ def _economy(rows: pd.DataFrame, draft: Draft) -> None:
         )
     plot.update_xaxes(title="activations kept for the backward pass, MiB", type="log")
     plot.update_yaxes(title="tok/s", rangemode="tozero")
-    draft.blocks.append(
-        figure(
-            plot,
-            "Memory against speed",
-            "Each point is a micro-batch size (its label) at the same tokens a step.",
-            alt="Speed over activation memory for each micro-batch size",
-        )
+    caption = "Each point is a micro-batch size (its label) at the same tokens a step."
+    alt = "Speed over activation memory for each micro-batch size"
+    draft.blocks.append(figure(plot, "Memory against speed", caption, alt=alt))
+    caption = (
+        "gradients of one step at constant tokens a step; tok/s: mean over seeds of the median of the rounds (95 % interval)"
     )
-    draft.blocks.append(
-        table(
-            "What a micro-batch costs",
-            frame,
-            "gradients of one step at constant tokens a step; tok/s: mean over seeds of the median of "
-            "the rounds (95 % interval)",
-            styles={"peak_mib": ",.1f", "tok_per_sec": ",.0f"},
-        )
-    )
+    styles = {"peak_mib": ",.1f", "tok_per_sec": ",.0f"}
+    draft.blocks.append(table("What a micro-batch costs", frame, caption, styles=styles))
 
 
 def _learning(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
@@ -166,17 +150,18 @@ def _learning(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
                 "this arm may be better still."
             )
     limit = float(best["train_seconds"].min())
-    at_time = pd.DataFrame(
-        [
-            {"arm": arm, "seed": seed, "val_bpb": _at(own, limit)}
-            for (arm, seed), own in curves.groupby(["arm", "seed"], sort=False)
-        ]
-    )
+    lines = curves.groupby(["arm", "seed"], sort=False)
+    # Between a curve's neighbours at that time; its first value where it begins later.
+    values = [(*key, float(np.interp(limit, own["seconds"], own["val_bpb"]))) for key, own in lines]
+    at_time = pd.DataFrame(values, columns=["arm", "seed", "val_bpb"])
     draft.tables |= {"learning": best, "learning_rates": rows, "curves": curves}
     reference = arms[0]
     tokens = paired(best, "val_bpb", reference)
     at_equal_time = paired(at_time, "val_bpb", reference)
-    for comparison, what in ((tokens, "equal tokens"), (at_equal_time, f"equal time ({limit:.1f} s of steps)")):
+    for comparison, key, what in (
+        (tokens, "tokens", "equal tokens"),
+        (at_equal_time, "time", f"equal time ({limit:.1f} s of steps)"),
+    ):
         for _, row in comparison.iterrows():
             word = "better" if row["difference"] < 0 else "worse"
             if row["n"] < 2:
@@ -187,9 +172,8 @@ def _learning(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
             draft.findings.append(
                 f"At {what}, {row['arm']} is {abs(row['difference']):.4f} bits per byte {word} than {reference} ({how_sure})."
             )
-            draft.metrics[f"accumulation/{'tokens' if comparison is tokens else 'time'}_bpb_{_slug(row['arm'])}"] = row[
-                "difference"
-            ]
+            slug = "".join(c if c.isalnum() else "_" for c in row["arm"])
+            draft.metrics[f"accumulation/{key}_bpb_{slug}"] = row["difference"]
     summary = pd.DataFrame(
         [
             {
@@ -207,59 +191,23 @@ def _learning(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
         ]
     )
     draft.tables["learning_summary"] = summary
-    draft.blocks.append(
-        table(
-            "Does accumulation learn better?",
-            summary,
-            "bits per byte on the validation split at equal tokens and at equal time: mean (95 % interval)",
-            styles={"val_bpb": ".4f", "at_equal_time": ".4f", "beta2": ".5f", "seconds_of_steps": ".1f", "lr": "g"},
-            notes=[
-                comparison_note(tokens, reference),
-                "The learning rate of each arm is the best of those tried, on the mean over seeds. A small "
-                "batch sees more updates; its rescaled beta2 averages squared gradients over as many tokens as the large batch's (Marek et al. 2025).",
-            ],
-        )
-    )
+    caption = "bits per byte on the validation split at equal tokens and at equal time: mean (95 % interval)"
+    styles = {"val_bpb": ".4f", "at_equal_time": ".4f", "beta2": ".5f", "seconds_of_steps": ".1f", "lr": "g"}
+    notes = [comparison_note(tokens, reference), CHOICE]
+    draft.blocks.append(table("Does accumulation learn better?", summary, caption, styles=styles, notes=notes))
     if len(tokens):
-        draft.blocks.append(
-            figure(
-                interval_figure(
-                    tokens,
-                    label="arm",
-                    value="difference",
-                    low="low",
-                    high="high",
-                    x_title=f"bits per byte minus {reference}'s",
-                    reference=0.0,
-                ),
-                "Difference at equal tokens",
-                "Seeds paired; below zero is better.",
-                alt="Difference of bits per byte by arm",
-                height=120 + 60 * len(tokens),
-            )
+        plot = interval_figure(tokens, f"bits per byte minus {reference}'s")
+        caption, alt, height = (
+            "Seeds paired; below zero is better.",
+            "Difference of bits per byte by arm",
+            120 + 60 * len(tokens),
         )
-    panels = [
-        figure(
-            curves_figure(curves, x=x, y="val_bpb", by="arm", x_title=title, y_title="bits per byte"),
-            name,
-            "One line a seed.",
-            alt=f"Validation bits per byte over {title}",
-            height=380,
-        )
-        for x, title, name in (("tokens", "tokens", "At equal tokens"), ("seconds", "seconds of steps", "At equal time"))
-    ]
+        draft.blocks.append(figure(plot, "Difference at equal tokens", caption, alt=alt, height=height))
+    panels = []
+    for x, title, name in (("tokens", "tokens", "At equal tokens"), ("seconds", "seconds of steps", "At equal time")):
+        plot = curves_figure(curves, x=x, y="val_bpb", by="arm", x_title=title, y_title="bits per byte")
+        panels.append(figure(plot, name, "One line a seed.", alt=f"Validation bits per byte over {title}", height=380))
     draft.blocks.append(page.figure_row(*panels))
-
-
-def _at(curve: pd.DataFrame, seconds: float) -> float:
-    """The curve's value at that time, between its neighbours; its first where it begins later."""
-    import numpy as np
-
-    return float(np.interp(seconds, curve["seconds"], curve["val_bpb"]))
-
-
-def _slug(arm: object) -> str:
-    return "".join(c if c.isalnum() else "_" for c in str(arm))
 
 
 def _error_figure(frame: pd.DataFrame) -> go.Figure:

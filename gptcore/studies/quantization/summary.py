@@ -5,61 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from gptcore.report import page
 from gptcore.report.study import curves_figure, figure, interval_figure, table
-from gptcore.studies import Results, Summary
+from gptcore.studies import Draft, Results, Summary
 from gptcore.studies.statistics import comparison_note, paired, ratio_interval
 
 MEASURES = ("size_mib", "val_bpb")
+LOST = "bits per byte lost"
 
 
 def summarize(results: Results) -> Summary:
-    rows = results.table()
-    baseline = results.plan.baseline
+    rows, baseline, draft = results.table(), results.plan.baseline, Draft()
     speeds = [c for c in rows.columns if c == "prefill" or (c.startswith("decode_") and c.removeprefix("decode_").isdigit())]
-    overview = _overview(rows, results.arms, speeds)
-    blocks = [
-        table(
-            "Every method",
-            overview,
-            "means over seeds; speeds in tokens a second, memory of the whole process or GPU",
-            styles=_styles(overview),
-        )
-    ]
-    findings: list[str] = []
-    tables: dict[str, pd.DataFrame] = {"overview": overview}
-    metrics: dict[str, float] = {}
-    conclusion = f"{len(overview)} kinds of weights measured; none of the trained ones ({baseline}), so nothing is compared."
+    overview = draft.tables["overview"] = _overview(rows, results.arms, speeds)
+    caption = "means over seeds; speeds in tokens a second, memory of the whole process or GPU"
+    draft.blocks.append(table("Every method", overview, caption, styles=_styles(overview)))
     if baseline in results.arms and len(results.arms) > 1:
-        changes = compare(rows, baseline, speeds)
-        tables["comparison"] = changes
+        changes = draft.tables["comparison"] = compare(rows, baseline, speeds)
         sentences = [sentence(row, speeds) for _, row in changes.iterrows()]
-        conclusion, findings = _best(changes, sentences), sentences
-        findings.append(comparison_note(paired(rows, "val_bpb", baseline), baseline))
-        blocks += [
-            table(
-                "Against the trained weights", changes, f"seeds paired with {baseline}; 95 % intervals", styles=_styles(changes)
-            ),
-            figure(
-                interval_figure(
-                    changes,
-                    label="arm",
-                    value="bpb_delta",
-                    low="bpb_delta_low",
-                    high="bpb_delta_high",
-                    x_title="bits per byte lost",
-                    reference=0.0,
-                ),
-                "What it costs",
-                "Bits per byte on the whole validation split minus those of the trained weights of the same seed.",
-                alt="Loss of bits per byte for each method with its interval",
-            ),
-        ]
-        metrics = {f"quant/bpb_delta/{row['arm']}": float(row["bpb_delta"]) for _, row in changes.iterrows()}
-    blocks += _by_age(results, baseline, tables) + _by_layer(results, tables) + _texts(results)
-    return Summary(conclusion, findings, blocks, tables, metrics)
+        note = comparison_note(paired(rows, "val_bpb", baseline), baseline)
+        draft.findings += [_best(changes, sentences), *sentences, note]
+        caption = f"seeds paired with {baseline}; 95 % intervals"
+        draft.blocks.append(table("Against the trained weights", changes, caption, styles=_styles(changes)))
+        plot = interval_figure(changes, LOST, value="bpb_delta", low="bpb_delta_low", high="bpb_delta_high")
+        caption = "Bits per byte on the whole validation split minus those of the trained weights of the same seed."
+        alt = "Loss of bits per byte for each method with its interval"
+        draft.blocks.append(figure(plot, "What it costs", caption, alt=alt))
+        draft.metrics = {f"quant/bpb_delta/{row['arm']}": float(row["bpb_delta"]) for _, row in changes.iterrows()}
+    else:
+        draft.findings.append(
+            f"{len(overview)} kinds of weights measured; none of the trained ones ({baseline}), so nothing is compared."
+        )
+    _by_age(results, baseline, draft)
+    _by_layer(results, draft)
+    _texts(results, draft)
+    return draft.summary()
 
 
 def _overview(rows: pd.DataFrame, arms: list[str], speeds: list[str]) -> pd.DataFrame:
@@ -91,15 +72,17 @@ def compare(rows: pd.DataFrame, baseline: str, speeds: list[str]) -> pd.DataFram
 def sentence(row: pd.Series, speeds: list[str]) -> str:
     """`int8 takes 25 % of the bytes, decodes 3.90 times as fast (…) and costs +0.0010 bits per byte (n=5, …)`."""
     speed = speeds[0]
-    interval = lambda name, style: (  # noqa: E731
-        f"95 % interval {'over texts ' if row['n'] == 1 else ''}{row[f'{name}_low']:{style}} to {row[f'{name}_high']:{style}}"
+    of = "over texts " if row["n"] == 1 else ""
+    interval = {
+        name: f"95 % interval {of}{row[f'{name}_low']:{style}} to {row[f'{name}_high']:{style}}"
         if pd.notna(row[f"{name}_low"])
         else "no interval"
-    )
+        for name, style in ((f"{speed}_ratio", ".2f"), ("bpb_delta", "+.4f"))
+    }
     return (
         f"{row['arm']} takes {100 * row['size_ratio']:.1f} % of the bytes, decodes {row[f'{speed}_ratio']:.2f} times as fast at batch "
-        f"{speed.removeprefix('decode_')} ({interval(f'{speed}_ratio', '.2f')}) and costs {row['bpb_delta']:+.4f} bits per byte "
-        f"(n={row['n']}, {interval('bpb_delta', '+.4f')})."
+        f"{speed.removeprefix('decode_')} ({interval[f'{speed}_ratio']}) and costs {row['bpb_delta']:+.4f} bits per byte "
+        f"(n={row['n']}, {interval['bpb_delta']})."
     )
 
 
@@ -111,68 +94,47 @@ def _best(changes: pd.DataFrame, sentences: list[str]) -> str:
     return sentences[list(changes.index).index(place)]
 
 
-def _by_age(results: Results, baseline: str, tables: dict[str, pd.DataFrame]) -> list[Markup]:
+def _by_age(results: Results, baseline: str, draft: Draft) -> None:
     ages = results.table("ages")
     if ages.empty or baseline not in set(ages["arm"]):
-        return []
+        return
     full = ages[ages["arm"] == baseline].set_index(["seed", "step"])["val_bpb"]
     ages = ages[ages["arm"] != baseline].join(full.rename("full"), on=["seed", "step"])
     ages["bpb_delta"] = ages["val_bpb"] - ages["full"]
     ages = ages.dropna(subset=["bpb_delta"])
     if ages.empty:
-        return []
-    tables["ages"] = ages
-    plot = curves_figure(
-        ages, x="tokens_seen", y="bpb_delta", by="arm", x_title="tokens seen in training", y_title="bits per byte lost"
-    )
-    return [
-        figure(
-            plot,
-            "Damage against training length",
-            "Every saved checkpoint of each run, quantized and evaluated on the first validation tokens.",
-            alt="Bits per byte lost to quantization over the length of training",
-        )
-    ]
+        return
+    draft.tables["ages"] = ages
+    plot = curves_figure(ages, x="tokens_seen", y="bpb_delta", by="arm", x_title="tokens seen in training", y_title=LOST)
+    caption = "Every saved checkpoint of each run, quantized and evaluated on the first validation tokens."
+    alt = "Bits per byte lost to quantization over the length of training"
+    draft.blocks.append(figure(plot, "Damage against training length", caption, alt=alt))
 
 
-def _by_layer(results: Results, tables: dict[str, pd.DataFrame]) -> list[Markup]:
+def _by_layer(results: Results, draft: Draft) -> None:
     layers = results.table("layers")
     if layers.empty:
-        return []
-    tables["layers"] = layers
+        return
+    draft.tables["layers"] = layers
     means = layers.groupby(["arm", "layer"], sort=False)["bpb_delta"].agg(["mean", "min", "max"]).reset_index()
-    blocks = []
     for arm, frame in means.groupby("arm", sort=False):
         worst = frame.sort_values("mean", ascending=False)
-        plot = interval_figure(
-            worst, label="layer", value="mean", low="min", high="max", x_title="bits per byte lost", reference=0.0
-        )
-        blocks.append(
-            figure(
-                plot,
-                f"One matrix at a time: {arm}",
-                "All others stay as trained; rounded to nearest. Bars are the range over seeds.",
-                alt=f"Loss by layer for {arm}",
-                height=140 + 22 * len(worst),
-            )
-        )
-    return blocks
+        plot = interval_figure(worst, LOST, label="layer", value="mean", low="min", high="max")
+        title, alt, height = f"One matrix at a time: {arm}", f"Loss by layer for {arm}", 140 + 22 * len(worst)
+        caption = "All others stay as trained; rounded to nearest. Bars are the range over seeds."
+        draft.blocks.append(figure(plot, title, caption, alt=alt, height=height))
 
 
-def _texts(results: Results) -> list[Markup]:
+def _texts(results: Results, draft: Draft) -> None:
     samples = results.table("samples")
     if samples.empty:
-        return []
+        return
     first = samples[samples["seed"] == samples["seed"].iloc[0]]
     texts = [page.subsection(str(row["arm"]), page.text_blocks([row["text"]], "sample")) for _, row in first.iterrows()]
-    return [page.subsection("Texts, from the same random numbers", *texts)]
+    draft.blocks.append(page.subsection("Texts, from the same random numbers", *texts))
 
 
 def _styles(frame: pd.DataFrame) -> dict[str, str]:
     styles = {"size_mib": ".2f", "val_bpb": ".4f", "bpb_delta": "+.4f", "quantize_seconds": ".1f"}
-    for column in frame.columns:
-        if column.endswith("_ratio"):
-            styles[column] = ".2f"
-        elif column.startswith(("decode", "prefill", "peak")):
-            styles[column] = ",.0f"
-    return styles
+    styles |= {c: ",.0f" for c in frame.columns if c.startswith(("decode", "prefill", "peak"))}
+    return styles | {c: ".2f" for c in frame.columns if c.endswith("_ratio")}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import pandas as pd
-from markupsafe import Markup
 
 from gptcore.report import page
 from gptcore.report.figures import COLOURS
 from gptcore.report.study import curves_figure, figure, table
-from gptcore.studies import Results, Summary
+from gptcore.studies import Draft, Results, Summary
 from gptcore.studies.rnn.budget import FLOORS, at_budget, comparable
 from gptcore.studies.statistics import comparison_note, mean_interval, paired
 
@@ -22,56 +21,42 @@ CAVEAT = (
 
 
 def summarize(results: Results) -> Summary:
-    rows, curves = results.table(), results.table("curves")
-    baseline = results.plan.baseline
-    floors = list(dict.fromkeys(rows[rows["family"].isin(FLOORS)]["arm"]))
-    blocks: list[Markup] = []
-    findings: list[str] = []
-    tables: dict[str, pd.DataFrame] = {}
-    conclusion = f"{len(results.arms)} families measured, but not the reference {baseline}."
+    rows, curves, baseline, draft = results.table(), results.table("curves"), results.plan.baseline, Draft()
+    floors = list(rows[rows["family"].isin(FLOORS)]["arm"].unique())
     comparisons = {"equal parameters, equal tokens": rows}
     if not curves.empty:
         curves = comparable(curves[~curves["arm"].isin(floors)], results.plan.base)
         comparisons |= {"equal FLOPs": at_budget(curves, "flops"), "equal time": at_budget(curves, "seconds")}
     if baseline in results.arms:
+        draft.findings.append(_conclusion(against(rows, baseline), baseline, floors))
         for name, frame in comparisons.items():
             if frame.empty:
                 continue
-            compared = against(frame, baseline)
-            tables[name.replace(", ", " ").replace(" ", "_")] = compared
+            compared = draft.tables[name.replace(", ", " ").replace(" ", "_")] = against(frame, baseline)
             where, caption = f"At {name}", WHOLE_SPLIT
             if "budget" in frame:
                 where += f" ({spent(name, frame)})"
                 caption = f"bits per byte after {spent(name, frame)}"
-            blocks.append(table(name[0].upper() + name[1:], compared, caption, styles=STYLES))
-            findings += [
-                sentence(row, "The floor" if row["arm"] in floors else where, baseline)
-                for _, row in compared.iterrows()
-                if row["arm"] != baseline
-            ]
-        equal = paired(rows, "val_bpb", baseline)
-        conclusion = _conclusion(tables["equal_parameters_equal_tokens"], baseline, floors)
-        findings.append(comparison_note(equal, baseline))
-        blocks.append(page.paragraph(CAVEAT))
+            draft.blocks.append(table(name[0].upper() + name[1:], compared, caption, styles=STYLES))
+            others = [row for _, row in compared.iterrows() if row["arm"] != baseline]
+            draft.findings += [sentence(row, "The floor" if row["arm"] in floors else where, baseline) for row in others]
+        draft.findings.append(comparison_note(paired(rows, "val_bpb", baseline), baseline))
+        draft.blocks.append(page.paragraph(CAVEAT))
+    else:
+        draft.findings.append(f"{len(results.arms)} families measured, but not the reference {baseline}.")
     levels = rows[rows["arm"].isin(floors)].groupby("arm", sort=False)["val_bpb"].mean()
-    blocks += [*_figures(results, curves, levels), _sizes(rows, results.arms, tables), *_states(rows, tables)]
-    return Summary(conclusion, findings, blocks, tables, {})
+    _figures(results, curves, levels, draft)
+    _sizes(rows, results.arms, draft)
+    _states(rows, draft)
+    return draft.summary()
 
 
 WHOLE_SPLIT = "bits per byte on the whole validation split, all trained on the same number of tokens (n-gram: counted once)"
 STYLES = {
-    "val_bpb": ".4f",
-    "difference": "+.4f",
-    "flops_per_token": ".3g",
-    "train_tok_per_sec": ",.0f",
-    "decode_1": ",.0f",
-    "decode_32": ",.0f",
-    "stream_reset_bpb": ".4f",
-    "stream_carried_bpb": ".4f",
-    "gain": "+.4f",
-    "parameters": ",.0f",
-    "non_embedding": ",.0f",
-    "lr": ".4g",
+    **dict.fromkeys(("val_bpb", "stream_reset_bpb", "stream_carried_bpb"), ".4f"),
+    **dict.fromkeys(("difference", "gain"), "+.4f"),
+    **dict.fromkeys(("train_tok_per_sec", "decode_1", "decode_32", "parameters", "non_embedding"), ",.0f"),
+    **{"flops_per_token": ".3g", "lr": ".4g"},
 }
 
 
@@ -84,11 +69,9 @@ def against(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     found = pd.DataFrame(rows)
     if baseline not in set(frame["arm"]):
         return found
-    pairs = paired(frame, "val_bpb", baseline).set_index("arm")
-    renamed = pairs[["difference", "low", "high", "certain"]].rename(
-        columns={"low": "difference_low", "high": "difference_high"}
-    )
-    return found.join(renamed, on="arm").sort_values("val_bpb", ignore_index=True)
+    pairs = paired(frame, "val_bpb", baseline).set_index("arm")[["difference", "low", "high", "certain"]]
+    pairs = pairs.rename(columns={"low": "difference_low", "high": "difference_high"})
+    return found.join(pairs, on="arm").sort_values("val_bpb", ignore_index=True)
 
 
 def spent(name: str, frame: pd.DataFrame) -> str:
@@ -123,8 +106,7 @@ def _conclusion(compared: pd.DataFrame, baseline: str, floors: list[str]) -> str
     return said
 
 
-def _figures(results: Results, curves: pd.DataFrame, floors: pd.Series) -> list[Markup]:
-    blocks = []
+def _figures(results: Results, curves: pd.DataFrame, floors: pd.Series, draft: Draft) -> None:
     specs = (("tokens", "training tokens"), ("seconds", "seconds of training steps"), ("flops", "training FLOPs"))
     for axis, title in specs if not curves.empty else ():
         plot = curves_figure(curves[curves[axis] > 0], x=axis, y="val_bpb", by="arm", x_title=title, y_title="bits per byte")
@@ -134,17 +116,15 @@ def _figures(results: Results, curves: pd.DataFrame, floors: pd.Series) -> list[
         tokens = results.plan.base.train.eval_tokens
         caption = f"On {f'the first {tokens:,}' if tokens else 'all'} validation tokens; one line a seed."
         caption += " Dashed: floors at their end, on the whole split." if len(floors) else ""
-        blocks.append(figure(plot, f"Over {title}", caption, alt=alt))
+        draft.blocks.append(figure(plot, f"Over {title}", caption, alt=alt))
     positions = results.table("positions")
     if not positions.empty:
         smooth = positions.groupby(["arm", "position"], sort=False)["nats"].mean().reset_index()
-        smooth = smooth[smooth["position"] > 0]
-        plot = curves_figure(
-            smooth, x="position", y="nats", by="arm", x_title="position in the window", y_title="nats per token"
-        )
+        smooth, title = smooth[smooth["position"] > 0], "position in the window"
+        plot = curves_figure(smooth, x="position", y="nats", by="arm", x_title=title, y_title="nats per token")
         plot.update_xaxes(type="log")
         caption = "Mean over seeds; a model that uses far context keeps falling to the right."
-        blocks.append(figure(plot, "Loss by position", caption, alt="Loss of every family by position in the window"))
+        draft.blocks.append(figure(plot, "Loss by position", caption, alt="Loss of every family by position in the window"))
     memory = results.table("memory")
     if not memory.empty:
         one = memory.groupby(["arm", "context"], sort=False)["state_kib"].mean().reset_index()
@@ -152,28 +132,27 @@ def _figures(results: Results, curves: pd.DataFrame, floors: pd.Series) -> list[
         plot.update_xaxes(type="log")
         plot.update_yaxes(type="log")
         caption = "What one text leaves behind while it is continued: keys and values grow, a recurrent state does not."
-        blocks.append(figure(plot, "Memory of decoding", caption, alt="Memory of decoding by context length"))
-    return blocks
+        draft.blocks.append(figure(plot, "Memory of decoding", caption, alt="Memory of decoding by context length"))
 
 
-def _sizes(rows: pd.DataFrame, arms: list[str], tables: dict[str, pd.DataFrame]) -> Markup:
+def _sizes(rows: pd.DataFrame, arms: list[str], draft: Draft) -> None:
     wanted = ["parameters", "non_embedding", "flops_per_token", "lr", "train_tok_per_sec"]
     columns = [c for c in rows.columns if c in wanted or c.startswith("decode_")]
     sizes = rows.groupby("arm", sort=False)[columns].mean(numeric_only=True).reindex(arms).reset_index()
-    tables["sizes"] = sizes
+    draft.tables["sizes"] = sizes
     caption = (
         "parameters, training FLOPs a token, chosen learning rate, tokens a second in training and in decoding (batch 1, 32)"
     )
-    return table("Sizes and speeds", sizes, caption, styles=STYLES)
+    draft.blocks.append(table("Sizes and speeds", sizes, caption, styles=STYLES))
 
 
-def _states(rows: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> list[Markup]:
+def _states(rows: pd.DataFrame, draft: Draft) -> None:
     if "stream_carried_bpb" not in rows:
-        return []
+        return
     recurrent = rows.dropna(subset=["stream_carried_bpb"])
     means = recurrent.groupby(["arm", "state"], sort=False)[["stream_reset_bpb", "stream_carried_bpb"]].mean().reset_index()
     means["gain"] = means["stream_reset_bpb"] - means["stream_carried_bpb"]
     means = means.rename(columns={"state": "trained_with"})
-    tables["states"] = means
+    draft.tables["states"] = means
     caption = "the same models and targets, evaluated with a state that starts at zero in each window and with one that goes on"
-    return [table("Carried against reset state", means, caption, styles=STYLES)]
+    draft.blocks.append(table("Carried against reset state", means, caption, styles=STYLES))

@@ -55,22 +55,11 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """Columns arm, point, section, before, after, change, low, high (ms, B − A), n: largest change first."""
     keys = ["arm", "point", "section"]
     both = a.merge(b, on=[*keys, "seed"], suffixes=("_a", "_b"))
-    rows: list[dict[str, Any]] = []
+    rows = []
     for (arm, point, section), own in both.groupby(keys, sort=False):
         change = mean_interval(own["ms_b"] - own["ms_a"])
-        rows.append(
-            {
-                "arm": arm,
-                "point": point,
-                "section": section,
-                "before": float(own["ms_a"].mean()),
-                "after": float(own["ms_b"].mean()),
-                "change": change.mean,
-                "low": change.low,
-                "high": change.high,
-                "n": change.n,
-            }
-        )
+        means = float(own["ms_a"].mean()), float(own["ms_b"].mean())
+        rows.append((arm, point, section, *means, change.mean, change.low, change.high, change.n))
     frame = pd.DataFrame(rows, columns=[*keys, "before", "after", "change", "low", "high", "n"])
     return frame.reindex(frame["change"].abs().sort_values(ascending=False).index).reset_index(drop=True)
 
@@ -105,29 +94,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     listed = frame if frame["point"].any() else frame.drop(columns="point")
     blocks = []
     if len(frame):
-        plot = interval_figure(
-            shown,
-            label="what",
-            value="change",
-            low="low",
-            high="high",
-            x_title="ms slower (right) or faster (left)",
-            reference=0.0,
-        )
+        plot = interval_figure(shown, "ms slower (right) or faster (left)", label="what", value="change")
+        caption, alt = "Seeds paired, 95 % intervals.", "Change of each section in ms"
+        styles = dict.fromkeys(("before", "after", "change", "low", "high"), ".3f")
         blocks = [
-            figure(
-                plot,
-                "The largest changes",
-                "Seeds paired, 95 % intervals.",
-                alt="Change of each section in ms",
-                height=120 + 30 * len(top),
-            ),
-            table(
-                "Sections",
-                listed,
-                "milliseconds, B minus A",
-                styles=dict.fromkeys(("before", "after", "change", "low", "high"), ".3f"),
-            ),
+            figure(plot, "The largest changes", caption, alt=alt, height=120 + 30 * len(top)),
+            table("Sections", listed, "milliseconds, B minus A", styles=styles),
         ]
     out = Path(argv[2]) if len(argv) == 3 else second / "difference.html"
     page.write_page(out, page.page(f"{first.name} → {second.name}", conclusion, blocks, kind="Difference"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
 from gptcore.report import page
-from gptcore.report.figures import PARTS
+from gptcore.report.figures import COLOURS, PARTS
 from gptcore.report.study import figure, interval_figure, table
 from gptcore.report.wording import duration
 from gptcore.studies import Draft, Results, Summary
@@ -50,24 +52,11 @@ def _pipeline(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
     )
     draft.findings += advise_pipeline(inclusive, not_training.mean / 100)
     draft.tables["map"] = rows
-    draft.blocks.append(
-        figure(
-            sunburst(mean),
-            "The whole pipeline",
-            "Angle is time: click a part to look inside it, click the middle to go back. Mean over seeds.",
-            alt="Sunburst of the pipeline's time by section",
-            height=560,
-        )
-    )
-    draft.blocks.append(
-        figure(
-            icicle(mean),
-            "The same as a flame view",
-            "Width is time; each row is one level further inside.",
-            alt="Icicle of the pipeline's time",
-            height=340,
-        )
-    )
+    caption = "Angle is time: click a part to look inside it, click the middle to go back. Mean over seeds."
+    alt = "Sunburst of the pipeline's time by section"
+    draft.blocks.append(figure(sunburst(mean), "The whole pipeline", caption, alt=alt, height=560))
+    caption, alt = "Width is time; each row is one level further inside.", "Icicle of the pipeline's time"
+    draft.blocks.append(figure(icicle(mean), "The same as a flame view", caption, alt=alt, height=340))
     draft.blocks.append(page.collapsible("every section of the map", _map_table(rows)))
     memory = results.table("memory")
     memory = memory[memory["kind"] == "pipeline"] if "kind" in memory else memory
@@ -78,82 +67,61 @@ def _pipeline(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
 def inclusive_shares(mean: pd.DataFrame) -> dict[str, float]:
     """Share of the whole by section, with all that is inside it; names without the root. `mean`: columns section, seconds."""
     total = float(mean["seconds"].sum())
-    shares: dict[str, float] = {}
-    for section, seconds in zip(mean["section"], mean["seconds"], strict=True):
-        parts = str(section).split(" / ")[1:]
-        for depth in range(1, len(parts) + 1):
-            key = " / ".join(parts[:depth])
-            shares[key] = shares.get(key, 0.0) + seconds / total
-    return shares
+    inner = mean.assign(section=[str(section).partition(" / ")[2] for section in mean["section"]])
+    return {key: seconds / total for key, seconds in _inclusive(inner[inner["section"] != ""]).items()}
 
 
-def nodes(mean: pd.DataFrame) -> pd.DataFrame:
-    """A tree for plotly: id, label, parent, seconds (all inside included); a section's own time inside it is called `itself`."""
-    own = {str(s): float(v) for s, v in zip(mean["section"], mean["seconds"], strict=True)}
+def _inclusive(mean: pd.DataFrame) -> dict[str, float]:
+    """Seconds of every section and of all above it, with what is inside."""
     totals: dict[str, float] = {}
-    for section, seconds in own.items():
+    for section, seconds in zip(mean["section"], mean["seconds"], strict=True):
         parts = section.split(" / ")
         for depth in range(1, len(parts) + 1):
             key = " / ".join(parts[:depth])
             totals[key] = totals.get(key, 0.0) + seconds
+    return totals
+
+
+def nodes(mean: pd.DataFrame) -> pd.DataFrame:
+    """A tree for plotly: id, label, parent, seconds (all inside included); a section's own time inside it is called `itself`."""
+    own, totals = dict(zip(mean["section"], mean["seconds"], strict=True)), _inclusive(mean)
     inner = {key.rpartition(" / ")[0] for key in totals}
-    rows = [
-        {"id": key, "label": key.rpartition(" / ")[2], "parent": key.rpartition(" / ")[0], "seconds": seconds}
-        for key, seconds in totals.items()
-    ]
-    rows += [
-        {"id": f"{key} / itself", "label": "itself", "parent": key, "seconds": own[key]}
-        for key in totals
-        if key in inner and own.get(key, 0.0) > 0
-    ]
-    return pd.DataFrame(rows)
+    itself = [f"{key} / itself" for key in totals if key in inner and own.get(key, 0.0) > 0]
+    names = [*totals, *itself]
+    return pd.DataFrame(
+        {
+            "id": names,
+            "label": [name.rpartition(" / ")[2] for name in names],
+            "parent": [name.rpartition(" / ")[0] for name in names],
+            "seconds": [*totals.values(), *(own[name.removesuffix(" / itself")] for name in itself)],
+        }
+    )
 
 
 def sunburst(mean: pd.DataFrame) -> go.Figure:
-    tree = nodes(mean)
-    return go.Figure(
-        go.Sunburst(
-            ids=list(tree["id"]),
-            labels=list(tree["label"]),
-            parents=list(tree["parent"]),
-            values=list(tree["seconds"]),
-            branchvalues="total",
-            maxdepth=4,
-            insidetextorientation="auto",
-            sort=True,
-            marker={"colors": _colours(tree)},
-            hovertemplate="%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>",
-            leaf={"opacity": 0.85},
-        )
-    )
+    looks = {"maxdepth": 4, "insidetextorientation": "auto", "sort": True, "leaf": {"opacity": 0.85}}
+    return go.Figure(go.Sunburst(**_tree(mean), **looks))
 
 
 def icicle(mean: pd.DataFrame) -> go.Figure:
+    return go.Figure(go.Icicle(**_tree(mean), tiling={"orientation": "v", "flip": "y"}, pathbar={"visible": False}))
+
+
+def _tree(mean: pd.DataFrame) -> dict[str, Any]:
+    """What both views of the tree have in common; one colour per first-level part, for all that is inside it."""
     tree = nodes(mean)
-    return go.Figure(
-        go.Icicle(
-            ids=list(tree["id"]),
-            labels=list(tree["label"]),
-            parents=list(tree["parent"]),
-            values=list(tree["seconds"]),
-            branchvalues="total",
-            tiling={"orientation": "v", "flip": "y"},
-            marker={"colors": _colours(tree)},
-            pathbar={"visible": False},
-            hovertemplate="%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>",
-        )
-    )
-
-
-def _colours(tree: pd.DataFrame) -> list[str]:
-    """One colour per first-level part, for all that is inside it."""
-    firsts = [key for key, parent in zip(tree["id"], tree["parent"], strict=True) if parent.count(" / ") == 0 and parent]
-    colours = []
-    for key in tree["id"]:
-        parts = str(key).split(" / ")
-        first = " / ".join(parts[:2])
-        colours.append(PARTS[firsts.index(first) % len(PARTS)] if first in firsts else "#868b93")
-    return colours
+    firsts = list(tree["id"][(tree["parent"] != "") & ~tree["parent"].str.contains(" / ")])
+    parts = [" / ".join(key.split(" / ")[:2]) for key in tree["id"]]
+    colours = [PARTS[firsts.index(part) % len(PARTS)] if part in firsts else COLOURS["reference"] for part in parts]
+    return {
+        "ids": list(tree["id"]),
+        "labels": list(tree["label"]),
+        "parents": list(tree["parent"]),
+        "values": list(tree["seconds"]),
+        "branchvalues": "total",
+        "marker": {"colors": colours},
+        "hovertemplate": "%{id}<br>%{value:.3f} s, %{percentRoot:.1%} of all<extra></extra>",
+    }
 
 
 def _map_table(rows: pd.DataFrame) -> str:
@@ -170,12 +138,9 @@ def _map_table(rows: pd.DataFrame) -> str:
             for section, own in rows.groupby("section", sort=False)
         ]
     ).sort_values("seconds", ascending=False)
-    return table(
-        "Sections, own time",
-        frame,
-        "without what is inside them: mean over seeds (95 % interval); processor seconds of this process",
-        styles={"seconds": ".3f", "share": ".1f", "cpu_seconds": ".3f"},
-    )
+    caption = "without what is inside them: mean over seeds (95 % interval); processor seconds of this process"
+    styles = {"seconds": ".3f", "share": ".1f", "cpu_seconds": ".3f"}
+    return table("Sections, own time", frame, caption, styles=styles)
 
 
 def _memory_of_pipeline(memory: pd.DataFrame) -> str:
@@ -192,13 +157,23 @@ def _memory_of_pipeline(memory: pd.DataFrame) -> str:
         )
     plot.update_xaxes(title="seconds from the start")
     plot.update_yaxes(title="MiB held", rangemode="tozero")
-    return figure(
-        plot,
-        "Memory after each part",
-        "Resident set of the process on a CPU, allocated device memory on a GPU.",
-        alt="Memory over time",
-        height=300,
-    )
+    caption = "Resident set of the process on a CPU, allocated device memory on a GPU."
+    return figure(plot, "Memory after each part", caption, alt="Memory over time", height=300)
+
+
+ARM_STYLES = {
+    **dict.fromkeys(("of_peak", "of_bandwidth", "busy"), ".0f"),
+    **dict.fromkeys(("tok_per_sec", "peak_mib", "us_per_operator"), ",.0f"),
+    **{"step_ms": ",.1f", "mfu": ".1f", "intensity": ".1f"},
+}
+ARM_NOTE = (
+    "of peak: arithmetic (6N + attention a token) against one large product in the same precision, in %; of bandwidth: bytes of unfused "
+    "operators against one large copy, in % (above 100 where caches serve them); intensity: FLOP a byte."
+)
+TRACE_NOTE = (
+    "Every step cell keeps a trace of one step, operator by operator (trace.json.gz in its folder and in MLflow): open it at "
+    "ui.perfetto.dev or chrome://tracing."
+)
 
 
 # --- inside a step --------------------------------------------------------------------------------------------------------
@@ -223,11 +198,8 @@ def _steps(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
         f"The clock itself makes a step {100 * base_rows['clock_cost'].mean():+.1f} % longer, the profiler {100 * base_rows['profiler_cost'].mean():+.0f} %; "
         f"on the same step the two clocks differ by {100 * base_rows['profiler_gap'].mean():.1f} %."
     )
-    draft.findings += advise_step(
-        dict(base_rows.mean(numeric_only=True))
-        | {"kernels": _mean_or_none(base_rows, "kernels"), "busy_share": _mean_or_none(base_rows, "busy_share")},
-        {str(k): float(v) for k, v in shares.items()},
-    )
+    facts = dict(base_rows.mean(numeric_only=True)) | {key: _mean_or_none(base_rows, key) for key in ("kernels", "busy_share")}
+    draft.findings += advise_step(facts, shares.to_dict())
     speed = paired(rows, "tok_per_sec", baseline, ratio=True)
     draft.tables |= {"steps": rows, "sections": sections, "speed": speed}
     for _, row in speed[speed["certain"]].iterrows():
@@ -236,74 +208,24 @@ def _steps(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
         draft.findings.append(
             f"{row['arm']} is {factor:.2f} times {word} than {baseline} in tokens per second (n={row['n']}, 95 % interval of the ratio {row['low']:.2f} to {row['high']:.2f})."
         )
-    draft.blocks.append(
-        figure(
-            stacked(sections, arms),
-            "Inside a training step",
-            "Milliseconds a step by section, mean over seeds; click a name to hide it.",
-            alt="Stacked bars of a step's sections for each arm",
-            height=140 + 40 * len(arms),
-        )
-    )
-    draft.blocks.append(
-        table(
-            "Arms",
-            _arm_frame(rows, arms),
-            "undisturbed steps: mean over seeds (95 % interval) of the median of the repeats",
-            styles={
-                "step_ms": ",.1f",
-                "tok_per_sec": ",.0f",
-                "of_peak": ".0f",
-                "mfu": ".1f",
-                "of_bandwidth": ".0f",
-                "intensity": ".1f",
-                "peak_mib": ",.0f",
-                "us_per_operator": ",.0f",
-                "busy": ".0f",
-            },
-            notes=[
-                "of peak: arithmetic (6N + attention a token) against one large product in the same precision, in %; of bandwidth: bytes of unfused "
-                "operators against one large copy, in % (above 100 where caches serve them); intensity: FLOP a byte."
-            ],
-        )
-    )
+    caption = "Milliseconds a step by section, mean over seeds; click a name to hide it."
+    alt, height = "Stacked bars of a step's sections for each arm", 140 + 40 * len(arms)
+    draft.blocks.append(figure(stacked(sections, arms), "Inside a training step", caption, alt=alt, height=height))
+    caption = "undisturbed steps: mean over seeds (95 % interval) of the median of the repeats"
+    draft.blocks.append(table("Arms", _arm_frame(rows, arms), caption, styles=ARM_STYLES, notes=[ARM_NOTE]))
     if len(speed):
-        draft.blocks.append(
-            figure(
-                interval_figure(
-                    speed,
-                    label="arm",
-                    value="difference",
-                    low="low",
-                    high="high",
-                    x_title=f"tokens per second ÷ {baseline}'s",
-                    reference=1.0,
-                ),
-                "Speed against the base",
-                "Seeds paired, 95 % intervals; right of the line is faster.",
-                alt="Ratio of tokens per second by arm",
-                height=120 + 36 * len(speed),
-            )
-        )
+        plot = interval_figure(speed, f"tokens per second ÷ {baseline}'s", reference=1.0)
+        caption = "Seeds paired, 95 % intervals; right of the line is faster."
+        alt, height = "Ratio of tokens per second by arm", 120 + 36 * len(speed)
+        draft.blocks.append(figure(plot, "Speed against the base", caption, alt=alt, height=height))
         draft.blocks.append(page.paragraph(comparison_note(speed, baseline), "tablenote"))
-    draft.blocks.append(
-        figure(
-            roofline(rows, arms),
-            "Under the roofline",
-            "Each point is an arm; the roof is what one large copy and one large product reach here. Both axes logarithmic.",
-            alt="Roofline plot",
-            height=420,
-        )
-    )
+    caption = "Each point is an arm; the roof is what one large copy and one large product reach here. Both axes logarithmic."
+    draft.blocks.append(figure(roofline(rows, arms), "Under the roofline", caption, alt="Roofline plot"))
     memory = results.table("memory")
     memory = memory[(memory["kind"] == "step") & (memory["arm"] == baseline)]
     if len(memory):
         draft.blocks.append(_memory_of_step(memory[memory["seed"] == memory["seed"].iloc[0]]))
-    draft.blocks.append(
-        page.paragraph(
-            "Every step cell keeps a trace of one step, operator by operator (trace.json.gz in its folder and in MLflow): open it at ui.perfetto.dev or chrome://tracing."
-        )
-    )
+    draft.blocks.append(page.paragraph(TRACE_NOTE))
 
 
 def against_best_peaks(rows: pd.DataFrame) -> pd.DataFrame:
@@ -413,13 +335,8 @@ def _memory_of_step(memory: pd.DataFrame) -> str:
     )
     plot.update_xaxes(title="ms from the step's start, under the profiler")
     plot.update_yaxes(title="MiB allocated", rangemode="tozero")
-    return figure(
-        plot,
-        "Memory during a step",
-        "Of the allocator: it climbs through the forward pass and falls through the backward pass.",
-        alt="Allocated memory over one step",
-        height=300,
-    )
+    caption = "Of the allocator: it climbs through the forward pass and falls through the backward pass."
+    return figure(plot, "Memory during a step", caption, alt="Allocated memory over one step", height=300)
 
 
 def _mean_or_none(rows: pd.DataFrame, key: str) -> float | None:
