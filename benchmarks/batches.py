@@ -9,7 +9,6 @@ median round counts. The last line on stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import figure, print_figures
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from figures import figure, print_figures, say
 
 from gptcore.batches import BatchSampler
 from gptcore.shards import ShardWriter, map_shard
@@ -48,7 +45,7 @@ def measure(call: Callable[[int], object], tokens: int, seconds: float) -> float
     return done * tokens / (time.perf_counter() - start)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100_000_000, help="ids in the file (2 bytes each), one shard at most")
     parser.add_argument("--repeats", type=int, default=7, help="rounds per shape")
@@ -72,10 +69,9 @@ def main() -> int:
                 ours.append(measure(lambda i: sampler.batch(i * B, B), B * T, args.seconds))  # noqa: B023
             goals: dict[str, Any] = {"goal": GOAL, "goal_is": "at least", "of": "ratio", "in_turns": True}
             figures.append(figure(f"batches ({B}, {T})", "tokens per second", ours, peer=peer, digits=0, **goals))
-            print(figures[-1], file=sys.stderr)
+            say(str(figures[-1]))
     print_figures(figures, numpy=np.__version__)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

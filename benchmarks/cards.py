@@ -16,23 +16,16 @@ def visible_cards() -> list[str]:
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def environment(card: str | None) -> dict[str, str]:
-    """This process's, with one card to be seen where one is given."""
-    return {**os.environ} if card is None else {**os.environ, "CUDA_VISIBLE_DEVICES": card}
+def seeing(card: str | None) -> dict[str, str]:
+    """What a process's environment needs so that it sees that card alone, where one is given."""
+    return {} if card is None else {"CUDA_VISIBLE_DEVICES": card}
 
 
-class Cards:
-    """Lends the GPUs one by one, each to one user at a time."""
-
-    def __init__(self) -> None:
-        self._free: queue.Queue[str] = queue.Queue()
-        for card in visible_cards():
-            self._free.put(card)
-
-    @contextmanager
-    def lent(self) -> Iterator[str]:
-        card = self._free.get()
-        try:
-            yield card
-        finally:
-            self._free.put(card)
+@contextmanager
+def lent(free: queue.SimpleQueue[str]) -> Iterator[str]:
+    """One of the free cards, for one user at a time."""
+    card = free.get()
+    try:
+        yield card
+    finally:
+        free.put(card)

@@ -27,9 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from figures import figure, print_figures
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from figures import figure, print_figures, say
 
 from gptcore.config import DataConfig, VocabConfig
 from gptcore.parallel import run_apart
@@ -44,7 +42,7 @@ TRAIN_BYTES, PEER_BYTES = 150_000_000, 30_000_000
 VOWELS = "aeiouAEIOU"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="text of the large run; the small one has a quarter")
     parser.add_argument("--repeats", type=int, default=3, help="runs of the large size; the median counts")
@@ -53,11 +51,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(prepare_once(*args.worker)))
-        return 0
+        return
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-", dir=args.work) as folder:
         figures, text = measure_all(Path(folder), args.megabytes * 1_000_000, args.repeats)
     print_figures(figures, text=text)
-    return 0
 
 
 def measure_all(folder: Path, n_bytes: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -70,27 +67,27 @@ def measure_all(folder: Path, n_bytes: int, repeats: int) -> tuple[list[dict[str
     large = [measure_prepare(folder, "large", "bpe", vocab) for _ in range(repeats)]
     small = [measure_prepare(folder, "small", "bpe", vocab) for _ in range(repeats)]
     chars = [measure_prepare(folder, "large", "char", vocab) for _ in range(repeats)]
-    speed = [run["bytes"] / run["seconds"]["all"] / 1e6 for run in large]
+    speed = speeds(large, "all")
     memory = [run["peak_mib"] for run in large]
     growth = statistics.median(memory) / statistics.median(run["peak_mib"] for run in small) - 1
-    encode = [run["bytes"] / run["seconds"]["shards"] / 1e6 for run in large]
-    char_all = [run["bytes"] / run["seconds"]["all"] / 1e6 for run in chars]
-    char_encode = [run["bytes"] / (run["seconds"]["vocab"] + run["seconds"]["shards"]) / 1e6 for run in chars]
+    against = {"peer": [peer / 1e6], "goal": 10.0, "goal_is": "at least", "of": "ratio"}
     of_median: dict[str, Any] = {"goal_is": "at least", "of": "median"}
-    of_ratio: dict[str, Any] = {"goal_is": "at least", "of": "ratio"}
     figures = [
         figure("raw text to BPE shards", "MB/s", speed, goal=60.0, **of_median),
-        figure(
-            "raw text to BPE shards, against tokenizers encoding only", "MB/s", speed, peer=[peer / 1e6], goal=10.0, **of_ratio
-        ),
+        figure("raw text to BPE shards, against tokenizers encoding only", "MB/s", speed, **against),
         figure("peak memory of all processes", "MiB", memory, goal=round(1e9 / 2**20, 3), of="median"),
         figure("peak memory, growth from a quarter of the text", "share", [growth], goal=0.2),
-        figure("encode and write BPE shards", "MB/s", encode),
-        figure("raw text to character shards", "MB/s", char_all),
-        figure("learn, encode and write characters", "MB/s", char_encode, goal=100.0, **of_median),
+        figure("encode and write BPE shards", "MB/s", speeds(large, "shards")),
+        figure("raw text to character shards", "MB/s", speeds(chars, "all")),
+        figure("learn, encode and write characters", "MB/s", speeds(chars, "vocab", "shards"), goal=100.0, **of_median),
         training,
     ]
     return figures, text
+
+
+def speeds(runs: list[dict[str, Any]], *rooms: str) -> list[float]:
+    """MB/s of these rooms together, one figure a run."""
+    return [run["bytes"] / sum(run["seconds"][room] for room in rooms) / 1e6 for run in runs]
 
 
 # --- the text -----------------------------------------------------------------------------------------------------------
@@ -237,10 +234,8 @@ def memory_of(process: Any) -> int:
     import psutil
 
     try:
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-        return int(process.memory_info().rss)
+        full = process.memory_full_info()
+        return int(getattr(full, "pss", full.rss))
     except (OSError, psutil.Error):
         return 0
 
@@ -266,9 +261,5 @@ def prepare_once(source: str, home: str, kind: str, vocab: str) -> dict[str, Any
     return {"bytes": n_bytes, "seconds": {name: round(value, 3) for name, value in seconds.items()}}
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

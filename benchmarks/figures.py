@@ -61,6 +61,11 @@ def machine() -> str:
     return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def print_figures(figures: list[dict[str, Any]], **extra: Any) -> None:
-    command = f"python {' '.join(sys.argv)}"
-    print(json.dumps({"figures": figures, "machine": machine(), "command": command, **extra}), flush=True)
+    found = {"figures": figures, "machine": machine(), "command": f"python {' '.join(sys.argv)}"}
+    print(json.dumps(found | extra), flush=True)

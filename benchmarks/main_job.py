@@ -27,7 +27,7 @@ def build_figures(seconds: list[float], results: list[dict[str, Any]]) -> list[d
     ]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1, help="runs, each with another seed and an empty home")
     args = parser.parse_args()
@@ -38,8 +38,7 @@ def main() -> int:
         seconds.append(round(wall, 1))
         results.append(result)
     print_figures(build_figures(seconds, results))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cards import environment
+from cards import seeing
+from figures import say
 
 from gptcore.config import load_config
+from gptcore.entry import python_environment
 from gptcore.journal import read_journal
 from gptcore.shards import prepare
 
@@ -64,8 +66,7 @@ def train(
     """
     command = [sys.executable, "-m", "gptcore.train", str(ROOT / "experiments" / experiment), f"data.source={text}"]
     command += [*overrides, "--shards", str(shards), "--out", str(out)]
-    variables = environment(shared_card)
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    variables = python_environment() | seeing(shared_card)
     if shared_card is not None:  # the lock of a device lies where temporary files do
         own = out.with_name(f"{out.name}-tmp")
         own.mkdir()
@@ -76,7 +77,7 @@ def train(
     if done.returncode:
         raise RuntimeError(f"our side failed:\n{done.stderr[-3000:]}")
     run = OurRun(seconds, json.loads(done.stdout.splitlines()[-1]), evaluations(out))
-    sys.stderr.write(f"{out.name}: {seconds:.1f} s, val {run.result['val_loss']:.4f}, {done.stderr.splitlines()[-1]}\n")
+    say(f"{out.name}: {seconds:.1f} s, val {run.result['val_loss']:.4f}, {done.stderr.splitlines()[-1]}")
     return run
 
 

@@ -63,7 +63,7 @@ def timed(trainer: Trainer, call: Callable[[], None], count: int) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -103,8 +103,7 @@ def main() -> int:
     found |= {"n": len(percent), "spread": [round(min(percent), 2), round(max(percent), 2)]}
     per_report = figure("inside one report", "ms", reporting, digits=3)
     print_figures([found, per_report], mean_percent=round(mean, 3), steps_per_report=config.train.log_interval)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

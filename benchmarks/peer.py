@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import os
 import pickle  # the peer's own format: it reads its vocabulary from meta.pkl
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,27 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from cards import environment
+from cards import seeing
 
 from gptcore.batches import val_batches
 
 CHARACTERS = "config/train_shakespeare_char.py"
 # README of nanoGPT, "I only have a macbook"
-CPU_SETTING = [
-    CHARACTERS,
-    "--device=cpu",
-    "--compile=False",
-    "--eval_iters=20",
-    "--log_interval=1",
-    "--block_size=64",
-    "--batch_size=12",
-    "--n_layer=4",
-    "--n_head=4",
-    "--n_embd=128",
-    "--max_iters=2000",
-    "--lr_decay_iters=2000",
-    "--dropout=0.0",
-]
+CPU_SETTING = (
+    f"{CHARACTERS} --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
+    "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,12 @@ class Peer:
         start = time.perf_counter()
         losses, step_ms, lines = [], [], []
         process = subprocess.Popen(
-            command, cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(card)
+            command,
+            cwd=self.directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | seeing(card),
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -105,8 +100,8 @@ class Peer:
     def load(self, checkpoint: Path, device: str = "cpu") -> Any:
         """The peer's model class with a checkpoint's weights."""
         loaded = torch.load(checkpoint, map_location=device, weights_only=True)
-        module = load_module(self.directory)
-        model = module.GPT(module.GPTConfig(**loaded["model_args"]))
+        module = runpy.run_path(str(self.directory / "model.py"))
+        model = module["GPT"](module["GPTConfig"](**loaded["model_args"]))
         model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in loaded["model"].items()})
         return model.eval().to(device)
 
@@ -114,22 +109,11 @@ class Peer:
     def evaluate(self, model: Any, device: str = "cpu") -> float:
         """Our rule: every validation token once, in order, in windows of the model's own context; mean nats per token."""
         nats, count = 0.0, 0
-        for x, y in val_batches(self.val, model.config.block_size, 64):
-            logits, _ = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
-            targets = torch.from_numpy(y).to(device).flatten()
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-1, reduction="sum")
+        for batch in val_batches(self.val, model.config.block_size, 64):
+            x, y = (torch.from_numpy(ids).to(device) for ids in batch)
+            logits = model(x, y)[0].float().flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction="sum")
             nats, count = nats + loss.item(), count + int((y >= 0).sum())
         assert count == len(self.val) - 1
         assert math.isfinite(nats)
         return nats / count
-
-
-def load_module(directory: Path) -> Any:
-    """The peer's model.py as a module."""
-    spec = importlib.util.spec_from_file_location("peer_model", directory / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peer_model"] = module
-    spec.loader.exec_module(module)
-    return module

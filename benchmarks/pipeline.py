@@ -42,7 +42,7 @@ def working_seconds(run: Path) -> dict[str, float]:
     return {step: s for step, s in work.items() if "/" not in step or step == "evaluate/samples"}
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", default="experiments/shakespeare.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
@@ -63,8 +63,7 @@ def main() -> int:
         work_seconds={step: round(seconds, 2) for step, seconds in work.items()},
         prepared=[prepared(package).name for package in PLACES if prepared(package).exists()],
     )
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

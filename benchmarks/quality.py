@@ -11,15 +11,15 @@ stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
+import queue
 import statistics
-import sys
 import sysconfig
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from cards import Cards, visible_cards
-from figures import figure, print_figures
+from cards import lent, visible_cards
+from figures import figure, print_figures, say
 from ours import ROOT, make_shards, train
 from peer import Peer
 
@@ -40,7 +40,7 @@ def mean_by_rate(losses: dict[float, list[Future[float]]]) -> dict[float, list[f
     return dict(sorted(found.items(), key=lambda item: statistics.fmean(item[1])))
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, required=True, help="a nanoGPT checkout")
     parser.add_argument("--text", help="file, folder or glob; default: this interpreter's Python sources")
@@ -56,48 +56,38 @@ def main() -> int:
         directory = make_shards(EXPERIMENT, text, folder, "data.invalid_text=skip")
         shards = ShardSet.open(directory)
         train_tokens, val = shards.tokens("train"), shards.tokens("val")
-        sys.stderr.write(f"{len(train_tokens):,} training tokens, {len(val):,} for validation\n")
+        say(f"{len(train_tokens):,} training tokens, {len(val):,} for validation")
         peer = Peer(args.peer_dir, folder, "sources", train_tokens[:], val[: MAX_VAL_TOKENS + 1])
 
-        cards, seeds = Cards(), range(FIRST_SEED, FIRST_SEED + args.runs)
+        cards: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for card in visible_cards():
+            cards.put(card)
+        seeds = range(FIRST_SEED, FIRST_SEED + args.runs)
         scripts = {seed: peer.script_with_seed(seed) for seed in seeds}  # before runs of one seed start side by side
         committed = load_config(ROOT / "experiments" / EXPERIMENT, [f"data.source={text}"]).train
 
         def theirs(rate: float, seed: int) -> float:
-            settings = [
-                "--dataset=sources",
-                f"--max_iters={steps}",
-                f"--lr_decay_iters={steps}",
-                f"--warmup_iters={steps // 10}",
-                f"--learning_rate={rate}",
-                f"--min_lr={rate / 10}",
-                "--batch_size=32",
-                "--gradient_accumulation_steps=2",
-                f"--eval_interval={steps}",
-                "--eval_iters=20",
-                "--always_save_checkpoint=True",
-            ]
-            with cards.lent() as card:
-                run = peer.train(f"peer-{rate}-{seed}", *settings, script=scripts[seed], card=card)
+            settings = (
+                f"--dataset=sources --max_iters={steps} --lr_decay_iters={steps} --warmup_iters={steps // 10} "
+                f"--learning_rate={rate} --min_lr={rate / 10} --batch_size=32 --gradient_accumulation_steps=2 "
+                f"--eval_interval={steps} --eval_iters=20 --always_save_checkpoint=True"
+            )
+            with lent(cards) as card:
+                run = peer.train(f"peer-{rate}-{seed}", *settings.split(), script=scripts[seed], card=card)
                 device = f"cuda:{visible_cards().index(card)}"
                 loss = peer.evaluate(peer.load(run.checkpoint, device), device)
-            sys.stderr.write(f"peer, learning rate {rate}, seed {seed}: {loss:.4f} in {run.seconds:.0f} s\n")
+            say(f"peer, learning rate {rate}, seed {seed}: {loss:.4f} in {run.seconds:.0f} s")
             return loss
 
         def ours(factor: float, seed: int) -> float:
-            changes = [f"train.lr={committed.lr * factor}", f"train.adamw_lr={committed.adamw_lr * factor}"]
-            changes += [
-                "data.invalid_text=skip",
-                f"train.global_batch_size={BATCH}",
-                f"train.max_tokens={steps * BATCH * CONTEXT}",
-                f"train.precision={args.precision}",
-                f"train.eval_tokens={MAX_VAL_TOKENS}",
-                f"train.eval_interval={steps}",
-                f"train.seed={seed}",
-            ]
-            with cards.lent() as card:
+            changes = (
+                f"train.lr={committed.lr * factor} train.adamw_lr={committed.adamw_lr * factor} data.invalid_text=skip "
+                f"train.global_batch_size={BATCH} train.max_tokens={steps * BATCH * CONTEXT} train.precision={args.precision} "
+                f"train.eval_tokens={MAX_VAL_TOKENS} train.eval_interval={steps} train.seed={seed}"
+            )
+            with lent(cards) as card:
                 out = folder / f"ours-{factor}-{seed}"
-                run = train(EXPERIMENT, text, directory, out, *changes, shared_card=card)
+                run = train(EXPERIMENT, text, directory, out, *changes.split(), shared_card=card)
             return float(run.result["val_loss"])
 
         with ThreadPoolExecutor(16) as pool:  # all of both sides wait for a card at once
@@ -107,8 +97,7 @@ def main() -> int:
     ours_best, peer_best = (next(iter(losses.values())) for losses in (our_losses, peer_losses))
     found = figure("validation loss after equal tokens", "nats per token", ours_best, peer=peer_best, goal=1.0, of="ratio")
     print_figures([found], tokens=steps * BATCH * CONTEXT, our_losses_by_factor=our_losses, peer_losses_by_rate=peer_losses)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

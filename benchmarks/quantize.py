@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
 import torch
-from figures import figure, print_figures
+from figures import figure, print_figures, say
 from safetensors.torch import save_file
 
 from gptcore.config import ModelConfig
@@ -51,7 +50,7 @@ def decode(model: LanguageModel, batch: int, tokens: int, device: str) -> float:
     return batch * tokens / (time.perf_counter() - start)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=["int8", "int4"], choices=list(METHODS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -67,7 +66,7 @@ def main() -> int:
     full = build_model(config, VOCAB[args.device]).eval().to(args.device)
     arms = {"fp32": full}
     for method in args.methods:
-        sys.stderr.write(f"quantizing: {method}\n")
+        say(f"quantizing: {method}")
         arms[method] = quantize(full, METHODS[method].by_rounding())
     sizes = {name: file_bytes(model) for name, model in arms.items()}
     speeds: dict[str, list[float]] = {name: [] for name in arms}
@@ -76,19 +75,17 @@ def main() -> int:
             speed = decode(model, args.batch, args.tokens if number or args.device == "cuda" else 4, args.device)
             if number:  # the first round warms up
                 speeds[name].append(speed)
-        sys.stderr.write(f"round {number}: " + ", ".join(f"{n} {s[-1]:.1f}" for n, s in speeds.items() if s) + "\n")
+        say(f"round {number}: " + ", ".join(f"{n} {s[-1]:.1f}" for n, s in speeds.items() if s))
     found = []
     for name in args.methods:
         goal = SPEED_GOALS.get(name) if args.batch == 1 and args.device == "cpu" else None
         goals = {} if goal is None else {"goal": goal, "goal_is": "at least", "of": "ratio"}
-        found.append(
-            figure(f"{name}: decoding, batch {args.batch}", "tok/s", speeds[name], peer=speeds["fp32"], digits=1, **goals)
-        )
+        label = f"{name}: decoding, batch {args.batch}"
+        found.append(figure(label, "tok/s", speeds[name], peer=speeds["fp32"], digits=1, **goals))
         size = [100 * sizes[name] / sizes["fp32"]]
         found.append(figure(f"{name}: file size", "% of fp32", size, goal=SIZE_GOALS.get(name), digits=2))
     print_figures(found, parameters=full.count_parameters(), fp32_bytes=sizes["fp32"])
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -11,7 +11,6 @@ a save is as the uninterrupted run's journal has it. The last line on stdout is 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import subprocess
@@ -19,14 +18,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from figures import figure, print_figures
+from figures import figure, print_figures, say
 from ours import ROOT, make_shards
 
 from gptcore.config import ExperimentConfig, dump_yaml, load_config, with_changes
 from gptcore.device import set_determinism
-from gptcore.journal import read_journal
+from gptcore.entry import python_environment
+from gptcore.journal import FILE_NAME, read_journal
 from gptcore.shards import ShardSet
 from gptcore.store import hash_file
 from gptcore.train import build_trainer, train_step
@@ -34,20 +34,10 @@ from gptcore.train import build_trainer, train_step
 EXPERIMENT = "tinyshakespeare-gpu.yaml"
 # What has a state of its own stays in: dropout, a moving average, Muon and AdamW.
 SETTINGS = (
-    "train.device=auto",
-    "train.cuda_graph=off",
-    "train.select=last",
-    "train.max_steps=600",
-    "train.save_interval=30",
-    "train.log_interval=5",
-    "train.eval_interval=200",
-    "train.eval_tokens=65536",
+    "train.device=auto train.cuda_graph=off train.select=last train.max_steps=600 train.save_interval=30 train.log_interval=5 "
+    "train.eval_interval=200 train.eval_tokens=65536"
 )
 FILES = ("model.safetensors", "optimizer.safetensors")
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def write_text(path: Path, n_bytes: int = 1 << 20) -> Path:
@@ -63,20 +53,22 @@ class Run:
     """One config in one directory, trained by a process that may be killed."""
 
     def __init__(self, config: ExperimentConfig, shards: Path, out: Path) -> None:
-        self.config, self.out, self.journal = config, out, out / "metrics.jsonl"
+        self.out = out
         file = out.with_suffix(".yaml")
         file.write_text(dump_yaml(config), encoding="utf-8")
         self._command = [sys.executable, "-m", "gptcore.train", str(file), "--shards", str(shards), "--out", str(out)]
         self._log = out.with_suffix(".log")
 
     def start(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with open(self._log, "ab") as log:
-            return subprocess.Popen(self._command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path})
+            return subprocess.Popen(self._command, stdout=log, stderr=log, env=python_environment())
 
     def finish(self) -> None:
         if self.start().wait():
-            raise RuntimeError(f"{self.out.name} failed:\n{self._log.read_text()[-3000:]}")
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        raise RuntimeError(f"{self.out.name} failed:\n{self._log.read_text()[-3000:]}")
 
     def kill(self, rng: random.Random, seconds: float, *, in_a_save: bool) -> dict[str, Any] | None:
         """Start or resume it, and SIGKILL it up to `seconds` after its first steps; None when it was done before."""
@@ -89,11 +81,14 @@ class Run:
         if process.wait() == 0:
             return None
         if process.returncode > 0:
-            raise RuntimeError(f"{self.out.name} failed:\n{self._log.read_text()[-3000:]}")
+            self._fail()
         return {"step": self._metrics()[-1]["step"], "in_a_save": is_save}
 
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [r for r in read_journal(self.out / FILE_NAME)[0] if r["kind"] == kind]
+
     def _metrics(self) -> list[dict[str, Any]]:
-        return [r for r in read_journal(self.journal)[0] if r["kind"] == "metrics" and r["step"]]
+        return [r for r in self.records("metrics") if r["step"]]
 
     def values(self, key: str) -> list[float]:
         return [r["values"][key] for r in self._metrics() if key in r["values"]]
@@ -158,7 +153,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gptloom-bench-") as name:
         folder = Path(name)
         text = write_text(folder / "text.txt")
-        changes = [f"data.source={text}", *SETTINGS, "train.deterministic=true", *args.overrides]
+        changes = [f"data.source={text}", *SETTINGS.split(), "train.deterministic=true", *args.overrides]
         config = load_config(ROOT / "experiments" / args.experiment, changes)
         shards = make_shards(args.experiment, text, folder)
         whole, killed = Run(config, shards, folder / "whole"), Run(config, shards, folder / "killed")
@@ -184,13 +179,8 @@ def main() -> int:
         stalls, writes = whole.values("perf/save_stall_ms"), whole.values("perf/save_ms")
         totals = [sum(both) for both in zip(stalls, writes, strict=True)]
         say(f"a save: {statistics.median(stalls):.1f} ms of standstill, {statistics.median(totals):.0f} until committed")
-        survived = figure(
-            "kills after which weights and optimizer state ended as the uninterrupted run's",
-            "kills",
-            [len(kills) * is_same],
-            goal=max(1, len(kills)),
-            goal_is="at least",
-        )
+        claim = "kills after which weights and optimizer state ended as the uninterrupted run's"
+        survived = figure(claim, "kills", [len(kills) * is_same], goal=max(1, len(kills)), goal_is="at least")
         figures = [
             survived | {"n": len(kills)},
             figure("a save: the training stands still", "ms", stalls),
@@ -207,16 +197,11 @@ def main() -> int:
             kills=kills,
             sha256={"uninterrupted": whole.sha256(), "killed": killed.sha256()},
             normal_ms=normal,
-            parameters=read_parameters(whole),
+            parameters=int(whole.records("params")[0]["values"]["parameters"]),
             checkpoint_mib=round(whole.checkpoint_mib(), 1),
             seconds=round(time.perf_counter() - began, 1),
         )
     return 0 if survived["met"] else 1
-
-
-def read_parameters(run: Run) -> int:
-    params = [r["values"] for r in read_journal(run.journal)[0] if r["kind"] == "params"]
-    return int(params[0]["parameters"])
 
 
 if __name__ == "__main__":

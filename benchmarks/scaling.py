@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import figure, print_figures
+from figures import figure, print_figures, say
 from ours import ROOT, make_toy_shards
 
-HERE = Path(__file__).resolve().parent
+from gptcore.entry import python_environment
+
 WEAK_GOAL = {2: 95.0, 8: 90.0}  # % of one GPU's speed, by number of GPUs
 LOSS_TOLERANCE = 0.02  # nats: bf16 keeps 8 bits, and sums in another order part the runs a little more with every step
 Record = dict[str, Any]
@@ -41,32 +41,17 @@ GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "padded_
 FULL: Record = {
     "model": GPT2,
     "train": {"device": "cuda", "precision": "bf16"},
-    "weak_batch": 64,  # half a million tokens a step on 8 GPUs, as GPT-2 is trained by nanoGPT
-    "strong_batch": 128,
-    "micro_batch": 64,
-    "steps": 8,
-    "repeats": 5,
-    "losses": 12,
-    "ids_learnt": 256,
     # 600M parameters: 9.0 GiB of weights, gradients and optimizer state, more than a tenth of an H100
     "large": {"model": {"n_layer": 24, "n_head": 20, "n_embd": 1280}, "memory_fraction": 0.1},
+    # Half a million tokens a step on 8 GPUs, as GPT-2 is trained by nanoGPT
+    **{"weak_batch": 64, "strong_batch": 128, "micro_batch": 64, "steps": 8, "repeats": 5, "losses": 12, "ids_learnt": 256},
 }
 SMOKE: Record = {
     "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "padded_vocab_size": 64},
     "train": {"device": "cpu", "precision": "fp32", "warmup_steps": 0, "lr": 0.05},
-    "weak_batch": 4,
-    "strong_batch": 8,
-    "micro_batch": 4,
-    "steps": 2,
-    "repeats": 2,
-    "losses": 6,
-    "ids_learnt": 8,
     "large": {"model": {"n_embd": 64}, "memory_fraction": 0.1, "simulated_mib": 1.1},
+    **{"weak_batch": 4, "strong_batch": 8, "micro_batch": 4, "steps": 2, "repeats": 2, "losses": 6, "ids_learnt": 8},
 }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def launch(plan: Record, count: int, folder: Path, limit_s: float) -> tuple[list[Record], str | None]:
@@ -75,19 +60,12 @@ def launch(plan: Record, count: int, folder: Path, limit_s: float) -> tuple[list
     path.write_text(json.dumps(plan), encoding="utf-8")
     # The port is the kernel's choice: two benchmarks of one host do not meet.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    paths = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1" if plan["train"]["device"] == "cpu" else "8")}
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")} | threads | os.environ | {"PYTHONPATH": paths}
+    threads = "1" if plan["train"]["device"] == "cpu" else "8"
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "OMP_NUM_THREADS": threads} | python_environment()
+    pipes: Record = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     start, told, lines = time.perf_counter(), [], []
-    process = subprocess.Popen(
-        [*command, str(HERE / "scaling_process.py"), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        start_new_session=True,
-    )
+    command += [str(ROOT / "benchmarks" / "scaling_process.py"), str(path)]
+    process = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT, start_new_session=True)
     timer = threading.Timer(limit_s, process.terminate)  # torchrun passes it on
     timer.start()
     assert process.stdout is not None
@@ -145,33 +123,26 @@ def build_figures(records: list[Record]) -> list[Record]:
     """Speeds, efficiencies, shares of communication and distances of losses, as benchmarks print them."""
     found = []
     by_kind = {(r["kind"], r["processes"], r.get("parallel", "ddp")): r for r in records}
-    ones = {kind: by_kind.get((kind, 1, "ddp")) for kind in ("weak", "strong", "losses")}
-    in_parts = by_kind.get(("losses in parts", 1, "ddp"))
+    whole, in_parts = (by_kind.get((kind, 1, "ddp")) for kind in ("losses", "losses in parts"))
     for (kind, count, parallel), record in by_kind.items():
         label = f"{count} GPU{'s' if count > 1 else ''}{f', {parallel}' if count > 1 else ''}"
         if kind in ("weak", "strong"):
-            one = ones[kind]
+            one, silent = by_kind.get((kind, 1, "ddp")), by_kind.get((f"{kind} without exchange", count, "ddp"))
             peer = speeds(one) if one is not None and count > 1 else None
             made = figure(f"{kind}: {label}", "tok/s", speeds(record), peer=peer, digits=0)
             found.append(made | {"mfu_percent": mfu(record), "peak_mib": record["peak_mib"]})
-        if kind in ("weak", "strong") and count > 1:
-            one, silent = ones[kind], by_kind.get((f"{kind} without exchange", count, "ddp"))
-            if one is not None:
-                base = statistics.median(speeds(one)) * count
+            if peer is not None:
+                shares = [100 * speed / (statistics.median(peer) * count) for speed in speeds(record)]
                 goal = WEAK_GOAL.get(count) if (kind, parallel) == ("weak", "ddp") else None
-                shares = [100 * speed / base for speed in speeds(record)]
-                found.append(
-                    figure(f"{kind} efficiency: {label}", "%", shares, goal=goal, goal_is="at least", of="mean", digits=2)
-                )
+                name = f"{kind} efficiency: {label}"
+                found.append(figure(name, "%", shares, goal=goal, goal_is="at least", of="mean", digits=2))
             if silent is not None:
-                alone = statistics.median(silent["step_ms"])
-                shares = [100 * (1 - alone / ms) for ms in record["step_ms"]]
+                shares = [100 * (1 - statistics.median(silent["step_ms"]) / ms) for ms in record["step_ms"]]
                 found.append(figure(f"{kind} communication share: {label}", "% of a step", shares, digits=2))
         if kind == "losses" and count > 1 and in_parts is not None:
             gap = largest_gap(record, in_parts)
             found.append(figure(f"largest distance to one GPU's losses: {label}", "nats", [gap], goal=LOSS_TOLERANCE))
-        if kind == "losses in fp32" and in_parts is not None and ones["losses"] is not None:
-            whole = ones["losses"]
+        if kind == "losses in fp32" and in_parts is not None and whole is not None:
             name = "largest distance of losses on one GPU:"
             found.append(figure(f"{name} compiled whole and in parts", "nats", [largest_gap(whole, in_parts)]))
             found.append(figure(f"{name} compiled whole and in float32", "nats", [largest_gap(whole, record)]))
@@ -226,16 +197,13 @@ def main() -> int:
             if trouble:
                 troubles[str(count)] = trouble
                 say(f"{count} process(es): {trouble}")
-    refusals = [r["refused"] for r in records if r["kind"] == "large on one"]
-    seconds = round(time.perf_counter() - start, 1)
-    devices = sorted({r["device"] for r in records if "device" in r})
     print_figures(
         build_figures(records),
         records=records,
-        devices=devices,
-        large_on_one_gpu=refusals[0] if refusals else None,
+        devices=sorted({r["device"] for r in records if "device" in r}),
+        large_on_one_gpu=next((r["refused"] for r in records if r["kind"] == "large on one"), None),
         troubles=troubles,
-        seconds=seconds,
+        seconds=round(time.perf_counter() - start, 1),
     )
     return 1 if troubles else 0
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gptcore.config import UserError, check_config
 from gptcore.device import Device
 from gptcore.ranks import ALONE, Ranks, joined_ranks
 from gptcore.shards import ShardSet
+from gptcore.timing import measure_ms
 from gptcore.train import Trainer, build_trainer, train_step
 from gptcore.train.distribute import compile_parts
 from gptcore.train.step import backward_all, next_batch
@@ -40,15 +41,7 @@ class Silent(Ranks):
         return [tensor] * self.count
 
     def start_gather(self, part: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return part.repeat(self.count, *[1] * (part.dim() - 1)), Done()
-
-    def wait(self) -> None:
-        pass
-
-
-class Done:
-    def wait(self) -> None:
-        pass
+        return part.repeat(self.count, *[1] * (part.dim() - 1)), self  # whose `wait` returns at once
 
 
 class RandomTokens:
@@ -58,12 +51,8 @@ class RandomTokens:
         self.device, self.length, self.high, self.by_sample = device.torch, block_size + 1, high, by_sample
 
     def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.by_sample:
-            each = [self._draw(number, 1) for number in range(start, start + count)]
-            ids = torch.cat(each)
-        else:
-            ids = self._draw(start, count)
-        ids = ids.to(self.device)
+        draws = [(number, 1) for number in range(start, start + count)] if self.by_sample else [(start, count)]
+        ids = torch.cat([self._draw(*draw) for draw in draws]).to(self.device)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def _draw(self, seed: int, count: int) -> torch.Tensor:
@@ -85,6 +74,7 @@ class ScalingBench:
             print(json.dumps({"kind": kind, "processes": self.ranks.count, **values}), flush=True)
 
     def build(self, parallel: str, batch: int, ranks: Ranks, **changes: Any) -> Trainer:
+        sweep()  # of the trainer before
         train = {"parallel": parallel, "global_batch_size": batch, "max_steps": 100_000, **self.plan["train"]}
         train["micro_batch_size"] = min(self.plan["micro_batch"], batch // ranks.count)
         tree = {"model": self.plan["model"], "train": {**train, **changes}, "studies": {"accumulation": False}}
@@ -147,40 +137,58 @@ def without_exchange(trainer: Trainer) -> None:
 def measure_speed(bench: ScalingBench) -> None:
     """Both batches under every way of being several, and the same work without any exchange."""
     plan, ranks = bench.plan, bench.ranks
-    weak, strong = plan["weak_batch"] * ranks.count, plan["strong_batch"]
+    strong, weak = plan["strong_batch"], plan["weak_batch"] * ranks.count
     for parallel in plan["parallel"] if ranks.count > 1 else ["ddp"]:
-        trainer = bench.build(parallel, strong, ranks)
-        began = time.perf_counter()
-        with trainer.device.attention(0.0):
-            losses = bench.learn(trainer)
-            bench.tell("losses", parallel=parallel, losses=losses, seconds=round(time.perf_counter() - began, 1))
-            step_ms = bench.time(trainer, 3)
-        facts = bench.facts(trainer, step_ms)  # once: reading the peak of memory sets it back
-        bench.tell("strong", parallel=parallel, **facts)
-        if weak == strong:
-            bench.tell("weak", parallel=parallel, **facts)
-        if parallel == "ddp" and ranks.count > 1:
-            with trainer.device.attention(0.0):
-                bench.tell("strong without gradient sync", step_ms=bench.time(trainer, 3, without_exchange))
-        del trainer
-        sweep()
+        measure_strong(bench, parallel, strong, is_weak=weak == strong)
         if weak != strong:
-            trainer = bench.build(parallel, weak, ranks)
-            with trainer.device.attention(0.0):
-                bench.tell("weak", parallel=parallel, **bench.facts(trainer, bench.time(trainer, 8)))
-            del trainer
-            sweep()
+            measure_weak(bench, parallel, weak)
     if ranks.count > 1:
         # Every GPU at once, as before, so that heat and the host's load are the same.
-        silent = Silent(ranks.rank, ranks.count, ranks.local_rank)
-        for kind, batch in {"strong": strong, "weak": weak}.items():
-            trainer = build_silent(bench, batch, silent)
-            with trainer.device.attention(0.0):
-                bench.tell(f"{kind} without exchange", step_ms=bench.time(trainer, 5))
-            del trainer
-            sweep()
-            if weak == strong:
-                break
+        measure_silent(bench, "strong without exchange", strong)
+        if weak != strong:
+            measure_silent(bench, "weak without exchange", weak)
+
+
+# A function each, at whose end nothing holds the trainer any more.
+
+
+def measure_strong(bench: ScalingBench, parallel: str, batch: int, *, is_weak: bool) -> None:
+    trainer = bench.build(parallel, batch, bench.ranks)
+    began = time.perf_counter()
+    with trainer.device.attention(0.0):
+        losses = bench.learn(trainer)
+        bench.tell("losses", parallel=parallel, losses=losses, seconds=round(time.perf_counter() - began, 1))
+        facts = bench.facts(trainer, bench.time(trainer, 3))  # once: reading the peak of memory sets it back
+        for kind in ("strong", "weak") if is_weak else ("strong",):
+            bench.tell(kind, parallel=parallel, **facts)
+        if parallel == "ddp" and bench.ranks.count > 1:
+            bench.tell("strong without gradient sync", step_ms=bench.time(trainer, 3, without_exchange))
+
+
+def measure_weak(bench: ScalingBench, parallel: str, batch: int) -> None:
+    trainer = bench.build(parallel, batch, bench.ranks)
+    with trainer.device.attention(0.0):
+        bench.tell("weak", parallel=parallel, **bench.facts(trainer, bench.time(trainer, 8)))
+
+
+def measure_silent(bench: ScalingBench, kind: str, batch: int) -> None:
+    """DDP's trainer, compiled block by block as it is, without DDP around it."""
+    from gptcore.train import trainer as trainer_module
+
+    real, trainer_module.distribute = trainer_module.distribute, never_synced
+    try:
+        trainer = bench.build("ddp", batch, Silent(bench.ranks.rank, bench.ranks.count, bench.ranks.local_rank))
+    finally:
+        trainer_module.distribute = real
+    with trainer.device.attention(0.0):
+        bench.tell(kind, step_ms=bench.time(trainer, 5))
+
+
+def never_synced(model: Any, compiled: Any) -> Any:
+    """A model's forward with the one other method of DDP that a step uses."""
+    forward = partial(compiled)
+    forward.no_sync = nullcontext  # type: ignore[attr-defined]
+    return forward
 
 
 def measure_rounding(bench: ScalingBench) -> None:
@@ -192,57 +200,18 @@ def measure_rounding(bench: ScalingBench) -> None:
         with trainer.device.attention(0.0):
             bench.tell(kind, losses=bench.learn(trainer))
         del trainer
-        sweep()
 
 
 def measure_links(bench: ScalingBench) -> None:
     """Bus bandwidth of a large all-reduce (2 (p - 1) / p of its bytes pass every link) and the time of a tiny one."""
     ranks, is_cuda = bench.ranks, torch.cuda.is_available()
-    found = {}
-    for name, numbers in {"large": 1 << (26 if is_cuda else 16), "tiny": 256}.items():
-        tensor, times = torch.zeros(numbers, device="cuda" if is_cuda else "cpu"), []
-        for number in range(12 if name == "large" else 52):  # ten of a tiny one once were ten hiccups of the host
-            if is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            ranks.sum_(tensor)
-            if is_cuda:
-                torch.cuda.synchronize()
-            if number > 1:
-                times.append(time.perf_counter() - start)
-        found[name] = statistics.median(times), 4 * numbers
-    seconds, size = found["large"]
-    passed = 2 * (ranks.count - 1) / ranks.count * size
-    bench.tell(
-        "links",
-        all_reduce_bytes=size,
-        bus_gb_per_second=round(passed / seconds / 1e9, 1),
-        tiny_us=round(1e6 * found["tiny"][0], 1),
-    )
-
-
-def build_silent(bench: ScalingBench, batch: int, silent: Silent) -> Trainer:
-    """DDP's trainer, compiled block by block as it is, without DDP around it."""
-    from gptcore.train import trainer as trainer_module
-
-    real, trainer_module.distribute = trainer_module.distribute, lambda model, compiled: Loud(compiled)
-    try:
-        return bench.build("ddp", batch, silent)
-    finally:
-        trainer_module.distribute = real
-
-
-class Loud:
-    """A model with the one method of DDP that a step uses."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def no_sync(self) -> Any:
-        return nullcontext()
+    large, tiny = (torch.zeros(count, device="cuda" if is_cuda else "cpu") for count in (1 << (26 if is_cuda else 16), 256))
+    synchronize = torch.cuda.synchronize if is_cuda else nullcontext
+    seconds = measure_ms(partial(ranks.sum_, large), synchronize, 10, warmups=2).median / 1e3
+    tiny_ms = measure_ms(partial(ranks.sum_, tiny), synchronize, 50, warmups=2).median  # ten once were ten hiccups of the host
+    passed = 2 * (ranks.count - 1) / ranks.count * large.nbytes
+    bus = round(passed / seconds / 1e9, 1)
+    bench.tell("links", all_reduce_bytes=large.nbytes, bus_gb_per_second=bus, tiny_us=round(1e3 * tiny_ms, 1))
 
 
 def measure_large(bench: ScalingBench) -> None:
@@ -255,13 +224,12 @@ def measure_large(bench: ScalingBench) -> None:
         Device.free_mib = lambda self: large["simulated_mib"]  # type: ignore[method-assign]
     bench.plan = {**plan, "model": {**plan["model"], **large["model"]}, "micro_batch": 1}
     if ranks.count == 1:
+        refused = None
         try:
             bench.build("fsdp", 1, ALONE, compile="off")
         except UserError as error:
-            bench.tell("large on one", refused=str(error))
-        else:
-            bench.tell("large on one", refused=None)
-        return
+            refused = str(error)
+        return bench.tell("large on one", refused=refused)
     trainer = bench.build("fsdp", ranks.count, ranks, compile="off")
     with trainer.device.attention(0.0):
         losses = bench.learn(trainer)
@@ -276,7 +244,7 @@ def sweep() -> None:
         torch.cuda.empty_cache()
 
 
-def main() -> int:
+def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     import torch._dynamo.config as dynamo
 
@@ -291,8 +259,7 @@ def main() -> int:
         if plan["large"] is not None:
             measure_large(bench)
         sweep()
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from figures import figure, print_figures
+from figures import figure, print_figures, say
 from ours import ROOT, make_toy_shards
 from scaling_process import RandomTokens
 
@@ -66,7 +66,7 @@ def measure_peer(directory: Path, batch: int) -> float:
     return batch * T / (float(found[-1]) / 1e3)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, help="a nanoGPT checkout; without it only our side runs")
     parser.add_argument("--peer-batches", type=int, nargs="*", default=[12], help="12 is nanoGPT's default")
@@ -89,21 +89,18 @@ def main() -> int:
                 label = f"{precision}, batch {batch}"
                 peak = trainer.device.peak_flops
                 mfu[label] = peak and round(100 * trainer.model.flops_per_token() * max(speeds) / peak, 1)
-                sys.stderr.write(
-                    f"{label}: {speeds[-1]:,.0f} tok/s, MFU {mfu[label]} %, {trainer.device.peak_mib():,.0f} MiB\n"
-                )
+                say(f"{label}: {speeds[-1]:,.0f} tok/s, MFU {mfu[label]} %, {trainer.device.peak_mib():,.0f} MiB")
                 found.append((label, speeds))
                 del trainer
                 torch.cuda.empty_cache()
     for batch, speeds in peers.items():  # again, after ours: both sides saw the card cold and warm
         speeds.append(measure_peer(args.peer_dir, batch))
-        sys.stderr.write(f"peer, batch {batch}: {', '.join(f'{speed:,.0f}' for speed in speeds)} tok/s\n")
+        say(f"peer, batch {batch}: {', '.join(f'{speed:,.0f}' for speed in speeds)} tok/s")
     default = peers.get(args.peer_batches[0]) if peers else None
     goals = {"goal": GOAL, "goal_is": "at least", "of": "ratio"} if default else {}
     figures = [figure(f"124M: {label}", "tok/s", speeds, peer=default, digits=0, **goals) for label, speeds in found]
     print_figures(figures, mfu_percent=mfu, peer_tok_per_sec=peers)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

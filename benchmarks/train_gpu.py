@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cards import visible_cards
-from figures import figure, print_figures
+from figures import figure, print_figures, say
 from ours import OurRun, make_shards, train
 from peer import CHARACTERS, Peer
 
@@ -32,22 +31,9 @@ TIMES_SOONER, BEST_LOSS, PUBLISHED_LOSS = 10.0, 1.42, 1.4697
 SOONER = ("model.dropout=0", "train.max_steps=240", "train.eval_interval=20")
 # config/train_shakespeare_char.py of nanoGPT, in our words
 PUBLISHED_SETTINGS = (
-    "data.order=random",
-    "model.preset=gpt2",
-    "model.bias=false",
-    "model.dropout=0.2",
-    "train.optimizer=adamw",
-    "train.lr=0.001",
-    "train.min_lr=0.0001",
-    "train.schedule=cosine",
-    "train.warmup_steps=100",
-    "train.beta2=0.99",
-    "train.weight_decay=0.1",
-    "train.ema_decay=0",
-    "train.max_steps=5000",
-    "train.eval_interval=250",
-    "train.patience=6",
-    "train.save_interval=5000",
+    "data.order=random model.preset=gpt2 model.bias=false model.dropout=0.2 train.optimizer=adamw train.lr=0.001 "
+    "train.min_lr=0.0001 train.schedule=cosine train.warmup_steps=100 train.beta2=0.99 train.weight_decay=0.1 "
+    "train.ema_decay=0 train.max_steps=5000 train.eval_interval=250 train.patience=6 train.save_interval=5000"
 )
 
 
@@ -62,10 +48,8 @@ def compare_speed(peer: Peer, args: argparse.Namespace, run: Callable[[int], Our
     target = peer.evaluate(peer.load(theirs.checkpoint, "cuda"), "cuda")  # it keeps its best checkpoint
     best = min(theirs.losses, key=lambda entry: entry[1])
     training, total = best[0] * statistics.median(theirs.step_ms) / 1e3, best[2]
-    sys.stderr.write(
-        f"peer: best at {best[0]} after {training:.1f} s of training, {total:.1f} s in all; its estimate {best[1]:.4f}, "
-        f"by our rule {target:.4f}\n"
-    )
+    say(f"peer: best at {best[0]} after {training:.1f} s of training, {total:.1f} s in all")
+    say(f"its estimate {best[1]:.4f}, by our rule {target:.4f}")
     runs = [run(seed) for seed in range(FIRST_SEED, FIRST_SEED + args.runs)]
     assert all(any(loss <= target for _, loss, _ in run.evaluations) for run in runs), "not every run got there"
     seconds, whole = [seconds_until(run, target) for run in runs], [run.seconds for run in runs]
@@ -76,7 +60,7 @@ def compare_speed(peer: Peer, args: argparse.Namespace, run: Callable[[int], Our
     ]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, required=True, help="a nanoGPT checkout")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
@@ -97,24 +81,21 @@ def main() -> int:
             return train(EXPERIMENT, text, shards, out, f"train.seed={seed}", *settings, shared_card=card)
 
         seeds = range(FIRST_SEED, FIRST_SEED + args.runs)
-        against_clock = (
-            [] if args.losses_only else compare_speed(peer, args, lambda seed: run("sooner", seed, (*SOONER, *args.set)))
-        )
+        found = [] if args.losses_only else compare_speed(peer, args, lambda seed: run("sooner", seed, (*SOONER, *args.set)))
         # Of the others only the losses count, so they share the cards.
         cards = itertools.cycle(visible_cards())
         with ThreadPoolExecutor(args.parallel) as pool:
             longer = [pool.submit(run, "best", seed, args.set, next(cards)) for seed in seeds]
             published = range(FIRST_SEED, FIRST_SEED + args.reproduce)
-            reproduced = [pool.submit(run, "gpt2-", seed, PUBLISHED_SETTINGS, next(cards)) for seed in published]
+            reproduced = [pool.submit(run, "gpt2-", seed, PUBLISHED_SETTINGS.split(), next(cards)) for seed in published]
             best_losses = [future.result().result["val_loss"] for future in longer]
             gpt2_losses = [future.result().result["val_loss"] for future in reproduced]
-    found = [*against_clock, figure("best validation loss", "nats per token", best_losses, goal=BEST_LOSS, of="mean")]
+    found.append(figure("best validation loss", "nats per token", best_losses, goal=BEST_LOSS, of="mean"))
     if gpt2_losses:
         distance = [abs(loss - PUBLISHED_LOSS) for loss in gpt2_losses]
         found.append(figure("gpt2 preset: distance to the published loss", "nats per token", distance, goal=0.01))
     print_figures(found, best_losses=best_losses, gpt2_losses=gpt2_losses)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,9 +1,5 @@
 """Writing on, token by token, over the model's cache: on a GPU a token is one CUDA graph, drawing included, on a CPU one plain loop.
 
-    step = start_decoding(model, batch=1, tokens=200, pick=pick, rng=rng)
-    ids = step(prompt)                                   # (B, 1): what `pick` takes from the logits after ids (B, T)
-    ids = step(ids)                                      # (B, 1): from those after one more
-
 A token of a small model is hundreds of operations that take longer to start than to run. A GPU can record them and start all at once.
 On a CPU it is Python that takes the time, in calls of modules and the search for their attributes.
 """
@@ -46,12 +42,7 @@ def start_decoding(model: LanguageModel, batch: int, tokens: int, pick: Pick, rn
             return GraphedDecoder(model, FixedCache(model.block_size, tokens, device), pick, rng)
         if device.type == "cpu" and _is_plain(model):
             return FlatDecoder(model, batch, model.new_cache(batch), pick)
-    cache = model.new_cache(batch)
-
-    def step(idx: Tensor) -> Tensor:
-        return _step(model, idx, cache, pick)
-
-    return step
+    return partial(_step, model, cache=model.new_cache(batch), pick=pick)
 
 
 class GraphedDecoder:

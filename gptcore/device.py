@@ -23,19 +23,10 @@ from gptcore.locks import take_lock, try_lock
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 peak in TFLOP/s and memory bandwidth in TB/s by a part of the device's name (vendors' data sheets). No guess
-# for a name that is not here: MFU is then left out.
-PEAKS = {
-    "H200": (989.0, 4.8),
-    "H100 80GB HBM3": (989.0, 3.35),
-    "H100 PCIe": (756.0, 2.0),
-    "A100-SXM": (312.0, 2.0),
-    "A100": (312.0, 1.9),
-    "L40S": (362.0, 0.864),
-    "L4": (121.0, 0.3),
-    "RTX 4090": (165.0, 1.0),
-    "RTX 3090": (71.0, 0.936),
-}
+# Dense bf16 peak in TFLOP/s by a part of the device's name (vendors' data sheets). No guess for a name that is not here: MFU
+# is then left out.
+PEAKS = {"H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756, "A100": 312}
+PEAKS |= {"L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 
 # Workspaces of cuBLAS with which its products are deterministic; the second also serves cuDNN's recurrent layers.
 WORKSPACE_VARIABLE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
@@ -56,7 +47,7 @@ class Device:
     @property
     def peak_flops(self) -> float | None:
         """Dense bf16 peak in FLOP/s; None for a device whose data sheet is not in PEAKS."""
-        return next((tflops * 1e12 for part, (tflops, _) in PEAKS.items() if part in self.name), None)
+        return next((tflops * 1e12 for part, tflops in PEAKS.items() if part in self.name), None)
 
     @property
     def uuid(self) -> str | None:
@@ -113,10 +104,7 @@ class Device:
 
 
 def choose_device(device: str = "auto", precision: str = "auto") -> Device:
-    """Resolve `train.device` and `train.precision`.
-
-    Raises UserError for a device that is not there or an arithmetic that it lacks.
-    """
+    """Resolve `train.device` and `train.precision`. Raises UserError for a device that is not there or an arithmetic that it lacks."""
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise UserError("train.device=cuda: this machine has no usable CUDA GPU; use train.device=auto or cpu")
@@ -174,23 +162,13 @@ def naming_refusals() -> Iterator[None]:
         ) from error
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch's generators (CPU and GPU); sample order has its own counter-based one."""
-    torch.manual_seed(seed)
-
-
 @contextmanager
 def reserve_device(device: Device) -> Iterator[None]:
-    """Hold the one training slot of a GPU, machine-wide, whoever started it; a CPU is shared freely.
-
-    Waits for its turn.
-    """
+    """Wait for the one training slot of a GPU, machine-wide, whoever has it, and hold it; a CPU is shared freely."""
     if not device.is_cuda:
         yield
         return
-    uuid = str(torch.cuda.get_device_properties(device.torch).uuid)
-    path = Path(tempfile.gettempdir()) / f"gptloom-{uuid}.lock"
-    fd = _open_lock(path)
+    fd = _open_lock(Path(tempfile.gettempdir()) / f"gptloom-{device.uuid}.lock")
     try:
         if not try_lock(fd):
             log.info("waiting for %s: another training holds it", device.name)

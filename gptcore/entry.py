@@ -126,9 +126,7 @@ def is_running(pid: int) -> bool:
         if sys.platform.startswith("linux"):
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
         os.kill(pid, 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    except PermissionError:  # another user's by now
+    except OSError:  # ended, or another user's by now
         return False
     return True
 

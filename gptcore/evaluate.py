@@ -1,7 +1,4 @@
-"""Room 8: the fixed yardstick. The whole validation split, each token once, in order; bits per byte is the headline.
-
-python -m gptcore.evaluate CHECKPOINT --shards DIR --out DIR
-"""
+"""Room 8: the fixed yardstick. The whole validation split, each token once, in order; bits per byte is the headline."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch
 from gptcore.batches import val_batches
 from gptcore.checkpoint import load_model
 from gptcore.config import UserError, load_config
-from gptcore.device import Device, choose_device, seed_everything
+from gptcore.device import Device, choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.models import LanguageModel
 from gptcore.ranks import ALONE, Ranks
@@ -117,11 +114,11 @@ def evaluate_loss(
     position_nats, position_count = np.zeros(T), np.zeros(T)
     nats, seen, passes, rounds = 0.0, 0, 0, 0
     for number, (x, y) in enumerate(val_batches(tokens, T, batch_size)):
+        if max_tokens and seen >= max_tokens:
+            break
         is_target, rounds = y >= 0, number // ranks.count + 1
         if number % ranks.count != ranks.rank:  # another process's
             seen += int(is_target.sum())
-            if max_tokens and seen >= max_tokens:
-                break
             continue
         passes += 1
         losses = _losses(model, device, x, y)
@@ -134,8 +131,6 @@ def evaluate_loss(
         position_count += is_target.sum(0)
         nats += float(flat.sum())
         seen += targets.size
-        if max_tokens and seen >= max_tokens:
-            break
     if passes < rounds:
         _losses(model, device, x, y)
     model.train(was_training)
@@ -181,7 +176,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     read_manifest(args.checkpoint)
     config = load_config(args.config or args.checkpoint / "config.yaml")
     device = choose_device(config.train.device, config.train.precision)
-    seed_everything(config.evaluate.seed)
+    torch.manual_seed(config.evaluate.seed)
     model, checkpoint = load_model(args.checkpoint, device.torch)
     if checkpoint.state["vocab_fingerprint"] != shards.fingerprint:
         raise UserError(

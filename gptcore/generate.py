@@ -1,7 +1,4 @@
-"""Room 10: the next id, again and again. Sampling with temperature and top-k over a cache, streamed or whole.
-
-python -m gptcore.generate CHECKPOINT [--prompt TEXT] [--out DIR]
-"""
+"""Room 10: the next id, again and again. Sampling with temperature and top-k over a cache, streamed or whole."""
 
 from __future__ import annotations
 
@@ -114,9 +111,8 @@ def write_samples(
     n_samples = max(1, settings.samples)
     idx = torch.from_numpy(ids).to(device.torch).repeat(n_samples, 1)[:, -model.block_size :]
     start = time.perf_counter()
-    sampled = generate(
-        model, idx, settings.sample_tokens, rng, temperature=settings.temperature, top_k=settings.top_k, vocab_size=vocab.size
-    )
+    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "vocab_size": vocab.size}
+    sampled = generate(model, idx, settings.sample_tokens, rng, **sampling)
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {
         "samples": [prompt + vocab.decode(row) for row in sampled.cpu().numpy()],

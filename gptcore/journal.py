@@ -49,10 +49,8 @@ class Journal:
         with contextlib.suppress(OSError):  # a file system without locks
             if not take_lock(self._fd, LOCK_S):
                 raise UserError(f"{directory}: another process writes this run; stop it, or give another directory")
-        records: list[dict[str, Any]] = []
-        if self.path.exists():
-            records, whole = read_journal(self.path)
-            os.truncate(self.path, whole)  # a kill can leave half a line; it was never read by anyone
+        records, whole = read_journal(self.path)
+        os.truncate(self.path, whole)  # a kill can leave half a line; it was never read by anyone
         self.restarts = sum(record["kind"] == "open" for record in records)  # earlier processes of this run
         self._seq = records[-1]["seq"] + 1 if records else 0
         self.attempt = records[-1]["attempt"] + 1 if records else 0

@@ -1,7 +1,5 @@
 """Several processes of one module on this machine, and one answer for all of them: what torchrun does, with our exit codes.
 
-    launch("gptcore.train", ["config.yaml", "--out", "DIR"], processes=4)
-
 torch's elastic agent starts them, gives them their ranks and a port of the kernel's choice, and ends the rest when one dies. It is not
 asked to start them again: a run goes on from its checkpoint, by whoever started this process (several hosts: use torchrun itself).
 """

@@ -40,17 +40,12 @@ def take_lock(fd: int, patience_s: float | None = None) -> bool:
 def is_held(path: Path) -> bool:
     """Does a living process hold this file's lock? True also where a file system has no locks: then nobody can tell."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        with open(path, "rb") as file:
+            return not try_lock(file.fileno(), is_shared=True)
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    try:
-        return not try_lock(fd, is_shared=True)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
 
 
 def sign_lock(fd: int) -> None:

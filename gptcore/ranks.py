@@ -1,9 +1,6 @@
 """The processes of one training: how many, which of them this is, and the few words they exchange.
 
-    python -m gptcore.train CONFIG.yaml train.processes=4
-    torchrun --nproc-per-node=4 -m gptcore.train CONFIG.yaml --shards DIR --out DIR
-
-Either (gptcore/launch.py, `torchrun`) sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and nothing is exchanged. NCCL carries what is
+Whoever starts several (gptcore/launch.py, `torchrun`) sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and nothing is exchanged. NCCL carries what is
 on GPUs, gloo what is on CPUs, in the same group. With FSDP2 a parameter's rows are spread over the processes: such a tensor is a
 DTensor, and the functions below are all that the rest of the code needs to know of it.
 """
@@ -108,9 +105,8 @@ def spread_like(part: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     assert isinstance(parameter, DTensor)
-    return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
 def whole_of(tensor: Tensor) -> Tensor:

@@ -48,18 +48,14 @@ class MapClock(PhaseClock):
     """A PhaseClock that keeps apart where a phase was entered: the timing map. Times are of a path itself, without what is inside it,
     so they add up to the wall time of the outermost phase.
 
-    `cpu_seconds` is the processor time of this process (all threads, no children) over the same stretches. `at_boundary` is called
-    with the path at every change, e.g. to note memory.
+    `cpu_seconds` is the processor time of this process (all threads, no children) over the same stretches.
     """
 
-    def __init__(
-        self, synchronize: Callable[[], None] | None = None, at_boundary: Callable[[Path], None] | None = None
-    ) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
         super().__init__(synchronize)
         self.paths: dict[Path, float] = {}
         self.cpu_seconds: dict[Path, float] = {}
         self.calls: dict[Path, int] = {}
-        self._at_boundary = at_boundary
         self._cpu_since = time.process_time()
 
     @contextmanager
@@ -77,8 +73,6 @@ class MapClock(PhaseClock):
             self.paths[path] = self.paths.get(path, 0.0) + self._since - since
             self.cpu_seconds[path] = self.cpu_seconds.get(path, 0.0) + cpu - self._cpu_since
         self._cpu_since = cpu
-        if self._at_boundary is not None:
-            self._at_boundary(path)
 
 
 @dataclass(frozen=True)

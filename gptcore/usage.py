@@ -1,8 +1,5 @@
 """What a process and its machine use, as numbers for the journal: by psutil, and for an NVIDIA GPU by NVML (nvidia-ml-py).
 
-    usage = Usage(gpu_uuid)      # None: no GPU
-    usage.take()                 # {"system/cpu_process_percent": 187.0, …}: means since the last take, memory as it is now
-
 What cannot be read here (a package that is not installed, a GPU in slices) is left out. A take is empty within a second of the last
 one, so that the fastest steps do not notice; a GPU's use, of which NVML tells only the last moment, is looked at once a second from
 a thread that otherwise sleeps.
@@ -31,7 +28,7 @@ LOOK_S = 1.0  # between two looks, at least
 
 
 class Usage:
-    """Counters since the last `take`. CPU use of the process is 100 % a core; of the machine, 100 % is all cores busy."""
+    """Counters since the last `take`, memory as it is now. CPU use of the process is 100 % a core; of the machine, 100 % is all cores busy."""
 
     def __init__(self, gpu_uuid: str | None = None) -> None:
         self._before = (time.monotonic(), process_seconds())

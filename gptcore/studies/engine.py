@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from gptcore import NUMERICS_VERSION
 from gptcore.config import UserError, flatten
 from gptcore.config.study import StudyPlan
-from gptcore.device import Device, choose_device, reserve_device, seed_everything
+from gptcore.device import Device, choose_device, reserve_device
 from gptcore.entry import StopFlag
 from gptcore.errors import Stopped, describe_error
 from gptcore.journal import FILE_NAME, Journal, read_journal
@@ -198,7 +198,7 @@ def run_cell(
             record["status"], record["reason"], status = "not run", "the study's time was over", "KILLED"
         else:
             with reserve_device(device), device.attention(cell.config.model.dropout):
-                seed_everything(cell.seed)
+                torch.manual_seed(cell.seed)
                 result = find(plan.name).measure(cell, Bench(shards, device, out, journal, stop, home_dir(), own))
             record |= {"status": "done", "rows": result.rows, "tables": result.tables, "metrics": result.metrics}
             record |= {"files": list(result.files), "seconds": time.perf_counter() - start}

@@ -14,7 +14,7 @@ import torch
 
 from gptcore.batches import Sampler
 from gptcore.config import ExperimentConfig, UserError
-from gptcore.device import Device, choose_device, seed_everything, set_determinism
+from gptcore.device import Device, choose_device, set_determinism
 from gptcore.models import LanguageModel, build_model
 from gptcore.models.build import MODELS
 from gptcore.models.fp8 import use_fp8
@@ -109,7 +109,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
     if use_graph:
         # Autograd remembers the stream on which it first met a parameter, and the default stream cannot be recorded.
         torch.cuda.set_stream(torch.cuda.Stream(device.torch))
-    seed_everything(train.seed)
+    torch.manual_seed(train.seed)
     model = build_model(config.model, shards.vocab_size)
     if not spreads(config, ranks):
         model.to(device.torch)
@@ -120,7 +120,7 @@ def build_trainer(config: ExperimentConfig, shards: ShardSet, ranks: Ranks = ALO
     elif device.precision == "fp8":
         turn_on_fp8(model)
     if ranks.count > 1:
-        seed_everything(train.seed + ranks.rank)  # the same weights everywhere, but dropout of its own
+        torch.manual_seed(train.seed + ranks.rank)  # the same weights everywhere, but dropout of its own
     local = train.global_batch_size // ranks.count
     micro = local if train.micro_batch_size == "auto" else train.micro_batch_size
     if local % micro:
