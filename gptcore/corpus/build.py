@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,32 @@ class Build:
 
 
 LEFT_OUT = ("empty", "short", "invalid", "damaged", "unsafe")
+
+
+def find_corpus(data: DataConfig, home: Path) -> Path | None:
+    """The committed corpus of a source whose files are untouched since; None if there is something to read.
+
+    Looks at names, sizes and times only (an address is asked whether it changed).
+    """
+    return Build(data, home, write=False).unchanged()
+
+
+def locate_corpus(data: DataConfig, home: Path) -> Path:
+    """The directory this source and these settings belong to, committed yet or not. Reads what it has to, writes nothing.
+
+    Raises UserError for a source that is missing, empty, unreachable or not text.
+    """
+    with closing(Build(data, home, write=False)) as build:
+        return build.locate().directory
+
+
+def build_corpus(data: DataConfig, home: Path) -> Path:
+    """Read, clean, deduplicate and split what is new in the source; return the committed directory. Early return when nothing is.
+
+    Raises UserError as `locate_corpus` does, and for a text that cannot be split.
+    """
+    with closing(Build(data, home, write=True)) as build:
+        return commit(build, build.locate())
 
 
 def commit(build: Build, located: Located) -> Path:

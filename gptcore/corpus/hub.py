@@ -142,7 +142,8 @@ def _reason(error: Exception) -> str:
             return reason
     if _is_network(error):
         return unreachable
-    is_torn = isinstance(error, OSError) and "onsistency check" in str(error)
+    # What the system raises has a number; without one it is the library's own: the size is not the one that was promised.
+    is_torn = type(error) is OSError and error.errno is None
     return "the file arrived incomplete; run again" if is_torn else ""
 
 

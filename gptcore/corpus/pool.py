@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from gptcore.config import DataConfig, UserError
@@ -109,7 +110,7 @@ class _Pool:
                         break
                     mine = queue.Queue(BACKLOG)
                     self.turns.put(mine)
-                worker.stdin.write(json.dumps([vars(entry) for entry in unit]).encode() + b"\n")
+                worker.stdin.write(json.dumps([asdict(entry) for entry in unit]).encode() + b"\n")
                 worker.stdin.flush()
                 reader = reader or pa.ipc.open_stream(worker.stdout)
                 while (batch := _receive(reader)) is not None:
