@@ -21,6 +21,7 @@ import pytest
 from gptcore import corpus
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus import download
+from gptcore.corpus.hub import _explained
 from gptcore.store import read_manifest
 
 RNG = random.Random(5)
@@ -413,3 +414,12 @@ def test_hub_that_is_away_or_lies(tmp_path: Path, server: Any, hub: Hub, monkeyp
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9 cannot be reached"):
         build("hf://datasets/me/texts", tmp_path)
+
+
+def test_a_torn_file_of_the_hub_is_said_and_a_full_disk_stays_one():
+    """The library's own error has no class; the system's has a number."""
+    with pytest.raises(UserError, match="arrived incomplete"), _explained("hf://datasets/a/b/c.parquet"):
+        raise OSError("not the size that was promised")
+    with pytest.raises(OSError, match="No space") as caught, _explained("hf://datasets/a/b/c.parquet"):
+        raise OSError(28, "No space left on device")
+    assert caught.value.errno == 28
