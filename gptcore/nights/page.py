@@ -1,7 +1,4 @@
-"""The report of a night as one self-contained HTML file: what happened, why, and the ledger.
-
-python -c "from gptcore.nights.page import write_night; …"        # called at the end of every night
-"""
+"""The report of a night as one self-contained HTML file: what happened, why, and the ledger."""
 
 from __future__ import annotations
 
@@ -30,19 +27,10 @@ def write_night(
 ) -> Path:
     """Write the page of `night` (a record of the ledger) to `path`; whatever the night did not get to is left out."""
     lead = f"Night {night['night']}, {night['outcome']}: {night['reason'].partition(':')[0]}"
-    blocks = [
-        page.section(
-            "Tonight",
-            page.callout(night["outcome"], night["reason"], "good" if night["outcome"] in GOOD else "bad"),
-            page.facts(
-                {
-                    NAMES.get(key, key): value
-                    for key, value in night.items()
-                    if key not in ("outcome", "reason") and value is not None
-                }
-            ),
-        )
-    ]
+    shown = {key: value for key, value in night.items() if key not in ("outcome", "reason") and value is not None}
+    facts = page.facts({NAMES.get(key, key): value for key, value in shown.items()})
+    verdict = page.callout(night["outcome"], night["reason"], "good" if night["outcome"] in GOOD else "bad")
+    blocks = [page.section("Tonight", verdict, facts)]
     if arms:
         blocks.append(page.section("Arms", _arms_table(arms), intro="Each arm saw the same number of tokens."))
     if decision is not None and decision.comparison is not None:

@@ -1,7 +1,4 @@
-"""The learning curves of a run as a PNG, for pages that show pictures only (Prefect's artifacts).
-
-python -c "from gptcore.report.picture import draw_curves; draw_curves(Path('.gptloom/runs/RUN'), Path('curves.png'))"
-"""
+"""The learning curves of a run as a PNG, for pages that show pictures only (Prefect's artifacts)."""
 
 from __future__ import annotations
 

@@ -30,6 +30,15 @@ from gptcore.report.wording import MISSING, duration, number, short_count
 # Random logits of standard deviation s cost about s²/2 nats more than a uniform guess: 0.1 allows s = 0.45.
 UNTRAINED_TOLERANCE = 0.1
 MODEL_STEPS = (("train", "main", "solid"), ("rnn", "baseline", "dash"), ("floor", "floor", "dot"))
+COLUMNS = {  # of the comparison, in this order: a phone shows the first few
+    "model": "model",
+    "val_bpb": "bits per byte",
+    "val_loss": "val loss (nats/token)",
+    "val_ppl": "perplexity",
+    "parameters": "parameters",
+    "tok_per_sec": "training tok/s",
+    "seconds": "training (s)",
+}
 STATES = {"done": "", "failed": "failed", "off": "switched off", "absent": "not run"}
 
 
@@ -95,18 +104,12 @@ def summary(run: RunRecord) -> Markup:
     if run.done("train"):
         best = evaluation or train
         loss, peak, mfu = best.number("val_loss"), train.series("mem/peak_mib"), train.series("perf/mfu")
+        interval = intervalnumber(evaluation).replace("interval ", "")
+        nats = f"nats per token · perplexity {number(perplexity(loss), '.2f')}"
         speed, mfu_text = (training_speed(train), f"MFU {mfu.median():.1f} %, median" if len(mfu) else "median while training")
         values = [
-            (
-                "bits per byte",
-                number(best.number("val_bpb"), ".3f"),
-                intervalnumber(evaluation).replace("interval ", "") or "held-out text",
-            ),
-            (
-                "validation loss",
-                number(loss, ".3f"),
-                f"nats per token · perplexity {number(perplexity(loss), '.2f')}" if loss is not None else "",
-            ),
+            ("bits per byte", number(best.number("val_bpb"), ".3f"), interval or "held-out text"),
+            ("validation loss", number(loss, ".3f"), nats if loss is not None else ""),
             ("parameters", number(train.number("parameters"), ",.0f"), str(train.result.get("precision") or "")),
             ("tokens seen", short_count(train.number("tokens_seen")), f"{number(train.number('steps'), ',.0f')} steps"),
             ("tok/s", number(speed, ",.0f"), mfu_text),
@@ -128,18 +131,7 @@ def comparison_section(run: RunRecord) -> Markup:
     text = format_comparison(frame)
     bpb = frame["val_bpb"]
     bars = {"bits per byte": list(bpb / bpb.max())}
-    text = text[
-        ["model", "val_bpb", "val_loss", "val_ppl", "parameters", "tok_per_sec", "seconds"]
-    ]  # a phone shows the first few
-    text.columns = [
-        "model",
-        "bits per byte",
-        "val loss (nats/token)",
-        "perplexity",
-        "parameters",
-        "training tok/s",
-        "training (s)",
-    ]
+    text = text[list(COLUMNS)].rename(columns=COLUMNS)
     notes = ["Bits per byte compares models of any vocabulary; loss and perplexity only those of one. Lower is better."]
     interval, evaluation = intervalnumber(run.done("evaluate")), run.done("evaluate")
     if interval and evaluation:
@@ -165,12 +157,8 @@ def learning_section(run: RunRecord) -> Markup:
             curves.append(Curve(f"{name} val", val, role, dash))
     blocks = []
     if curves:
-        figure = line_figure(
-            curves,
-            x_title="tokens seen",
-            y_title="loss (nats per token)",
-            reference=("uniform guess, ln V", uniform) if uniform else None,
-        )
+        guess = ("uniform guess, ln V", uniform) if uniform else None
+        figure = line_figure(curves, x_title="tokens seen", y_title="loss (nats per token)", reference=guess)
         eval_tokens = run.section("train").get("eval_tokens")
         caption = "Thick: held-out text. Thin: training batches. Click a name to hide it, drag to zoom, double-click to return."
         if isinstance(eval_tokens, int) and eval_tokens > 0:
@@ -190,11 +178,9 @@ def time_section(run: RunRecord) -> Markup:
     if run.seconds:
         total = sum(run.seconds.values())
         trained = run.seconds.get("train")
-        share = (
-            f"{100 * trained / total:.0f} % of the time was training"
-            if trained is not None and total
-            else "No training in this time"
-        )
+        share = "No training in this time"
+        if trained is not None and total:
+            share = f"{100 * trained / total:.0f} % of the time was training"
         intro = f"{share}: {duration(trained or 0)} of {duration(total)} in all steps together."
         parts = time_parts(run)
         alt = "Seconds by step: " + ", ".join(f"{name} {duration(value)}" for name, value in run.seconds.items()) + "."
@@ -223,26 +209,19 @@ def check_section(run: RunRecord) -> Markup:
         step = run.steps[step_name]
         untrained, uniform = step.number("untrained_loss"), step.number("uniform_loss")
         if untrained is not None and uniform is not None:
-            passed = abs(untrained - uniform) <= UNTRAINED_TOLERANCE
-            verdict = "pass" if passed else "fail"
-            rows.append(
-                (_model_name(run, step_name), verdict, f"{untrained:.4f}", f"{uniform:.4f}", f"{untrained - uniform:+.4f}")
-            )
+            off = untrained - uniform
+            verdict = "pass" if abs(off) <= UNTRAINED_TOLERANCE else "fail"
+            rows.append((_model_name(run, step_name), verdict, f"{untrained:.4f}", f"{uniform:.4f}", f"{off:+.4f}"))
     if not rows:
         return Markup()
     frame = pd.DataFrame(rows, columns=["model", "verdict", "untrained loss", "−ln(1/V)", "difference"])
     failed = [row[0] for row in rows if row[1] == "fail"]
-    message = (
-        page.callout(
-            "Fail.",
-            f"{' and '.join(failed)}: the first guess is off by more than {UNTRAINED_TOLERANCE} nats; look at the initialisation.",
-        )
-        if failed
-        else page.callout("Pass.", f"Every model starts within {UNTRAINED_TOLERANCE} nats of a uniform guess.", "good")
-    )
-    table = page.html_table(
-        frame, f"Loss before the first step, nats per token; tolerance ±{UNTRAINED_TOLERANCE}", text_columns=["verdict"]
-    )
+    message = page.callout("Pass.", f"Every model starts within {UNTRAINED_TOLERANCE} nats of a uniform guess.", "good")
+    if failed:
+        reason = f"the first guess is off by more than {UNTRAINED_TOLERANCE} nats; look at the initialisation."
+        message = page.callout("Fail.", f"{' and '.join(failed)}: {reason}")
+    caption = f"Loss before the first step, nats per token; tolerance ±{UNTRAINED_TOLERANCE}"
+    table = page.html_table(frame, caption, text_columns=["verdict"])
     intro = "Before training, every token of the vocabulary should look equally likely. A larger loss means confident nonsense at the start."
     return page.section("Does it start from nothing?", message, table, intro=intro)
 
@@ -253,11 +232,8 @@ def samples_section(run: RunRecord) -> Markup:
     if not isinstance(samples, list) or not samples:
         return Markup()
     settings = run.section("evaluate")
-    how = [
-        f"{name.replace('_', '-')} {settings[name]}"
-        for name in ("temperature", "top_k", "seed")
-        if settings.get(name) is not None
-    ]
+    named = [name for name in ("temperature", "top_k", "seed") if settings.get(name) is not None]
+    how = [f"{name.replace('_', '-')} {settings[name]}" for name in named]
     prompt = settings.get("prompt")
     intro = f"As generated{': ' + ', '.join(how) if how else ''}. " + (
         f"Every sample starts with “{prompt}”." if prompt else "Each starts where a document starts."
@@ -271,11 +247,8 @@ def data_section(run: RunRecord) -> Markup:
     if not run.dataset:
         return Markup()
     profile = run.dataset.get("profile")
-    values: dict[str, Any] = {
-        "name": run.dataset.get("name"),
-        "corpus id": run.dataset.get("digest"),
-        "source": run.dataset.get("source"),
-    }
+    keys = {"name": "name", "corpus id": "digest", "source": "source"}
+    values = {label: run.dataset.get(key) for label, key in keys.items()}
     values |= _flat(profile) if isinstance(profile, dict) else {}
     shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in values.items() if value not in (None, "")}
     return page.section("Data", page.facts({key.replace("_", " "): value for key, value in shown.items()}))
@@ -305,24 +278,17 @@ def _small_figure(step: StepRecord, key: str, title: str, caption: str, style: s
     if values.empty:
         return Markup()
     figure = line_figure([Curve(title, values)], x_title="tokens seen", y_title="", height=220, from_zero=True)
-    span = (
-        f"from {values.iloc[0]:{style}} to {values.iloc[-1]:{style}}, between {values.min():{style}} and {values.max():{style}}"
-    )
-    return page.figure_block(
-        figure,
-        title,
-        f"{caption}; median {values.median():{style}}, n = {len(values)}",
-        alt=f"{title} over tokens seen: {span}.",
-    )
+    span = f"from {values.iloc[0]:{style}} to {values.iloc[-1]:{style}}"
+    alt = f"{title} over tokens seen: {span}, between {values.min():{style}} and {values.max():{style}}."
+    caption += f"; median {values.median():{style}}, n = {len(values)}"
+    return page.figure_block(figure, title, caption, alt=alt)
 
 
 def _position_block(run: RunRecord) -> Markup:
     losses = run.steps["evaluate"].result.get("loss_by_position")
-    if (
-        not isinstance(losses, list)
-        or len(losses) < 2
-        or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in losses)
-    ):
+    if not isinstance(losses, list) or len(losses) < 2:
+        return Markup()
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in losses):
         return Markup()
     values = pd.Series(losses, index=range(1, len(losses) + 1), dtype=float)
     figure = line_figure([Curve("loss", values)], x_title="tokens of context", y_title="loss (nats per token)", height=300)

@@ -199,7 +199,7 @@ def _steps(results: Results, rows: pd.DataFrame, draft: Draft) -> None:
         f"on the same step the two clocks differ by {100 * base_rows['profiler_gap'].mean():.1f} %."
     )
     facts = dict(base_rows.mean(numeric_only=True)) | {key: _mean_or_none(base_rows, key) for key in ("kernels", "busy_share")}
-    draft.findings += advise_step(facts, shares.to_dict())
+    draft.findings += advise_step(facts, {str(section): share for section, share in shares.items()})
     speed = paired(rows, "tok_per_sec", baseline, ratio=True)
     draft.tables |= {"steps": rows, "sections": sections, "speed": speed}
     for _, row in speed[speed["certain"]].iterrows():
