@@ -40,17 +40,13 @@ class SourceConfig(Section):
     """One source of a weighted list."""
 
     source: str = Field(min_length=1, description="File, folder, glob, address or package, as in data.source.")
-    weight: float = Field(
-        1.0, gt=0, lt=1e9, description="Share of the training batches from this source, relative to the other weights."
-    )
+    weight: float = Field(1.0, gt=0, lt=1e9)
+    """Share of the training batches from this source, relative to the other weights."""
     text_column: str | None = Field(None, description="Column of its tables that holds text; None: data.text_column.")
     title: str | None = Field(None, description="What the source is called in the manifest; None: what it says itself.")
     licence: str | None = Field(None, description="Its licence, for the manifest; None: what the source says itself.")
 
-    @field_validator("source")
-    @classmethod
-    def _no_secret(cls, value: str) -> str:
-        return refuse_secret(value)
+    _no_secret = field_validator("source")(refuse_secret)
 
 
 class DataConfig(Section):
@@ -66,91 +62,62 @@ class DataConfig(Section):
         "package:NAME==VERSION/GLOB#sha256=HEX (files of a source package, never executed), or a list of "
         "{source: …, weight: …}.",
     )
-    formats: tuple[str, ...] = Field(
-        FORMATS,
-        min_length=1,
-        description="Files of a folder, an archive or a data set that are read, by extension; an extension other than "
-        "these is read as plain text. A file or glob that is named itself is read whatever it is called.",
-    )
+    formats: tuple[str, ...] = Field(FORMATS, min_length=1)
+    """Files of a folder, an archive or a data set that are read, by extension; an extension other than these is read as plain
+    text. A file or glob that is named itself is read whatever it is called."""
     text_column: str = Field("text", min_length=1, description="Column of JSON lines, CSV and Parquet that holds text.")
-    invalid_text: Literal["strict", "replace", "skip"] = Field(
-        "strict",
-        description="A text that is not UTF-8, holds NUL, or whose file is damaged: stop with an error, replace the bad "
-        "bytes (a damaged file still stops), or leave it out and count it.",
-    )
-    unicode_form: Literal["none", "nfc", "nfkc"] = Field(
-        "none", description="Unicode normalisation. none: the text's own bytes; nfkc also folds ligatures and widths."
-    )
-    whitespace: Literal["keep", "trim", "collapse"] = Field(
-        "keep",
-        description="keep: as it is; trim: no white space at line ends, at most one blank line in a row; collapse: also "
-        "one space between words.",
-    )
-    strip_gutenberg: bool = Field(
-        True, description="Leave out Project Gutenberg's header and licence where its START and END lines stand."
-    )
+    invalid_text: Literal["strict", "replace", "skip"] = "strict"
+    """A text that is not UTF-8, holds NUL, or whose file is damaged: stop with an error, replace the bad bytes (a damaged file
+    still stops), or leave it out and count it."""
+    unicode_form: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode normalisation. none: the text's own bytes; nfkc also folds ligatures and widths."""
+    whitespace: Literal["keep", "trim", "collapse"] = "keep"
+    """keep: as it is; trim: no white space at line ends, at most one blank line in a row; collapse: also one space between
+    words."""
+    strip_gutenberg: bool = True
+    """Leave out Project Gutenberg's header and licence where its START and END lines stand."""
     min_bytes: int = Field(1, ge=1, description="Shorter documents are left out, in bytes after cleaning.")
     drop_duplicates: bool = Field(True, description="Keep only the first of several equal documents.")
-    near_duplicates: Literal["off", "follow", "drop"] = Field(
-        "off",
-        description="Records like an earlier one (MinHash): off: not looked for (it is slow, about 6 MB/s and core); follow: kept on "
-        "the earlier one's side of the split; drop: left out.",
-    )
-    near_threshold: float = Field(
-        0.8, gt=0, lt=1, description="Share of common 5-word sequences (Jaccard, 0 to 1) from which records are alike."
-    )
-    split: Literal["auto", "document", "section", "tail"] = Field(
-        "auto",
-        description="What goes to validation: whole documents by hash, sections of documents by hash, or the tail of "
-        "the corpus. auto: document from 1,000 documents on, else section; a corpus that grows keeps its rule.",
-    )
+    near_duplicates: Literal["off", "follow", "drop"] = "off"
+    """Records like an earlier one (MinHash): off: not looked for (it is slow, about 6 MB/s and core); follow: kept on the
+    earlier one's side of the split; drop: left out."""
+    near_threshold: float = Field(0.8, gt=0, lt=1)
+    """Share of common 5-word sequences (Jaccard, 0 to 1) from which records are alike."""
+    split: Literal["auto", "document", "section", "tail"] = "auto"
+    """What goes to validation: whole documents by hash, sections of documents by hash, or the tail of the corpus. auto:
+    document from 1,000 documents on, else section; a corpus that grows keeps its rule."""
     val_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of the text held out for validation (0 to 0.5).")
-    section_bytes: int = Field(
-        4096, ge=256, le=1 << 20, description="Mean size of a section for split=section, in bytes; cut at blank lines."
-    )
-    max_overlap: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="Share of the validation text's 48-byte sequences that may also stand in the training text (0 to 1); "
-        "above it the log and the manifest raise an alarm.",
-    )
-    max_document_bytes: int = Field(
-        64 << 20, ge=1 << 10, le=1 << 31, description="Largest single document, line or cell, in bytes."
-    )
+    section_bytes: int = Field(4096, ge=256, le=1 << 20)
+    """Mean size of a section for split=section, in bytes; cut at blank lines."""
+    max_overlap: float = Field(0.1, ge=0, le=1)
+    """Share of the validation text's 48-byte sequences that may also stand in the training text (0 to 1); above it the log and
+    the manifest raise an alarm."""
+    max_document_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 31)
+    """Largest single document, line or cell, in bytes."""
     max_members: int = Field(1_000_000, ge=1, description="Most files in one archive.")
     max_member_bytes: int = Field(64 << 30, ge=1, description="Largest file, or file in an archive, uncompressed, in bytes.")
     max_total_bytes: int = Field(4 << 40, ge=1, description="Most text of all sources together, in bytes.")
-    max_expansion: int = Field(
-        200, ge=2, description="Most bytes that one byte of a file may become (counted from 16 MiB on): a bomb's mark."
-    )
+    max_expansion: int = Field(200, ge=2)
+    """Most bytes that one byte of a file may become (counted from 16 MiB on): a bomb's mark."""
     max_download_bytes: int = Field(64 << 30, ge=1, description="Largest download of one source, in bytes.")
-    timeout_seconds: float = Field(
-        60.0, gt=0, le=3600, description="A server that sends nothing for so long, in seconds, has stalled."
-    )
-    processes: int = Field(
-        0, ge=0, le=1024, description="Processes that read and clean; 0: one for each core. Changes no result."
-    )
-    order: Literal["epochs", "random", "random_chunk"] = Field(
-        "epochs",
-        description="Order of training samples. epochs: every token once per epoch, in a seeded order; random: windows "
-        "from anywhere, as nanoGPT draws them; random_chunk: a batch from one random place of the file, as courses do it. "
-        "The last two are study arms.",
-    )
-    dask_address: str | None = Field(
-        None,
-        min_length=1,
-        description="Scheduler of a Dask cluster that encodes the text, e.g. tcp://10.0.0.5:8786; its workers must see "
-        "the same GPTLOOM_HOME. Empty: all cores of this machine. Changes no result.",
-    )
+    timeout_seconds: float = Field(60.0, gt=0, le=3600)
+    """A server that sends nothing for so long, in seconds, has stalled."""
+    processes: int = Field(0, ge=0, le=1024)
+    """Processes that read and clean; 0: one for each core. Changes no result."""
+    order: Literal["epochs", "random", "random_chunk"] = "epochs"
+    """Order of training samples. epochs: every token once per epoch, in a seeded order; random: windows from anywhere, as
+    nanoGPT draws them; random_chunk: a batch from one random place of the file, as courses do it. The last two are study
+    arms."""
+    dask_address: str | None = Field(None, min_length=1)
+    """Scheduler of a Dask cluster that encodes the text, e.g. tcp://10.0.0.5:8786; its workers must see the same GPTLOOM_HOME.
+    Empty: all cores of this machine. Changes no result."""
 
     @field_validator("source", mode="before")
     @classmethod
     def _plain_sources(cls, value: Any) -> Any:
         """A list may hold plain strings: each has weight 1."""
-        if isinstance(value, list | tuple):
-            return tuple({"source": item} if isinstance(item, str) else item for item in value)
-        return value
+        is_list = isinstance(value, list | tuple)
+        return tuple({"source": item} if isinstance(item, str) else item for item in value) if is_list else value
 
     @field_validator("source")
     @classmethod
@@ -179,37 +146,19 @@ class DataConfig(Section):
 class VocabConfig(Section):
     """How text becomes integers."""
 
-    kind: Literal["char", "byte", "bpe"] = Field(
-        "char",
-        description="char: one id per character of the training split; byte: one per byte; bpe: byte-level byte pairs "
-        "learnt from the training split.",
-    )
-    size: int | None = Field(
-        None,
-        ge=3,
-        le=1 << 24,
-        description="bpe: how many ids to learn (empty: 32000); char: at most so many, the commonest characters first.",
-    )
-    coverage: float = Field(
-        1.0,
-        gt=0.5,
-        le=1,
-        description="char: share of the training text whose characters get ids of their own; the rest becomes <unk>.",
-    )
-    unknown: Literal["replace", "error"] = Field(
-        "replace",
-        description="Text that the vocabulary lacks: replace it by <unk>, counted and reported, or stop with an error.",
-    )
-    sample_bytes: int = Field(
-        256 << 20,
-        ge=0,
-        description="bpe: learn from about so many bytes of the training split, whole records chosen by hash; 0: all.",
-    )
-    source: str | None = Field(
-        None,
-        min_length=1,
-        description="An existing tokenizer.json, or a directory with one, to use as it is; the other fields are unused.",
-    )
+    kind: Literal["char", "byte", "bpe"] = "char"
+    """char: one id per character of the training split; byte: one per byte; bpe: byte-level byte pairs learnt from the training
+    split."""
+    size: int | None = Field(None, ge=3, le=1 << 24)
+    """bpe: how many ids to learn (empty: 32000); char: at most so many, the commonest characters first."""
+    coverage: float = Field(1.0, gt=0.5, le=1)
+    """char: share of the training text whose characters get ids of their own; the rest becomes <unk>."""
+    unknown: Literal["replace", "error"] = "replace"
+    """Text that the vocabulary lacks: replace it by <unk>, counted and reported, or stop with an error."""
+    sample_bytes: int = Field(256 << 20, ge=0)
+    """bpe: learn from about so many bytes of the training split, whole records chosen by hash; 0: all."""
+    source: str | None = Field(None, min_length=1)
+    """An existing tokenizer.json, or a directory with one, to use as it is; the other fields are unused."""
 
     @model_validator(mode="after")
     def _size_fits_kind(self) -> VocabConfig:

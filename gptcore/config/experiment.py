@@ -14,12 +14,9 @@ from gptcore.config.train import TrainConfig
 class EvaluateConfig(Section):
     """The fixed yardstick: the whole validation split, each token once, in order."""
 
-    batch_size: int = Field(
-        64,
-        ge=1,
-        description="Sequences per forward pass; does not change the result on the whole split, but train.eval_tokens is rounded "
-        "up to whole batches.",
-    )
+    batch_size: int = Field(64, ge=1)
+    """Sequences per forward pass; does not change the result on the whole split, but train.eval_tokens is rounded up to whole
+    batches."""
     bootstrap: int = Field(1000, ge=0, description="Resamples for the 95 % interval of bits per byte; 0: no interval.")
     samples: int = Field(3, ge=0, le=100, description="Texts to sample from the trained model.")
     sample_tokens: int = Field(400, ge=1, description="Length of a sample, in tokens.")
@@ -32,11 +29,8 @@ class EvaluateConfig(Section):
 class ExperimentConfig(Section):
     """One experiment, from raw text to report."""
 
-    name: str = Field(
-        "experiment",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
-        description="Experiment name in MLflow; the YAML file's name by default.",
-    )
+    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """Experiment name in MLflow; the YAML file's name by default."""
     data: DataConfig = Field(default_factory=DataConfig)
     vocab: VocabConfig = Field(default_factory=VocabConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gptcore.config import ExperimentConfig, Section, UserError, dump_yaml, load_config, read_yaml, with_changes, with_overrides
 from gptcore.config.changing import Changes, lay_over
+from gptcore.config.reading import read_value
 from gptcore.config.switches import SHORT, STUDIES
 
 FOLDER = Path("experiments/studies")  # next to the working folder, else what comes with gptloom
@@ -50,17 +50,14 @@ class StudyConfig(Section):
     question: str = Field(min_length=10, description="What the study answers, in one sentence.")
     base: str = Field(description="Experiment file, seen from the study file.")
     changes: Changes = Field(default_factory=dict, description="Changes to the base, for all cells.")
-    grid: dict[str, list[Any]] = Field(
-        default_factory=dict, description="section.field (or options.field) → values; all combinations are measured."
-    )
-    arms: list[ArmConfig] = Field(
-        default_factory=lambda: [ArmConfig(name="base")], min_length=1, description="The things that are compared."
-    )
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """section.field (or options.field) → values; all combinations are measured."""
+    arms: list[ArmConfig] = Field(default_factory=lambda: [ArmConfig(name="base")], min_length=1)
+    """The things that are compared."""
     baseline: str = Field("", description="The arm that the others are compared with; empty: the first.")
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="One cell each; results are paired by seed.")
-    minutes: float = Field(
-        30, gt=0, description="No cell is begun later, and trainings stop at a checkpoint; the same command goes on."
-    )
+    minutes: float = Field(30, gt=0)
+    """No cell is begun later, and trainings stop at a checkpoint; the same command goes on."""
     options: dict[str, Any] = Field(default_factory=dict, description="Settings of the study, for all cells.")
 
     @field_validator("study")
@@ -140,15 +137,10 @@ def load_study(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *,
     at_smoke = tree.pop("smoke", None) or {}
     if smoke:
         tree = _laid_over(tree, at_smoke)
-    of_study = [o.removeprefix("study.") for o in overrides if o.startswith("study.")]
-    of_options = [o.removeprefix("options.") for o in overrides if o.startswith("options.")]
+    tree |= _values_of("study", overrides, "study.seeds=[1,2]")
+    if options := _values_of("options", overrides, "options.repeats=5"):
+        tree["options"] = {**(tree.get("options") or {}), **options}
     of_base = [o for o in overrides if not o.startswith(("study.", "options."))]
-    for override in of_study:
-        key, value = _pair(override, "study.seeds=[1,2]")
-        tree[key] = value
-    for override in of_options:
-        key, value = _pair(override, "options.repeats=5")
-        tree["options"] = {**(tree.get("options") or {}), key: value}
     config = _checked(tree, path)
     base = with_changes(_without_short_forms(load_config(path.parent / config.base)), f"{path}: changes", **config.changes)
     base = with_overrides(base, of_base, str(path))
@@ -238,11 +230,12 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _pair(override: str, example: str) -> tuple[str, Any]:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r}: expected a field and a value, e.g. {example}")
-    try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        return key, text
+def _values_of(section: str, overrides: list[str] | tuple[str, ...], example: str) -> dict[str, Any]:
+    """Field → value of the overrides that begin with `section.`."""
+    values = {}
+    for override in (o.removeprefix(f"{section}.") for o in overrides if o.startswith(f"{section}.")):
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override {override!r}: expected a field and a value, e.g. {example}")
+        values[key] = read_value(text)
+    return values
