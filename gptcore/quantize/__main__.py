@@ -14,7 +14,7 @@ from gptcore.checkpoint import load_checkpoint
 from gptcore.config import UserError, with_overrides
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
-from gptcore.quantize.model import METHODS, find_made, quantize_checkpoint
+from gptcore.quantize.model import METHODS, find_made, origin_id, quantize_checkpoint
 from gptcore.shards import ShardSet
 
 
@@ -41,10 +41,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = with_overrides(source.config, args.overrides, f"checkpoint {args.checkpoint}")
     device = choose_device(config.train.device, "fp32")
     what = (args.checkpoint, METHODS[args.method], args.out / "checkpoints", shards)
-    options = {"config": config if args.overrides else None, "calibration_windows": args.windows, "qat_steps": args.qat_steps}
-    find_made(*what, **options)  # refuses what cannot be, before a journal says that it failed
+    amounts = {"calibration_windows": args.windows, "qat_steps": args.qat_steps}
+    own = config if args.overrides else None
+    # Refuses what cannot be, before a journal says that it failed.
+    find_made(*what, origin_id(args.checkpoint, METHODS[args.method], shards, own, args.windows, args.qat_steps))
     with recording(args.out, args.run, args.parent) as journal:
-        made = quantize_checkpoint(*what, device=device.torch, **options)
+        made = quantize_checkpoint(*what, device=device.torch, config=own, **amounts)
         before, after = ((path / "model.safetensors").stat().st_size for path in (args.checkpoint, made))
         result = {
             "checkpoint": str(made),

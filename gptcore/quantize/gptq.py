@@ -6,6 +6,8 @@ from a calibration set, through the layers already rounded, so later layers also
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
@@ -13,44 +15,26 @@ from gptcore.models import LanguageModel
 from gptcore.quantize.rounding import group_scales, round_to_int4
 
 DAMPING = 0.01  # of the mean diagonal, added to it: directions that the calibration set never showed
+BATCH_SIZE = 16  # windows of the calibration set in one forward pass
 BLOCK = 128  # columns whose updates to the rest of the matrix are made in one product
 
 
-class InputStatistics:
-    """Sums X X^T over the inputs of linear layers while it is entered."""
-
-    def __init__(self, layers: dict[str, nn.Linear]) -> None:
-        self.layers = layers
-        self.hessian = {
-            name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-            for name, layer in layers.items()
-        }
-
-    def __enter__(self) -> InputStatistics:
-        self._handles = [
-            layer.register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
-            for name, layer in self.layers.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _add(self, name: str, x: Tensor) -> None:
-        flat = x.detach().flatten(0, -2).float()
-        self.hessian[name] += flat.T @ flat
-
-
 @torch.no_grad()
-def collect_hessians(
-    model: LanguageModel, layers: dict[str, nn.Linear], calibration: Tensor, batch_size: int = 16
-) -> dict[str, Tensor]:
+def collect_hessians(model: LanguageModel, layers: dict[str, nn.Linear], calibration: Tensor) -> dict[str, Tensor]:
     """X X^T of each layer's inputs over calibration ids (n, T). Each (in_features, in_features) float32."""
-    with InputStatistics(layers) as statistics:
-        for idx in calibration.split(batch_size):
+    hessians: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        flat = x.flatten(0, -2).float()
+        hessians[name] += flat.T @ flat
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            hessians[name] = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+            stack.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
+        for idx in calibration.split(BATCH_SIZE):
             model(idx)
-    return statistics.hessian
+    return hessians
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

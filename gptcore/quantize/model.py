@@ -15,16 +15,7 @@ from gptcore.batches import BatchSampler
 from gptcore.checkpoint import Snapshot, checkpoint_path, load_checkpoint, load_model, read_state, save_checkpoint
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.models import LanguageModel
-from gptcore.models.quantized import (
-    Float8Linear,
-    Int4Linear,
-    Int8DynamicLinear,
-    Int8Linear,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    fits_int4,
-    layout_of,
-)
+from gptcore.models.quantized import QuantizedEmbedding, QuantizedLinear, empty_layer, fits_int4, layout_of
 from gptcore.models.quantized import replace as replace_module
 from gptcore.quantize.gptq import collect_hessians, gptq_groups
 from gptcore.quantize.qat import fine_tune
@@ -143,21 +134,13 @@ def stages(model: LanguageModel) -> list[dict[str, nn.Linear]]:
 def quantized_layer(weight: Tensor, bias: Tensor | None, kind: str, method: Method, hessian: Tensor | None) -> QuantizedLinear:
     """One matrix (rows, columns), rounded."""
     rows, columns = weight.shape
-    layer: QuantizedLinear
+    size = method.group_size
+    layer = empty_layer({"kind": kind} | ({"group_size": size} if kind == "int4" else {}), columns, rows, bias)
     if kind == "int4":
-        layer = Int4Linear(columns, rows, bias, group_size=method.group_size)
-        if hessian is None:
-            q, scale = quantize_groups(weight, method.group_size)
-        else:
-            q, scale = gptq_groups(weight, hessian, method.group_size)
-        bits = pack_pairs(q)
-    elif kind == "fp8":
-        layer = Float8Linear(columns, rows, bias)
-        bits, scale = quantize_rows_fp8(weight.float())
+        q, layer.scale = quantize_groups(weight, size) if hessian is None else gptq_groups(weight, hessian, size)
+        layer.weight = pack_pairs(q)
     else:
-        layer = {"int8": Int8Linear, "int8_dynamic": Int8DynamicLinear}[kind](columns, rows, bias)
-        bits, scale = quantize_rows(weight.float())
-    layer.weight, layer.scale = bits, scale
+        layer.weight, layer.scale = (quantize_rows_fp8 if kind == "fp8" else quantize_rows)(weight.float())
     return layer
 
 
@@ -179,11 +162,9 @@ def quantize_checkpoint(
     fine-tuning miss the shards they read, and where another checkpoint is in the copy's place.
     """
     source = load_checkpoint(checkpoint, device)
-    amounts = {"calibration_windows": calibration_windows, "qat_steps": qat_steps}
-    made = find_made(checkpoint, method, out, shards, config=config, **amounts)
-    if made is not None:
+    origin = origin_id(checkpoint, method, shards, config, calibration_windows, qat_steps)
+    if (made := find_made(checkpoint, method, out, shards, origin)) is not None:
         return made
-    origin = origin_id(checkpoint, method, shards, config, **amounts)
     if method.algorithm == "qat":
         assert shards is not None
         model = fine_tune(source.model, config or source.config, shards, qat_steps, method.group_size).to(device)
@@ -200,17 +181,8 @@ def quantize_checkpoint(
     return save_checkpoint(out, Snapshot(state["step"], small.weights(), {}, state, source.config, tokenizer))
 
 
-def find_made(
-    checkpoint: Path,
-    method: Method,
-    out: Path,
-    shards: ShardSet | None = None,
-    *,
-    config: ExperimentConfig | None = None,
-    calibration_windows: int = 64,
-    qat_steps: int = 100,
-) -> Path | None:
-    """What `quantize_checkpoint` committed for the same arguments earlier. Raises UserError as that does, before any work."""
+def find_made(checkpoint: Path, method: Method, out: Path, shards: ShardSet | None, origin: str) -> Path | None:
+    """What `quantize_checkpoint` committed for the same `origin_id` earlier. Raises UserError as that does, before any work."""
     if "quantization" in read_state(checkpoint):
         raise UserError(f"checkpoint {checkpoint}: quantized already; give the trained one it was made from")
     if method.algorithm != "nearest" and shards is None:
@@ -218,7 +190,7 @@ def find_made(
     directory = checkpoint_path(out, read_manifest(checkpoint)["step"])
     if not is_committed(directory):
         return None
-    if read_state(directory).get("origin") != origin_id(checkpoint, method, shards, config, calibration_windows, qat_steps):
+    if read_state(directory).get("origin") != origin:
         raise UserError(
             f"--out: {directory} is another checkpoint, or quantized in another way; give another --out, or delete it"
         )
@@ -226,18 +198,13 @@ def find_made(
 
 
 def origin_id(
-    checkpoint: Path,
-    method: Method,
-    shards: ShardSet | None,
-    config: ExperimentConfig | None,
-    calibration_windows: int,
-    qat_steps: int,
+    checkpoint: Path, method: Method, shards: ShardSet | None, config: ExperimentConfig | None, windows: int, qat_steps: int
 ) -> str:
     """Stands for all that a quantized copy is made from; int4 by rounding and by GPTQ cannot be told apart by their layouts."""
     parts = {"source": read_manifest(checkpoint)["files"], "method": asdict(method)}
     if method.algorithm != "nearest" and shards is not None:
         parts["shards"] = shards.id
-        parts["amount"] = calibration_windows if method.algorithm == "gptq" else qat_steps
+        parts["amount"] = windows if method.algorithm == "gptq" else qat_steps
     if method.algorithm == "qat" and config is not None:
         parts["config"] = config.model_dump(mode="json")
     return content_id(parts)

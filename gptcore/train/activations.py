@@ -38,12 +38,6 @@ def saved_activations(model: nn.Module) -> Iterator[Saved]:
             saved.peak = max(saved.peak, sum(saved.kept.values()))
         return tensor
 
-    def begin(*_: object) -> None:
-        saved.kept.clear()
-
-    handle = model.register_forward_pre_hook(begin)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield saved
-    finally:
-        handle.remove()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with model.register_forward_pre_hook(lambda *_: saved.kept.clear()), hooks:
+        yield saved
