@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from gptcore.config import ModelConfig, UserError
 from gptcore.config.model import FAMILIES
@@ -14,7 +13,6 @@ from gptcore.models.build import MODELS
 from gptcore.models.cache import FixedCache
 from gptcore.models.fp8 import use_fp8
 from gptcore.models.layers import apply_rotary, attend_once, rms_norm, rotary_table
-from gptcore.models.published import TRANSPOSED, load_published
 from gptcore.studies.sizes import estimate_gpt_parameters, estimate_lstm_parameters
 
 V, T = 29, 16
@@ -204,26 +202,6 @@ def test_names_are_the_published_ones_whatever_the_preset():
         f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in block
     }
     assert set(make("modern").weights()) < names | {"lm_head.weight"}
-
-
-def test_published_weights_load_transposed_and_untouched_by_masks(tmp_path):
-    """Hugging Face's Conv1D stores inputs × outputs: square matrices would load the wrong way round without a word."""
-    model = make("gpt2")
-    published = {
-        name.removeprefix("transformer."): tensor.t() if name.endswith(TRANSPOSED) else tensor
-        for name, tensor in model.weights().items()
-    } | {"h.0.attn.bias": torch.ones(1, 1, T, T)}
-    assert published["h.0.attn.c_attn.weight"].shape == (32, 96)
-    x = torch.randn(5, 32)
-    conv1d = torch.addmm(published["h.0.attn.c_proj.bias"], x, published["h.0.attn.c_proj.weight"])
-    torch.testing.assert_close(conv1d, model.transformer.h[0].attn.c_proj(x))
-    save_file({name: tensor.contiguous() for name, tensor in published.items()}, tmp_path / "model.safetensors")
-    loaded, config = load_published(tmp_path / "model.safetensors", n_head=2)
-    assert (config.n_layer, config.n_embd, config.block_size) == (2, 32, T)
-    assert torch.equal(loaded(tokens())[0], model(tokens())[0])
-    save_file({"weight": x}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"transformer\.wte\.weight"):
-        load_published(tmp_path / "other.safetensors", n_head=2)
 
 
 @pytest.mark.parametrize("cap", [0.0, 5.0])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines of the positions, (T, hs / 2) each
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+ROTARY_BASE = 10_000.0
 
 
 class Norm(nn.Module):
@@ -47,10 +48,10 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotary_table(block_size: int, head_size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def rotary_table(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE (Su et al. 2021), each (block_size, head_size / 2)."""
-    # Frequencies from 1 to 1/base, as a clock has hands: fast ones tell neighbours apart, slow ones far places.
-    frequency = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    # Frequencies from 1 to 1 / ROTARY_BASE, as a clock has hands: fast ones tell neighbours apart, slow ones far places.
+    frequency = ROTARY_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 

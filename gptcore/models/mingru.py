@@ -110,6 +110,3 @@ class MinGRU(Recurrent):
             x, kept = block(x, old)
             new.append(kept)
         return self.ln_f(x), tuple(new)
-
-    def matmul_parameters(self) -> int:
-        return sum(p.numel() for p in self.blocks.parameters() if p.dim() > 1) + self.vocab_size * self.config.n_embd

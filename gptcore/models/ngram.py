@@ -66,36 +66,23 @@ class NGram(LanguageModel):
         for name, tensor in tensors.items():
             setattr(self, name, tensor.to(self.discounts.device))
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        src: Tensor | None = None,
-        cache: list[Tensor] | None = None,
-        reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits are log-probabilities (B, T, V); with targets they are None, so that a large vocabulary fits in memory."""
-        assert src is None, "only an encoder-decoder takes src"
-        B, T = idx.shape
-        before = cache[0] if cache else idx[:, :0]
-        text = torch.cat((before, idx), dim=1)  # (B, S)
+    def hidden(self, idx: Tensor, cache: list[Tensor] | None) -> Tensor:
+        """[…, k] is the number of the last k tokens at each position, -1 where there are not so many: (B, T, order)."""
+        text = torch.cat((cache[0], idx), dim=1) if cache else idx  # (B, S)
         if cache is not None:
             cache[:] = [text[:, text.size(1) - min(text.size(1), self.order - 1) :]]
-        # contexts[k - 2]: number of the last k - 1 tokens at each position, -1 where there are not so many
-        contexts = [self._contexts(text, k)[:, -T:].flatten() for k in range(2, self.order + 1)]
+        contexts = [self._contexts(text, k)[:, -idx.size(1) :] for k in range(1, self.order + 1)]
+        return torch.stack(contexts, dim=-1)
+
+    def read_out(self, x: Tensor, targets: Tensor | None, reduction: str) -> tuple[Tensor | None, Tensor | None]:
+        """Logits are log-probabilities (B, T, V); with targets they are None, so that a large vocabulary fits in memory."""
         rows = max(1, PIECE // self.vocab_size)
-        pieces = [
-            self._log_probabilities([c[start : start + rows] for c in contexts], min(rows, B * T - start))
-            if targets is None
-            else -self._log_probabilities([c[start : start + rows] for c in contexts], min(rows, B * T - start)).gather(
-                1, targets.flatten()[start : start + rows, None].clamp_min(0)
-            )[:, 0]
-            for start in range(0, B * T, rows)
-        ]
+        pieces = x.flatten(0, 1).split(rows)
         if targets is None:
-            return torch.cat(pieces).view(B, T, self.vocab_size), None
-        losses = torch.cat(pieces).view(B, T).masked_fill(targets < 0, 0.0)
+            return torch.cat([self._log_probabilities(piece) for piece in pieces]).view(*x.shape[:2], -1), None
+        wanted = targets.flatten()[:, None].clamp_min(0).split(rows)
+        nats = [-self._log_probabilities(piece).gather(1, ids)[:, 0] for piece, ids in zip(pieces, wanted, strict=True)]
+        losses = torch.cat(nats).view_as(targets).masked_fill(targets < 0, 0.0)
         if reduction == "none":
             return None, losses
         return None, losses.sum() / (targets >= 0).sum() if reduction == "mean" else losses.sum()
@@ -106,14 +93,15 @@ class NGram(LanguageModel):
         for back in range(k - 2, -1, -1):
             shifted = F.pad(text, (back, 0))[:, : text.size(1)]  # a text may be shorter than the context
             code = code * self.vocab_size + shifted
-        code[:, : k - 2] = -1
+        code[:, : max(0, k - 2)] = -1
         return code
 
-    def _log_probabilities(self, contexts: list[Tensor], rows: int) -> Tensor:
-        """(rows, V), from the uniform guess through ever longer contexts."""
+    def _log_probabilities(self, contexts: Tensor) -> Tensor:
+        """(rows, V) of contexts (rows, order), from the uniform guess through ever longer ones."""
+        rows = len(contexts)
         p = torch.full((rows, self.vocab_size), 1 / self.vocab_size, device=self.discounts.device)
         for k in range(1, self.order + 1):
-            context = p.new_zeros(rows, dtype=torch.int64) if k == 1 else contexts[k - 2]
+            context = contexts[:, k - 1]
             keys, counts = getattr(self, f"keys_{k}"), getattr(self, f"counts_{k}")
             # Sorted numbers instead of a hash table: what follows a context lies side by side, and one search finds it for all
             # positions at once.

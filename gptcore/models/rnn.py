@@ -73,6 +73,10 @@ class Recurrent(LanguageModel):
     def new_cache(self, batch_size: int) -> RecurrentState:
         return RecurrentState()
 
+    def matmul_parameters(self) -> int:
+        inner = (p for name, p in self.named_parameters() if not name.startswith(("wte", "lm_head")))
+        return sum(p.numel() for p in inner if p.dim() > 1) + self.vocab_size * self.config.n_embd
+
 
 class RNN(Recurrent):
     """`n_layer` recurrent layers of width `n_embd`."""
@@ -86,9 +90,6 @@ class RNN(Recurrent):
 
     def recur(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.rnn(x, state)
-
-    def matmul_parameters(self) -> int:
-        return sum(p.numel() for p in self.rnn.parameters() if p.dim() > 1) + self.vocab_size * self.config.n_embd
 
 
 class LSTM(RNN):

@@ -20,9 +20,11 @@ from gptcore.ranks import ALONE, Ranks
 # (15/8, -10/8, 3/8) go to exactly 1, but a small s grows by less than 2 a step; these have the slope 3.44 at 0, so that five
 # steps lift even s = 0.003, and leave s somewhere in about [0.7, 1.2], which training does not notice (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+MOMENTUM = 0.95
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Replace each matrix's singular values by about 1. matrices: (..., rows, columns), any leading shape; dtype: of the products."""
     a, b, c = COEFFICIENTS
     x = matrices.to(dtype)
@@ -36,7 +38,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     x = x.reshape(-1, *x.shape[-2:])
     # x ← a·x + (b·G + c·G²)·x with G = x·xᵀ, that is p of each singular value without ever finding one: with x = U·S·Vᵀ, G is
     # U·S²·Uᵀ. Three products, the sums within them: what GPUs are fastest at, and safe in 16 bits, where an SVD is neither.
-    for _ in range(steps):
+    for _ in range(STEPS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
@@ -54,7 +56,6 @@ class Muon(torch.optim.Optimizer):
         self,
         groups: list[dict[str, object]],
         lr: float,
-        momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
         ranks: Ranks = ALONE,
@@ -67,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype, self.ranks, self.rows = dtype, ranks, rows
         # As in torch's fused AdamW: where it is not 0, a step changes neither parameters nor momentum.
         self.found_inf: Tensor | None = None
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "splits": 1})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "splits": 1})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -92,10 +93,10 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         if self.found_inf is not None:  # momentum drawn towards itself stays as it is
             grads = torch.where(self.found_inf > 0, torch.stack(buffers), grads)
-        torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - group["momentum"])
+        torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - MOMENTUM)
         # Nesterov's look ahead (Sutskever et al. 2013): the gradient counts once more than in the momentum, so the step already
         # knows of the newest turn. Means, not sums, as orthogonalising forgets every factor.
-        update = grads.lerp_(torch.stack(buffers), group["momentum"])  # (n, rows or this process's, columns), Nesterov
+        update = grads.lerp_(torch.stack(buffers), MOMENTUM)  # (n, rows or this process's, columns), Nesterov
         # Query, key and value are three matrices that happen to lie in one parameter: made orthogonal together, they would have
         # to share one set of directions.
         splits = int(group["splits"])

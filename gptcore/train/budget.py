@@ -20,7 +20,7 @@ from gptcore.evaluate import evaluate_loss
 from gptcore.shards import ShardSet
 from gptcore.store import write_json
 from gptcore.train.step import train_step
-from gptcore.train.trainer import Trainer, build_trainer
+from gptcore.train.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -67,33 +67,29 @@ def choose_size(config: ExperimentConfig, shards: ShardSet, seconds: float) -> d
         tokens = measured["tok_per_sec"] * seconds
         measured |= {"tokens": int(tokens), "steps": int(tokens / measured["tokens_per_step"])}
         tried.append(measured)
-        log.info(
-            "%s: %d parameters, %.0f tok/s, %d tokens in the time",
-            "x".join(map(str, size)),
-            measured["parameters"],
-            measured["tok_per_sec"],
-            tokens,
-        )
-        if chosen is not None and tokens < TOKENS_PER_PARAMETER * measured["parameters"]:
+        parameters, rate = measured["parameters"], measured["tok_per_sec"]
+        name = "x".join(map(str, size))
+        log.info("%s: %d parameters, %.0f tok/s, %d tokens in the time", name, parameters, rate, tokens)
+        if chosen is not None and tokens < TOKENS_PER_PARAMETER * parameters:
             break
         chosen = measured
         if time.perf_counter() - start > CALIBRATION_SHARE * seconds:
             break
     if chosen is None:
-        raise UserError(
-            f"the text has {min(shards.n_tokens.values())} tokens on one side of its split, too few for the smallest model; give more"
-        )
+        fewest = min(shards.n_tokens.values())
+        raise UserError(f"the text has {fewest} tokens on one side of its split, too few for the smallest model; give more")
     return {**chosen, "tried": [{k: v for k, v in t.items() if k != "changes"} for t in tried]}
 
 
 def measure_size(config: ExperimentConfig, shards: ShardSet, size: tuple[int, int, int, int]) -> dict[str, Any]:
     """Speed of a few real steps, and of the evaluation, at one size."""
     n_layer, n_head, n_embd, block_size = size
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "model": {"family": "gpt", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size},
         "train": {"global_batch_size": 16 if n_embd < 256 else 32, "micro_batch_size": "auto"},
     }
-    trainer = _build(config, changes, shards)
+    no_end = {"minutes": None, "max_tokens": None, "max_steps": 1_000_000, "init_from": None}
+    trainer = build_trainer(with_changes(config, model=changes["model"], train=changes["train"] | no_end), shards)
     train_step(trainer)
     trainer.device.synchronize()
     start = time.perf_counter()
@@ -112,11 +108,6 @@ def measure_size(config: ExperimentConfig, shards: ShardSet, size: tuple[int, in
         "tok_per_sec": trainer.tokens_per_step / seconds,
         "eval_seconds": shards.n_tokens["val"] / eval_rate,
     }
-
-
-def _build(config: ExperimentConfig, changes: dict[str, Any], shards: ShardSet) -> Trainer:
-    never = {"minutes": None, "max_tokens": None, "max_steps": 1_000_000, "init_from": None}
-    return build_trainer(with_changes(config, **{**changes, "train": {**changes["train"], **never}}), shards)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,8 @@ def spread(model: LanguageModel, device: Device, ranks: Ranks) -> None:
             "train.parallel=fsdp: does not go with train.precision=fp8; use train.precision=bf16, or train.parallel=ddp"
         )
     mesh = init_device_mesh(device.torch.type, (ranks.count,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if device.precision == "bf16" else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    short = torch.bfloat16 if device.precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=short, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # tables, head and last norm: used at both ends of a pass

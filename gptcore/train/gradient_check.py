@@ -78,10 +78,7 @@ def write_gradient_check(trainer: Trainer, out: Path) -> dict[str, Any] | None:
     if not found["passed"]:
         log.warning(
             "micro-steps do not add up: the gradient of %d sequences in two micro-steps is off by %.1e, more than %.0e in %s",
-            found["sequences"],
-            found["error"],
-            found["limit"],
-            found["precision"],
+            *(found[key] for key in ("sequences", "error", "limit", "precision")),
         )
     return found
 

@@ -19,7 +19,7 @@ from gptcore.evaluate import Evaluation, evaluate_loss
 from gptcore.journal import Journal
 from gptcore.train.distribute import put_away, uncompiled
 from gptcore.train.report import Reporter, check_finite
-from gptcore.train.saving import averaged, checkpoints_of, save
+from gptcore.train.saving import Memory, averaged, checkpoints_of, save
 from gptcore.train.step import train_step
 from gptcore.train.trainer import Trainer
 from gptcore.train.writer import CheckpointWriter, Written
@@ -44,9 +44,7 @@ class Best:
         return is_better
 
 
-def train_loop(
-    trainer: Trainer, journal: Journal, out: Path, stop: StopFlag, memory: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def train_loop(trainer: Trainer, journal: Journal, out: Path, stop: StopFlag, memory: Memory | None = None) -> dict[str, Any]:
     """Until max_steps, max_tokens, minutes or patience end the run; its result as JSON-able numbers.
 
     memory: what `resume` returned. Raises Stopped once `stop` is set: after the step under way, with a checkpoint on disk.
@@ -56,11 +54,8 @@ def train_loop(
 
     def tell(written: Written) -> None:
         log.info("step %d saved: %.1f ms of standstill, %.0f ms to write", *astuple(written))
-        journal.metrics(
-            {"perf/save_stall_ms": written.stall_ms, "perf/save_ms": written.write_ms},
-            tokens_seen=written.step * trainer.tokens_per_step,
-            step=written.step,
-        )
+        took = {"perf/save_stall_ms": written.stall_ms, "perf/save_ms": written.write_ms}
+        journal.metrics(took, tokens_seen=written.step * trainer.tokens_per_step, step=written.step)
 
     # Writing takes seconds, copying milliseconds: so a thread writes, and the training goes on.
     writer = CheckpointWriter(checkpoints_of(out), train.keep_checkpoints, train.keep_interval, tell)
@@ -103,9 +98,7 @@ def train_loop(
 class _Loop:
     """The steps of a run and what is due between them."""
 
-    def __init__(
-        self, trainer: Trainer, journal: Journal, writer: CheckpointWriter, stop: StopFlag, memory: dict[str, Any]
-    ) -> None:
+    def __init__(self, trainer: Trainer, journal: Journal, writer: CheckpointWriter, stop: StopFlag, memory: Memory) -> None:
         self.trainer, self.journal, self.writer, self.stop = trainer, journal, writer, stop
         self.train = trainer.config.train
         self.best = Best(**memory["best"]) if memory else Best()
@@ -201,17 +194,11 @@ def evaluate(trainer: Trainer, journal: Journal, max_tokens: int, stop: StopFlag
 
     Raises Stopped in the middle once `stop` is set; not with several processes, which would wait for each other.
     """
-    is_interruptible = trainer.ranks.count == 1
-    with (
-        trainer.clock.phase("evaluate"),
-        averaged(trainer),
-        # Other shapes than a step's would be compiled for a single use.
-        uncompiled(trainer.model),
-        stop.interrupting() if is_interruptible else nullcontext(),
-    ):
-        evaluation = evaluate_loss(
-            trainer.model, trainer.shards, trainer.device, trainer.config.evaluate.batch_size, max_tokens, ranks=trainer.ranks
-        )
+    interrupting = stop.interrupting() if trainer.ranks.count == 1 else nullcontext()
+    batch_size = trainer.config.evaluate.batch_size
+    # Uncompiled: other shapes than a step's would be compiled for a single use.
+    with trainer.clock.phase("evaluate"), averaged(trainer), uncompiled(trainer.model), interrupting:
+        evaluation = evaluate_loss(trainer.model, trainer.shards, trainer.device, batch_size, max_tokens, ranks=trainer.ranks)
         put_away(trainer.model)
     if trainer.ranks.is_first:
         journal.metrics(evaluation.metrics(), tokens_seen=trainer.tokens_seen, step=trainer.step)

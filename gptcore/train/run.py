@@ -71,24 +71,13 @@ def run_training(
             (out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         memory = resume(trainer, out)
         journal.tags(device.tags())
-        facts = {
-            "parameters": trainer.model.count_parameters(),
-            "device": device.name,
-            "precision": device.precision,
-            "shards": shards.id,
-            "ranks": ranks.count,
-        }
-        journal.params(flatten(config) | facts)
-        log.info(
-            "%s (%s) on %s in %s%s; %s tokens a step, %d micro-step(s)",
-            config.model.family,
-            config.model.preset if config.model.family == "gpt" else config.train.optimizer,
-            device.name,
-            device.precision,
-            f", {ranks.count} processes" if ranks.count > 1 else "",
-            f"{trainer.tokens_per_step:,}",
-            trainer.local_batch_size // trainer.micro_batch_size,
-        )
+        facts = {"device": device.name, "precision": device.precision, "shards": shards.id, "ranks": ranks.count}
+        journal.params(flatten(config) | {"parameters": trainer.model.count_parameters()} | facts)
+        recipe = config.model.preset if config.model.family == "gpt" else config.train.optimizer
+        processes = f", {ranks.count} processes" if ranks.count > 1 else ""
+        what = f"{config.model.family} ({recipe}) on {device.name} in {device.precision}{processes}"
+        micro_steps = trainer.local_batch_size // trainer.micro_batch_size
+        log.info("%s; %s tokens a step, %d micro-step(s)", what, f"{trainer.tokens_per_step:,}", micro_steps)
         log.info("%s", preflight(trainer).line(device.name))
         check = write_gradient_check(trainer, out)
         if check:

@@ -41,15 +41,17 @@ LOSS_SCALE, LOSS_SCALE_GROWTH = "loss_scale", "loss_scale_growth"
 LOSSES = "losses"  # of the steps since the last report: the next one is the mean over all of its steps
 
 
+Memory = dict[str, Any]  # the loop's, JSON-able but for `losses`, a list of scalars
+
+
 def checkpoints_of(out: Path) -> Path:
     return out / "checkpoints"
 
 
-def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], best_step: int | None) -> None:
+def save(trainer: Trainer, writer: CheckpointWriter, memory: Memory, best_step: int | None) -> None:
     """Have a checkpoint of this step written; its model is the moving average where there is one. All processes call it.
 
-    memory: the loop's, JSON-able but for `losses`, a list of scalars; `resume` hands it back. best_step: the step whose checkpoint
-    must stay, too.
+    memory: `resume` hands it back. best_step: the step whose checkpoint must stay, too.
     """
     began = time.perf_counter()
     seconds = trainer.elapsed_seconds()
@@ -73,10 +75,8 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
         if losses is not None:
             tensors[LOSSES] = losses
         # Moments of the optimizer belong to exactly these weights, so all is copied between the same two steps.
-        copies, wait_for_copies = copy_to_host(
-            {f"m/{name}": tensor for name, tensor in model.items()} | {f"o/{n}": t for n, t in tensors.items()},
-            is_kept=trainer.ranks.is_first,
-        )
+        # No name is in both: those of parameters have no slash.
+        copies, wait_for_copies = copy_to_host(model | tensors, is_kept=trainer.ranks.is_first)
         if not trainer.ranks.is_first:
             return
         # The rest of the run follows from the config and the step: order of samples and schedule are functions of it. Not so
@@ -95,8 +95,8 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
         }
         snapshot = Snapshot(
             trainer.step,
-            {name[2:]: tensor for name, tensor in copies.items() if name.startswith("m/")},
-            {name[2:]: tensor for name, tensor in copies.items() if name.startswith("o/")},
+            {name: copies[name] for name in model},
+            {name: copies[name] for name in tensors},
             state,
             trainer.config,
             trainer.shards.directory / "tokenizer.json",
@@ -104,7 +104,7 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: dict[str, Any], bes
         writer.submit(snapshot, wait_for_copies, began)
 
 
-def resume(trainer: Trainer, out: Path) -> dict[str, Any]:
+def resume(trainer: Trainer, out: Path) -> Memory:
     """Continue from the newest whole checkpoint of this run, if there is one; the loop's memory in it, else {}.
 
     Works with another number of processes, spread or not, and another micro-batch than before. Tensors are read one by one into their places.

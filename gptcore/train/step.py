@@ -13,7 +13,7 @@ from gptcore.optim import lr_factor
 from gptcore.ranks import ALONE, Ranks
 from gptcore.train.distribute import exchanging
 from gptcore.train.feed import to_device
-from gptcore.train.graph import WARMUP_STEPS, GraphedStep
+from gptcore.train.graph import GraphedStep
 from gptcore.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -27,22 +27,15 @@ def train_step(trainer: Trainer) -> tuple[Tensor, Tensor, float]:
     DeviceMemoryError when one sequence does not fit.
     """
     train = trainer.config.train
-    factor = lr_factor(
-        train.schedule, trainer.step, trainer.progress(), train.warmup_steps, train.decay_fraction, train.min_lr / train.lr
-    )
+    fall = train.warmup_steps, train.decay_fraction, train.min_lr / train.lr
+    factor = lr_factor(train.schedule, trainer.step, trainer.progress(), *fall)
     # A function of the step, or of the clock, without a scheduler's own count: a resumed run is at the right place by itself.
     trainer.optimizers.set_lr_factor(factor)
     # Read outside of what may be recorded: a CUDA graph cannot go to the shards.
     x, y = next_batch(trainer)
-    if not trainer.use_graph:
-        loss, norm = update(trainer, x, y)
-    else:
-        if trainer.graph is None:
-            trainer.graph = GraphedStep(trainer.device.torch)
-        if trainer.graph.steps < WARMUP_STEPS:
-            loss, norm = trainer.graph.warm_up(lambda: update(trainer, x, y))
-        else:
-            loss, norm = trainer.graph.run(lambda x, y: update(trainer, x, y), x, y)
+    if trainer.use_graph and trainer.graph is None:
+        trainer.graph = GraphedStep(trainer.device.torch, lambda x, y: update(trainer, x, y))
+    loss, norm = update(trainer, x, y) if trainer.graph is None else trainer.graph(x, y)
     trainer.step += 1
     return loss, norm, factor
 
@@ -110,11 +103,8 @@ def gradients_that_fit(trainer: Trainer, x: Tensor, y: Tensor) -> Tensor:
             # The gradients of the micro-batches that did fit would be counted twice.
             trainer.optimizers.zero_grad()
             trainer.micro_batch_size = smaller_micro_batch(trainer.micro_batch_size, error, trainer.ranks)
-            log.warning(
-                "out of device memory: train.micro_batch_size is now %d, a step stays %s tokens",
-                trainer.micro_batch_size,
-                f"{trainer.tokens_per_step:,}",
-            )
+            now, tokens = trainer.micro_batch_size, f"{trainer.tokens_per_step:,}"
+            log.warning("out of device memory: train.micro_batch_size is now %d, a step stays %s tokens", now, tokens)
         # Outside of the `except`: there the error still holds what the failed pass had made.
         torch.cuda.empty_cache()
 
