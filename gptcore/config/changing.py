@@ -107,9 +107,8 @@ def _read_overrides(overrides: list[str] | tuple[str, ...]) -> tuple[dict[str, s
 
 def _read_override(section: str, field: str, text: str) -> Any:
     value, types = read_value(text), _types(section, field)
-    if (
-        str in types
-    ):  # a source or a prompt is text even where YAML would read a number or a date in it; a list of sources is none
+    # A source or a prompt is text even where YAML would read a number or a date in it; a list of sources is none.
+    if str in types:
         return value if isinstance(value, list) and types - {str, type(None)} else text
     if not text:
         raise UserError(f"override '{section}.{field}=': empty; give a value, or {section}.{field}=null for none")

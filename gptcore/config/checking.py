@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from gptcore.config.data import SourceConfig, hide_password
 from gptcore.config.experiment import ExperimentConfig
@@ -50,14 +50,8 @@ def _short(value: Any) -> str:
 def _known_keys(loc: list[Any]) -> str:
     import difflib
 
-    section = ExperimentConfig.model_fields.get(str(loc[0]))
-    nested = section.annotation if len(loc) > 1 and section is not None else None
-    if loc[:2] == ["data", "source"]:
-        nested = SourceConfig
-    known = (
-        list(nested.model_fields)
-        if isinstance(nested, type) and issubclass(nested, BaseModel)
-        else list(ExperimentConfig.model_fields)
-    )
+    section = getattr(ExperimentConfig.model_fields.get(str(loc[0])), "annotation", None) if len(loc) > 1 else ExperimentConfig
+    found = SourceConfig if loc[:2] == ["data", "source"] else section
+    known = list(getattr(found, "model_fields", ExperimentConfig.model_fields))
     close = difflib.get_close_matches(str(loc[-1]), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"

@@ -23,17 +23,14 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+BOOL, FLOAT, TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp"))
 _YamlLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-    ]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (BOOL, FLOAT, TIMESTAMP)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_YamlLoader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    FLOAT,
     re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
     list("-+0123456789."),
 )
@@ -68,9 +65,8 @@ def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     """`{"train.lr": 0.02, …}`: the tree as MLflow parameters."""
     flat: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json").items():
-        flat.update(
-            {f"{prefix}{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
+        inner = {f".{k}": v for k, v in value.items()} if isinstance(value, dict) else {"": value}
+        flat |= {f"{prefix}{key}{k}": v for k, v in inner.items()}
     return flat
 
 

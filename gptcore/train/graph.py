@@ -22,17 +22,17 @@ Losses = tuple[Tensor, Tensor]
 class GraphedStep:
     """Three steps of warm-up, then a recording of `step(x, y)`, then replays."""
 
-    def __init__(self, device: torch.device, step: Callable[[Tensor, Tensor], Losses]) -> None:
-        self._step, self._warm_steps = step, 0
+    def __init__(self, device: torch.device) -> None:
+        self.steps = 0  # of warm-up
         self._stream = torch.cuda.current_stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, x: Tensor, y: Tensor) -> Losses:
-        """A step on this batch: as usual, or as a replay; before the first one it is recorded."""
-        if self._graph is None and self._warm_steps < WARMUP_STEPS:
-            return self._warm_up(x, y)
+    def run(self, step: Callable[[Tensor, Tensor], Losses], x: Tensor, y: Tensor) -> Losses:
+        """`step` on this batch: as usual, or as a replay; before the first one it is recorded."""
+        if self._graph is None and self.steps < WARMUP_STEPS:
+            return self._warm_up(step, x, y)
         if self._graph is None:
-            self._record(x, y)
+            self._record(step, x, y)
         self._x.copy_(x, non_blocking=True)
         self._y.copy_(y, non_blocking=True)
         assert self._graph is not None
@@ -40,20 +40,20 @@ class GraphedStep:
         loss, norm = self._losses
         return loss.clone(), norm.clone()  # the next replay writes into the same place
 
-    def _warm_up(self, x: Tensor, y: Tensor) -> Losses:
+    def _warm_up(self, step: Callable[[Tensor, Tensor], Losses], x: Tensor, y: Tensor) -> Losses:
         """A step as usual, on the stream of the capture."""
-        self._warm_steps += 1
+        self.steps += 1
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            losses = self._step(x, y)
+            losses = step(x, y)
         torch.cuda.current_stream().wait_stream(self._stream)
         return losses
 
-    def _record(self, x: Tensor, y: Tensor) -> None:
+    def _record(self, step: Callable[[Tensor, Tensor], Losses], x: Tensor, y: Tensor) -> None:
         self._x, self._y = x.clone(), y.clone()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
-            self._losses = self._step(self._x, self._y)
+            self._losses = step(self._x, self._y)
         self._graph = graph
-        log.info("from step %d on, a step is one CUDA graph", self._warm_steps)
+        log.info("from step %d on, a step is one CUDA graph", self.steps)

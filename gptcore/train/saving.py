@@ -40,7 +40,6 @@ TRAINING_WEIGHTS = "weights/"  # where the model file holds the moving average
 LOSS_SCALE, LOSS_SCALE_GROWTH = "loss_scale", "loss_scale_growth"
 LOSSES = "losses"  # of the steps since the last report: the next one is the mean over all of its steps
 
-
 Memory = dict[str, Any]  # the loop's, JSON-able but for `losses`, a list of scalars
 
 
@@ -75,7 +74,7 @@ def save(trainer: Trainer, writer: CheckpointWriter, memory: Memory, best_step: 
         if losses is not None:
             tensors[LOSSES] = losses
         # Moments of the optimizer belong to exactly these weights, so all is copied between the same two steps.
-        # No name is in both: those of parameters have no slash.
+        # No name is in both: the optimizer's have a slash, or are the words above.
         copies, wait_for_copies = copy_to_host(model | tensors, is_kept=trainer.ranks.is_first)
         if not trainer.ranks.is_first:
             return

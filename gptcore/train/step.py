@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,8 +35,9 @@ def train_step(trainer: Trainer) -> tuple[Tensor, Tensor, float]:
     # Read outside of what may be recorded: a CUDA graph cannot go to the shards.
     x, y = next_batch(trainer)
     if trainer.use_graph and trainer.graph is None:
-        trainer.graph = GraphedStep(trainer.device.torch, lambda x, y: update(trainer, x, y))
-    loss, norm = update(trainer, x, y) if trainer.graph is None else trainer.graph(x, y)
+        trainer.graph = GraphedStep(trainer.device.torch)
+    step = partial(update, trainer)
+    loss, norm = step(x, y) if trainer.graph is None else trainer.graph.run(step, x, y)
     trainer.step += 1
     return loss, norm, factor
 
