@@ -88,8 +88,7 @@ def _form_field(where: str) -> tuple[Any, Any]:
     for bound in field.metadata:
         kind = Annotated[kind, bound]
     extra = NO_LOGIN if where == "data.source" else None
-    description = f"{where}: {' '.join((field.description or '').split())}"
-    shown = Field(None, title=field.title, description=description, json_schema_extra=extra)
+    shown = Field(None, title=field.title, description=f"{where}: {field.description}", json_schema_extra=extra)
     return kind | (None if kind is bool else Unset), shown
 
 
