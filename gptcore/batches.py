@@ -4,9 +4,6 @@ So a resume needs one number, and the order is the same for any number of ranks 
 the samples it is told. An epoch covers a source's tokens, read as a circle from an offset of its own, with windows of
 `block_size` in an order of its own: every token is a target once per epoch, but for fewer than `block_size` of them.
 
-    sampler = build_sampler(shards, config)            # what the trainer reads from
-    x, y = sampler.batch(start, count)                 # samples start … start + count - 1, int64 (count, T) each
-
 Samplers: `BatchSampler` (one source), `MixtureSampler` (several, interleaved by weight), `ChunkSampler` (the course's
 random chunks, a study arm); around any of them `Prefetcher` (a thread ahead of the trainer) or `DeviceTokens` (all ids on the device).
 """
@@ -45,24 +42,18 @@ def build_sampler(shards: ShardSet, config: ExperimentConfig) -> Prefetcher:
     Raises UserError if the training split, or one of its weighted sources, does not hold one window.
     """
     block_size, seed = config.model.block_size, config.train.seed
-    sampler: Sampler
     if config.data.order != "epochs":
         tokens = shards.tokens("train")
         rows = len(tokens) if config.data.order == "random" else config.train.global_batch_size
-        sampler = ChunkSampler(tokens, block_size, seed, rows)
-    else:
-        sources = shards.sources()
-        if len(sources) == 1:
-            sampler = BatchSampler(sources[0].tokens, block_size, seed)
-        else:
-            samplers = [
-                BatchSampler(source.tokens, block_size, seed, stream, source.name) for stream, source in enumerate(sources)
-            ]
-            sampler = MixtureSampler(samplers, [source.weight for source in sources], seed)
-    return Prefetcher(sampler)
+        return Prefetcher(ChunkSampler(tokens, block_size, seed, rows))
+    sources = shards.sources()
+    if len(sources) == 1:
+        return Prefetcher(BatchSampler(sources[0].tokens, block_size, seed))
+    samplers = [BatchSampler(source.tokens, block_size, seed, stream, source.name) for stream, source in enumerate(sources)]
+    return Prefetcher(MixtureSampler(samplers, [source.weight for source in sources], seed))
 
 
-class BatchSampler:
+class BatchSampler(Sampler):
     """Training windows over the (n,) ids of one source.
 
     `stream` tells the sources of a mixture apart: each has orders of its own. Raises UserError if the ids do not hold one
@@ -79,7 +70,6 @@ class BatchSampler:
         self._order = np.empty(0, dtype=np.int64)
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
         return _shifted(self.windows(np.arange(start, start + count)))
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
@@ -125,7 +115,7 @@ class BatchSampler:
         self._epoch = epoch
 
 
-class MixtureSampler:
+class MixtureSampler(Sampler):
     """Several sources, each with epochs of its own, interleaved so that every CYCLE samples keep the weights.
 
     The cycle is shuffled anew each time round; sample i of the mixture is sample j of one source, and j needs no memory.
@@ -144,7 +134,6 @@ class MixtureSampler:
         self._rank = np.empty(0, dtype=np.int64)  # (CYCLE,) how often that source came before, in this cycle
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
         sources, numbers = self.draw(start, count)
         rows = np.empty((count, self.block_size + 1), dtype=np.int64)
         for source in np.unique(sources):
@@ -177,7 +166,7 @@ class MixtureSampler:
         self._cycle = cycle
 
 
-class ChunkSampler:
+class ChunkSampler(Sampler):
     """Study arm, not for results: how courses read OpenWebText. A batch comes from one random chunk of the mapped file.
 
     A chunk holds `rows` windows; a batch of `rows` samples starts anywhere in it, so its windows overlap and some tokens are
@@ -195,7 +184,6 @@ class ChunkSampler:
         self._windows = _Windows(tokens, block_size + 1)
 
     def batch(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
         return _shifted(self._windows.gather(self.starts(start, count)))
 
     def starts(self, start: int, count: int) -> np.ndarray:
@@ -206,7 +194,7 @@ class ChunkSampler:
         return (chunks + inside).astype(np.int64)
 
 
-class Prefetcher:
+class Prefetcher(Sampler):
     """Any sampler, read ahead of the trainer by a thread: while a batch is learnt from, the next ones are copied.
 
     Requests are guessed to go on as they do; another request is simply served. At most `depth` batches wait.
@@ -219,7 +207,6 @@ class Prefetcher:
         self._ahead: deque[tuple[tuple[int, int], Future[tuple[Any, Any]]]] = deque()
 
     def batch(self, start: int, count: int) -> tuple[Any, Any]:
-        """Samples `start` … `start + count - 1` as (x, y), int64 (count, T) each; y is x shifted by one token."""
         # A guess, never an answer of its own: what was not asked for is thrown away, so order and content are the sampler's in
         # any case.
         if not self._ahead or self._ahead[0][0] != (start, count):

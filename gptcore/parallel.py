@@ -1,9 +1,5 @@
 """Chunks of work on all cores: a process per chunk, results in order, memory for a few chunks, a progress bar on stderr.
 
-    with progress_bar("encoding", total_bytes) as progress:
-        for result in map_processes(encode_chunk, jobs):
-            progress.update(n_bytes)
-
 A `ChunkMap` runs one function over jobs wherever it likes; `map_processes` is this machine's, `gptloom.tasks.data` has one for a
 Dask cluster. What a job is never depends on who runs it, so neither do the results.
 """

@@ -136,23 +136,18 @@ def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
             f"{directory}: not a committed directory (no {MARKER} in it); correct the path, or, if that is a checkpoint, corpus, "
             "vocabulary or shard set that was cut short, delete it and run again to remake it"
         )
+    remake = f"delete {directory} and run again to remake it"
     try:
         manifest = read_json(directory / MANIFEST)
         files = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(
-            f"{directory / MANIFEST}: missing or damaged; delete {directory} and run again to remake it"
-        ) from None
+        raise DamagedError(f"{directory / MANIFEST}: missing or damaged; {remake}") from None
     for name, (size, sha256) in files.items():
         path = inside(directory, name)
         if not path.is_file() or path.stat().st_size != size:
-            raise DamagedError(
-                f"{path}: missing or of another size than its manifest says; delete {directory} and run again to remake it"
-            )
+            raise DamagedError(f"{path}: missing or of another size than its manifest says; {remake}")
         if verify and hash_file(path) != sha256:
-            raise DamagedError(
-                f"{path}: content differs from its manifest (sha256); delete {directory} and run again to remake it"
-            )
+            raise DamagedError(f"{path}: content differs from its manifest (sha256); {remake}")
     return manifest
 
 

@@ -25,13 +25,14 @@ from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.corpus import package_index
 from gptcore.corpus.families import NO_DIGESTS, Family, Note
 from gptcore.corpus.ingest import Base, Pass
-from gptcore.corpus.pool import count_processes, read_units
+from gptcore.corpus.pool import read_units
 from gptcore.corpus.preflight import estimate_files, refuse_impossible
 from gptcore.corpus.records import Batch, CleanText, batch_texts, read_texts
 from gptcore.corpus.sections import SplitPlan, is_balanced, plan_hash_split, plan_tail_split
 from gptcore.corpus.segments import FORMAT, SPLITS, add_up, corpus_dir_of, overlap_of
 from gptcore.corpus.sources import SourceFile, list_files, plan_units, sign
 from gptcore.leftovers import hold, sweep
+from gptcore.parallel import count_cores
 from gptcore.store import commit_dir, is_committed, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Build:
 
     def unchanged(self) -> Path | None:
         """The newest corpus, if every file is untouched since and none is gone. Opens no file of the source."""
-        if self.newest is None or self.ledger is None or len(self.ledger.notes) != len(self.files):
+        if self.newest is None or self.ledger is None or len(self.ledger) != len(self.files):
             return None
         if any(self.ledger.note_on(file) is None for file in self.files):
             return None
@@ -196,7 +197,7 @@ class Build:
                 self._log_left_out(counts)
                 distinct = len({hashlib.sha256(text.utf8).digest() for text in texts})
                 return lambda plan: batch_texts(texts, counts, self.data, plan, size), distinct
-        processes = count_processes(self.data)
+        processes = self.data.processes or count_cores()
         return lambda plan: read_units(plan_units(files, self.data), self.data, plan, processes), None
 
     def _log_left_out(self, counts: dict[int, Counter[str]]) -> None:
@@ -275,20 +276,15 @@ class Build:
             for number, source in enumerate(self.data.sources)
         ]
         total: Counter[str] = sum(rules, Counter())
-        return {
-            "kind": "corpus",
-            "id": name,
-            "format": FORMAT,
-            "segments": [part["id"] for part in parts],
+        manifest = {"kind": "corpus", "id": name, "format": FORMAT, "segments": [part["id"] for part in parts]}
+        manifest |= {
             "source": self.data.source_name,
             **counts,
-            "duplicates": sum(read) - counts["documents"],
-            "skipped": sum(total[rule] for rule in LEFT_OUT),
-            "rules": dict(sorted(total.items())),
-            **plan.as_json(),
-            "section_bytes": self.data.section_bytes,
             "sources": sources,
+            "duplicates": sum(read) - counts["documents"],
         }
+        manifest |= {"skipped": sum(total[rule] for rule in LEFT_OUT), "rules": dict(sorted(total.items()))}
+        return manifest | plan.as_json() | {"section_bytes": self.data.section_bytes}
 
     def _nothing(self, done: Pass) -> UserError:
         skipped = sum(count for rules in done.notes.rules.values() for rule, count in rules.items() if rule in LEFT_OUT)
@@ -391,5 +387,7 @@ def _add_overlap(build: Build, manifest: dict[str, Any]) -> None:
         logger.warning(
             "corpus %s: %.1f %% of the validation text's 48-byte sequences stand in the training text, more than "
             "data.max_overlap=%g; its loss will look better than on new text",
-            *(manifest["id"], 100 * overlap, limit),
+            manifest["id"],
+            100 * overlap,
+            limit,
         )

@@ -34,6 +34,8 @@ FREE_BYTES = 16 << 20  # any file may become this much: small texts of one repea
 XZ_MEMORY = 512 << 20  # what an .xz file may ask for; xz -9 asks for 65 MiB
 TAR_MAGIC = (257, b"ustar")
 BLOCK = 1 << 20
+Count = Callable[[str], None]  # is told of the rule by which a member is left out
+Size = Callable[[], int]  # the compressed bytes that were read so far
 
 
 class UndecodableError(Exception):
@@ -107,7 +109,7 @@ class Member:
 class Counted(io.RawIOBase):
     """A decompressed stream that counts what comes out, and refuses what no text would become."""
 
-    def __init__(self, inner: BinaryIO, bytes_in: Callable[[], int], name: str, data: DataConfig) -> None:
+    def __init__(self, inner: BinaryIO, bytes_in: Size, name: str, data: DataConfig) -> None:
         self.inner, self.bytes_in, self.name, self.data = inner, bytes_in, name, data
         self.count = 0
 
@@ -136,7 +138,7 @@ def check_expansion(bytes_out: int, bytes_in: int, name: str, data: DataConfig) 
         )
 
 
-def open_members(name: str, raw: BinaryIO, data: DataConfig, count: Callable[[str], None]) -> Iterator[Member]:
+def open_members(name: str, raw: BinaryIO, data: DataConfig, count: Count) -> Iterator[Member]:
     """All readable files in one file on disk, in their order there; the file itself when it is no archive.
 
     `count(rule)` is told of members that are left out: "unsafe" (links, devices, paths that lead out), "unwanted".
@@ -145,9 +147,7 @@ def open_members(name: str, raw: BinaryIO, data: DataConfig, count: Callable[[st
     yield from _open(name, raw, Kind.of(name), data, count, raw.tell, depth=0)
 
 
-def _open(
-    name: str, raw: BinaryIO, kind: Kind, data: DataConfig, count: Callable[[str], None], size: Callable[[], int], depth: int
-) -> Iterator[Member]:
+def _open(name: str, raw: BinaryIO, kind: Kind, data: DataConfig, count: Count, size: Size, depth: int) -> Iterator[Member]:
     if depth > MAX_DEPTH:
         raise UserError(f"{name}: archives nested more than {MAX_DEPTH} deep; unpack the outer ones")
     if len(kind.compressions) > MAX_DEPTH:
@@ -197,9 +197,7 @@ def walk_tar(stream: BinaryIO, mode: str) -> Iterator[tuple[tarfile.TarInfo, Bin
             yield member, tar.extractfile(member) if is_plain else None
 
 
-def _tar_members(
-    name: str, stream: BinaryIO, data: DataConfig, count: Callable[[str], None], size: Callable[[], int], depth: int
-) -> Iterator[Member]:
+def _tar_members(name: str, stream: BinaryIO, data: DataConfig, count: Count, size: Size, depth: int) -> Iterator[Member]:
     for number, (member, file) in enumerate(walk_tar(stream, "r|")):
         _check_count(name, number + 1, data)
         kind = Kind.of(member.name)
@@ -212,7 +210,7 @@ def _tar_members(
             yield from _open(f"{name}/{member.name}", file, kind, data, count, size, depth + 1)
 
 
-def _zip_members(name: str, file: BinaryIO, data: DataConfig, count: Callable[[str], None], depth: int) -> Iterator[Member]:
+def _zip_members(name: str, file: BinaryIO, data: DataConfig, count: Count, depth: int) -> Iterator[Member]:
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         _check_count(name, len(infos), data)

@@ -21,10 +21,6 @@ class DigestSet:
     def __len__(self) -> int:
         return self.size
 
-    @property
-    def nbytes(self) -> int:
-        return self.table.nbytes
-
     def find(self, digests: np.ndarray) -> np.ndarray:
         """(n,) int64: the slot of each digest, -1 where it is not in the set. Slots move when digests are added."""
         digests = _without_zeros(digests)

@@ -150,12 +150,11 @@ class _Fetch:
 
     def _check_status(self, answer: requests.Response) -> None:
         status = answer.status_code
+        start = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+        if status == 206 and (start is None or int(start.group(1)) != self._size()):
+            self._forget()
+            raise Broken("the server answers with another part of the file than was asked for")
         if status in (200, 206):
-            if status == 206:
-                start = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-                if start is None or int(start.group(1)) != self._size():
-                    self._forget()
-                    raise Broken("the server answers with another part of the file than was asked for")
             return
         if status == 416:  # what we have is not a beginning of what is there now
             self._forget()

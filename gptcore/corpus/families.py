@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,12 @@ class Note:
     rules: dict[str, int]
 
 
-@dataclass
-class CorpusNotes:
+class CorpusNotes(dict[str, Note]):
     """A note on each file of one corpus, by `file_key`."""
-
-    corpus: str = ""
-    notes: dict[str, Note] = field(default_factory=dict)
 
     def note_on(self, file: SourceFile) -> Note | None:
         """The file's note if it is untouched since, else None."""
-        note = self.notes.get(file_key(file))
+        note = self.get(file_key(file))
         return note if note is not None and note.signature == file.signature else None
 
 
@@ -83,21 +79,21 @@ class Family:
         """The newest ledger of that corpus; empty if there is none, or it is damaged."""
         path = next((path for path in reversed(self._ledgers()) if _corpus_of(path) == corpus.name), None)
         if path is None:
-            return CorpusNotes(corpus.name)
+            return CorpusNotes()
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 head = json.loads(arrays["head"].tobytes())
                 if head["corpus"] != corpus.name:
-                    return CorpusNotes(corpus.name)
+                    return CorpusNotes()
                 ends = np.cumsum(arrays["counts"])
                 parts = np.split(arrays["digests"].reshape(-1, 2), ends[:-1]) if len(ends) else []
                 signatures = map(tuple, arrays["signatures"].tolist())
                 rules = (head["rules"].get(name, {}) for name in head["names"])
                 notes = map(Note, signatures, parts, rules)
-                return CorpusNotes(corpus.name, dict(zip(head["names"], notes, strict=True)))
+                return CorpusNotes(dict(zip(head["names"], notes, strict=True)))
         except Exception as error:  # zipfile, zlib and NumPy have many words for damage
             logger.info("%s: not usable (%s); everything is read again", path, error)
-            return CorpusNotes(corpus.name)
+            return CorpusNotes()
 
     def remember(self, corpus: Path, files: list[SourceFile], notes: list[Note], started: float) -> None:
         """Note that `corpus` is what these files held, file i what `notes[i]` says; `started`: when they were listed."""

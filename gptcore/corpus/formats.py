@@ -57,15 +57,12 @@ def read_member(member: Member, text_column: str, data: DataConfig, file_bytes: 
         page = member.stream.read(data.max_document_bytes + 1)
         yield title, too_long(page, data) or page
     elif member.format == "jsonl":
-        for raw in read_json_lines(member.name, member.stream, None, text_column, data):
-            yield title, raw
+        yield from ((title, raw) for raw in read_json_lines(member.name, member.stream, None, text_column, data))
     elif member.format == "csv":
-        for raw in _read_csv(member, text_column, data):
-            yield title, raw
+        yield from ((title, raw) for raw in _read_csv(member, text_column, data))
     else:
         with seekable(member.name, member.stream, data) as file:
-            for raw in read_parquet(member.name, file, None, text_column, data, file_bytes):
-                yield title, raw
+            yield from ((title, raw) for raw in read_parquet(member.name, file, None, text_column, data, file_bytes))
 
 
 def title_of(name: str) -> str:
@@ -128,16 +125,12 @@ def read_json_lines(name: str, stream: BinaryIO, part: int | None, column: str, 
 
     position, end = 0, None
     if part is not None:
-        position, end = part * PART_BYTES, (part + 1) * PART_BYTES
-        if part:
-            stream.seek(position - 1)
-            position -= 1
-            while line := _read_line(stream, data):
-                position += len(line)
-                if line.endswith(b"\n"):
-                    break
-        else:
-            stream.seek(0)
+        position, end = max(part * PART_BYTES - 1, 0), (part + 1) * PART_BYTES
+        stream.seek(position)
+        while part and (line := _read_line(stream, data)):  # what began before belongs to the part before
+            position += len(line)
+            if line.endswith(b"\n"):
+                break
     while end is None or position < end:
         line = _read_line(stream, data)
         if not line:
@@ -159,10 +152,8 @@ def read_json_lines(name: str, stream: BinaryIO, part: int | None, column: str, 
         if isinstance(value, dict) and column not in value and begin == 0:
             raise _no_column(name, column, list(value))
         text = value.get(column, "") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            yield text.encode()
-        elif text is None:
-            yield b""
+        if text is None or isinstance(text, str):
+            yield (text or "").encode()
         else:
             yield NotText(f"byte {begin} begins a line whose {column!r} is not a string")
 
@@ -181,15 +172,12 @@ def _read_csv(member: Member, column: str, data: DataConfig) -> Iterator[bytes |
         bad_rows.append(f"{row.actual_columns} columns in a row, {row.expected_columns} in the first")
         return "skip"
 
-    options = {
-        "read_options": csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False),
-        "parse_options": csv.ParseOptions(
-            delimiter="\t" if member.extension == "tsv" else ",", newlines_in_values=True, invalid_row_handler=note
-        ),
-    }
+    read = csv.ReadOptions(block_size=CSV_BLOCK, use_threads=False)
+    delimiter = "\t" if member.extension == "tsv" else ","
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
     convert = csv.ConvertOptions(include_columns=[column], column_types={column: pa.large_binary()})
     try:
-        reader = csv.open_csv(member.stream, convert_options=convert, **options)
+        reader = csv.open_csv(member.stream, read, parse, convert)
     except KeyError:
         raise UserError(f"{member.name}: no column {column!r}; name the one that holds text with data.text_column") from None
     except pa.ArrowInvalid as error:

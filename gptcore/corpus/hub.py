@@ -72,9 +72,8 @@ def _list(name: str, revision: str | None, folder: Path, data: DataConfig) -> di
     from huggingface_hub import HfApi
 
     with _explained(f"hf://datasets/{name}"):
-        info = HfApi(endpoint=_endpoint()).dataset_info(
-            name, revision=revision, files_metadata=True, timeout=data.timeout_seconds
-        )
+        api = HfApi(endpoint=_endpoint())
+        info = api.dataset_info(name, revision=revision, files_metadata=True, timeout=data.timeout_seconds)
     card = info.card_data.to_dict() if info.card_data else {}
     licence = card.get("license") or next((tag[8:] for tag in info.tags or () if tag.startswith("license:")), "")
     listing = {

@@ -182,22 +182,14 @@ class Pass:
             self.writer.close(digests, self.sketches, self.signatures)
         settings = {"rule": self.plan.rule, "val_fraction": self.data.val_fraction}
         settings |= {"section_bytes": self.data.section_bytes} if self.plan.rule == "section" else {}
-        name = content_id(
-            {"format": FORMAT, "settings": settings, "records": [state.hexdigest() for state in self._hashes.values()]}
-        )
-        return {
-            "kind": "segment",
-            "id": name,
-            "format": FORMAT,
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "sections": sum(counts["sections"] for counts in self.splits.values()),
-            "split": self.plan.rule,
-            "near_duplicates": self.near_duplicates,
-            "splits": self.splits,
-            "sources": [dict(zip(("documents", "bytes", "val_bytes"), row, strict=True)) for row in self.by_source.tolist()],
-            "lengths": self.lengths.tolist(),
-        }
+        records = [state.hexdigest() for state in self._hashes.values()]
+        name = content_id({"format": FORMAT, "settings": settings, "records": records})
+        manifest: dict[str, Any] = {"kind": "segment", "id": name, "format": FORMAT}
+        manifest |= {"documents": self.documents, "bytes": self.bytes, "near_duplicates": self.near_duplicates}
+        manifest |= {"split": self.plan.rule, "splits": self.splits, "lengths": self.lengths.tolist()}
+        manifest["sections"] = sum(counts["sections"] for counts in self.splits.values())
+        names = ("documents", "bytes", "val_bytes")
+        return manifest | {"sources": [dict(zip(names, row, strict=True)) for row in self.by_source.tolist()]}
 
     def _choose(self, batch: Batch) -> np.ndarray:
         """(documents,) bool: neither in the base nor seen before."""

@@ -130,14 +130,8 @@ def read_members(archive: Path, package: PackageSource) -> list[tuple[str, bytes
 
 def pip_settings() -> dict[str, str]:
     """pip's own configuration (files and environment), option name → value: index-url, cert, proxy, … Empty ones count as not set."""
-    listing = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"],
-        env=python_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    ).stdout
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listing = subprocess.run(command, env=python_environment(), capture_output=True, text=True, timeout=60).stdout
     by_section: dict[str, dict[str, str]] = {}
     for line in listing.splitlines():
         key, separator, value = line.partition("=")

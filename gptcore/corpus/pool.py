@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from subprocess import PIPE, Popen
 from typing import Any
 
 from gptcore.config import DataConfig, UserError
@@ -23,14 +23,9 @@ from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import Entry
 from gptcore.entry import python_environment
 from gptcore.errors import EXIT_MEMORY, EXIT_USER
-from gptcore.parallel import count_cores
 
 PIPE_BYTES = 1 << 20  # Linux gives 64 KiB, and a process switch for each; 1 MiB is what it allows anyone
 BACKLOG = 2  # batches a worker may be ahead
-
-
-def count_processes(data: DataConfig) -> int:
-    return data.processes or count_cores()
 
 
 def read_units(units: Iterable[list[Entry]], data: DataConfig, plan: SplitPlan, processes: int) -> Iterator[Batch]:
@@ -57,12 +52,10 @@ class _Pool:
         self.stopping = threading.Event()
         settings = json.dumps({"data": data.model_dump(mode="json"), "plan": plan.as_json()}) + "\n"
         command = [sys.executable, "-m", "gptcore.corpus.worker"]
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[Popen[bytes]] = []
         self.threads: list[threading.Thread] = []
         for _ in range(processes):
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=python_environment(), pipesize=PIPE_BYTES
-            )
+            worker = Popen(command, stdin=PIPE, stdout=PIPE, env=python_environment(), pipesize=PIPE_BYTES)
             self.workers.append(worker)
             self.threads.append(threading.Thread(target=self._serve, args=(worker, settings), daemon=True))
         for thread in self.threads:
@@ -94,7 +87,7 @@ class _Pool:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
-    def _serve(self, worker: subprocess.Popen[bytes], settings: str) -> None:
+    def _serve(self, worker: Popen[bytes], settings: str) -> None:
         """One worker's thread: units in, batches out, until there are no more units."""
         import pyarrow as pa
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus.containers import Kind
-from gptcore.corpus.pool import count_processes
 from gptcore.corpus.records import make_batch, read_texts
 from gptcore.corpus.sections import SplitPlan
 from gptcore.corpus.sources import SourceFile, list_files, plan_units
+from gptcore.parallel import count_cores
 
 MAX_FILES, MIN_FILES = 200, 8
 SAMPLE_BYTES = 1 << 20  # of text from each
@@ -88,7 +88,7 @@ def estimate_files(files: list[SourceFile], data: DataConfig, home: Path) -> Est
         raise UserError(f"data.source={data.source_name!r}: no text in it; give a UTF-8 text file or a folder of them")
     text_bytes = int(text * sum(file.size for file in files) / max(read, 1))
     n_documents = int(documents * len(files) / looked)
-    processes = count_processes(data)
+    processes = data.processes or count_cores()
     compressed = text_bytes * (stored / max(sampled, 1))
     home.mkdir(parents=True, exist_ok=True)
     return Estimate(

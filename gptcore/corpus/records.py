@@ -173,15 +173,13 @@ def _read_small(entry: Entry) -> bytes | None:
 
 def _read_part(entry: Entry, file: Any, data: DataConfig, size: int) -> Iterator[Raw]:
     assert entry.part is not None
-    inner = Kind.of(entry.name).inner
+    inner, title = Kind.of(entry.name).inner, title_of(entry.name)
     if inner == "parquet":
-        for raw in read_parquet(entry.name, file, [entry.part], entry.text_column, data, size):
-            yield title_of(entry.name), raw
+        yield from ((title, raw) for raw in read_parquet(entry.name, file, [entry.part], entry.text_column, data, size))
     elif inner == "jsonl":
-        for raw in read_json_lines(entry.name, file, entry.part, entry.text_column, data):
-            yield title_of(entry.name), raw
+        yield from ((title, raw) for raw in read_json_lines(entry.name, file, entry.part, entry.text_column, data))
     else:
-        title, text = read_text_part(title_of(entry.name), file, entry.part)
+        title, text = read_text_part(title, file, entry.part)
         if text or not entry.part:  # a part without a place to cut has become the tail of the one before
             yield title, text
 

@@ -38,17 +38,15 @@ class SplitPlan:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as a manifest has it; `restore` is the inverse."""
-        exceptions = {
-            side: [f"{int(key):016x}" for key in keys] for side, keys in (("val", self.val_keys), ("train", self.train_keys))
-        }
+        sides = {"val": self.val_keys, "train": self.train_keys}
+        exceptions = {side: [f"{int(key):016x}" for key in keys] for side, keys in sides.items()}
         plan = {"split": self.rule, "selection": self.selection, "val_fraction": self.val_fraction}
         return plan | {"split_exceptions": exceptions}
 
     @classmethod
     def restore(cls, manifest: dict[str, Any]) -> SplitPlan:
-        val, train = (
-            np.array([int(key, 16) for key in manifest["split_exceptions"][side]], dtype=np.uint64) for side in ("val", "train")
-        )
+        written = manifest["split_exceptions"]
+        val, train = (np.array([int(key, 16) for key in written[side]], dtype=np.uint64) for side in ("val", "train"))
         return cls(manifest["split"], manifest["selection"], manifest["val_fraction"], val, train)
 
     def is_val(self, keys: np.ndarray) -> np.ndarray:

@@ -15,18 +15,12 @@ def summarise(corpus_dir: Path) -> pandas.DataFrame:
     """One row per source: what was read, what the rules left of it, its weight and validation share. From the manifest only."""
     import pandas as pd
 
-    manifest = read_manifest(corpus_dir)
-    rows = []
-    for source in manifest["sources"]:
-        row = {key: value for key, value in source.items() if key != "rules"}
-        row["duplicates"] = source["read"] - source["documents"]
-        row["mean_bytes"] = source["bytes"] / max(source["documents"], 1)
-        row["val_share"] = source["val_bytes"] / max(source["bytes"], 1)
-        rows.append(row | source["rules"])
-    table = pd.DataFrame(rows)
-    rules = sorted({rule for source in manifest["sources"] for rule in source["rules"]})
-    table[rules] = table[rules].fillna(0).astype(int)
-    return table
+    table = pd.DataFrame(read_manifest(corpus_dir)["sources"])
+    rules = pd.DataFrame(table.pop("rules").tolist()).fillna(0).astype(int)
+    table["duplicates"] = table["read"] - table["documents"]
+    table["mean_bytes"] = table["bytes"] / table["documents"].clip(lower=1)
+    table["val_share"] = table["val_bytes"] / table["bytes"].clip(lower=1)
+    return table.join(rules)
 
 
 def length_histogram(corpus_dir: Path) -> pandas.DataFrame:

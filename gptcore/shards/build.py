@@ -21,7 +21,7 @@ from gptcore.store import commit_dir, content_id, hash_file, is_committed, read_
 logger = logging.getLogger(__name__)
 
 COUNTS = ("n_tokens", "n_bytes", "n_unknown", "n_records")
-UNKNOWN_ALARM = 0.001  # share of unknown ids from which a warning is due
+UNKNOWN_ALARM = 0.1  # percent of unknown ids from which a warning is due
 
 
 @dataclass(frozen=True)
@@ -86,27 +86,15 @@ def prepare(config: ExperimentConfig, home: Path) -> Prepared:
 
 def _describe(directory: Path, corpus_dir: Path, vocab_dir: Path, vocabulary: vocab.Vocab, parts: list[Path]) -> dict[str, Any]:
     manifests = [read_manifest(part) for part in parts]
-    return {
-        "kind": "shards",
-        "id": directory.name,
-        "format": FORMAT,
-        "corpus": corpus_dir.name,
-        "vocab": vocab_dir.name,
-        "vocab_kind": vocabulary.kind,
-        "vocab_size": vocabulary.size,
-        "eot_id": vocabulary.eot_id,
-        "engine": vocabulary.engine,
-        "fingerprint": vocabulary.fingerprint,
-        "tokens": [
-            {
-                "directory": Path(os.path.relpath(part, directory)).as_posix(),
-                "manifest_sha256": hash_file(part / "manifest.json"),
-            }
-            for part in parts
-        ],
-        "sources": _weights(read_manifest(corpus_dir)),
-        **{key: {split: sum(m[key][split] for m in manifests) for split in corpus.SPLITS} for key in COUNTS},
-    }
+    places = [Path(os.path.relpath(part, directory)).as_posix() for part in parts]
+    hashes = [hash_file(part / "manifest.json") for part in parts]
+    manifest: dict[str, Any] = {"kind": "shards", "id": directory.name, "format": FORMAT}
+    manifest |= {"corpus": corpus_dir.name, "vocab": vocab_dir.name, "vocab_kind": vocabulary.kind}
+    manifest |= {"vocab_size": vocabulary.size, "eot_id": vocabulary.eot_id, "engine": vocabulary.engine}
+    manifest["fingerprint"] = vocabulary.fingerprint
+    manifest["tokens"] = [{"directory": p, "manifest_sha256": h} for p, h in zip(places, hashes, strict=True)]
+    manifest["sources"] = _weights(read_manifest(corpus_dir))
+    return manifest | {key: {split: sum(m[key][split] for m in manifests) for split in corpus.SPLITS} for key in COUNTS}
 
 
 def _weights(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,11 +109,10 @@ def _weights(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def _report_unknown(manifest: dict[str, Any], settings: dict[str, Any]) -> None:
     for split in corpus.SPLITS:
         n_unknown, n_tokens = manifest["n_unknown"][split], manifest["n_tokens"][split]
-        share = n_unknown / max(n_tokens, 1)
-        level = logging.WARNING if share > UNKNOWN_ALARM else logging.INFO
-        logger.log(
-            level, "shards %s: %d %s tokens, %d unknown (%.3g %%)", manifest["id"], n_tokens, split, n_unknown, 100 * share
-        )
+        percent = 100 * n_unknown / max(n_tokens, 1)
+        level = logging.WARNING if percent > UNKNOWN_ALARM else logging.INFO
+        name = manifest["id"]
+        logger.log(level, "shards %s: %d %s tokens, %d unknown (%.3g %%)", name, n_tokens, split, n_unknown, percent)
         if n_unknown and settings.get("unknown") == "error":
             raise UserError(
                 f"vocab.unknown=error: {n_unknown} tokens of the {split} split are unknown to the vocabulary; use "

@@ -61,15 +61,9 @@ def write_tokens(segment: Path, vocab_dir: Path, home: Path, chunk_map: ChunkMap
     if is_committed(directory):
         return directory
     vocabulary.require_engine()
-    manifest: dict[str, Any] = {
-        "kind": "tokens",
-        "id": directory.name,
-        "format": FORMAT,
-        "segment": segment.name,
-        "fingerprint": vocabulary.fingerprint,
-        "vocab_size": vocabulary.size,
-        "documents": read_manifest(segment)["documents"],
-    }
+    manifest: dict[str, Any] = {"kind": "tokens", "id": directory.name, "format": FORMAT, "segment": segment.name}
+    manifest |= {"fingerprint": vocabulary.fingerprint, "vocab_size": vocabulary.size}
+    manifest["documents"] = read_manifest(segment)["documents"]
     chunks = list_chunks(segment)
     start = time.perf_counter()
     with commit_dir(directory, manifest) as tmp:

@@ -10,19 +10,9 @@ from gptcore import corpus
 from gptcore.config import UserError, VocabConfig
 from gptcore.parallel import ChunkMap, map_processes
 from gptcore.store import commit_dir, content_id, hash_file, is_committed, write_json
+from gptcore.vocab import learning
 from gptcore.vocab.engines import default_engine
 from gptcore.vocab.kinds import FILE_NAME, ByteVocab, CharVocab, Vocab, byte_pair_tree, read_tree, vocab_of
-from gptcore.vocab.learning import (
-    BPE_SIZE,
-    adopt,
-    choose_characters,
-    count_characters,
-    learn_merges,
-    measure_agreement,
-    measure_compression,
-    sample_texts,
-    trainer_name,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +47,8 @@ def build_vocab(vocab: VocabConfig, corpus_dir: Path, home: Path, chunk_map: Chu
     if is_committed(directory):
         logger.info("vocabulary %s: reused", directory.name)
         return directory
-    manifest: dict[str, Any] = {
-        "kind": "vocab",
-        "id": directory.name,
-        "format": FORMAT,
-        "vocab": vocab.model_dump(),
-        "corpus": corpus_dir.name,
-    }
+    manifest: dict[str, Any] = {"kind": "vocab", "id": directory.name, "format": FORMAT}
+    manifest |= {"vocab": vocab.model_dump(), "corpus": corpus_dir.name}
     with commit_dir(directory, manifest) as tmp:
         built, facts = _make(vocab, corpus_dir, tmp, chunk_map)
         manifest |= {"size": built.size, "fingerprint": built.fingerprint, "engine": built.engine, **facts}
@@ -76,32 +61,33 @@ def _make(vocab: VocabConfig, corpus_dir: Path, tmp: Path, chunk_map: ChunkMap) 
     """The vocabulary and what was measured of it."""
     if vocab.source is None and vocab.kind == "char":
         return _make_char(vocab, corpus_dir, chunk_map)
-    sample = sample_texts(corpus_dir, SAMPLE_BYTES)
+    sample = learning.sample_texts(corpus_dir, SAMPLE_BYTES)
     facts: dict[str, Any] = {"val_unknown": 0}
     if vocab.source is not None:
-        built = adopt(vocab.source, sample)
+        built = learning.adopt(vocab.source, sample)
     elif vocab.kind == "byte":
         return ByteVocab(byte_pair_tree([], "numpy")), {}
     else:
-        merges = learn_merges(corpus_dir, vocab.size or BPE_SIZE, vocab.sample_bytes, tmp / "sample", chunk_map)
+        size = vocab.size or learning.BPE_SIZE
+        merges = learning.learn_merges(corpus_dir, size, vocab.sample_bytes, tmp / "sample", chunk_map)
         built = vocab_of(byte_pair_tree(merges, default_engine()), "bpe")
-        facts["trainer"] = trainer_name()
-        if built.size < (vocab.size or BPE_SIZE):
+        facts["trainer"] = learning.trainer_name()
+        if built.size < size:
             logger.info("the text has byte pairs for %d ids only", built.size)
     if built.kind != "char":
-        facts["agreement"] = measure_agreement(built, sample)
+        facts["agreement"] = learning.measure_agreement(built, sample)
         same, documents = facts["agreement"]["same"], facts["agreement"]["documents"]
         if same < LEAST_AGREEMENT * documents:
             raise UserError(
                 f"{built.engine} encodes {documents - same} of {documents} documents differently from `tokenizers`; "
                 "uninstall it to use `tokenizers` instead"
             )
-    return built, facts | {"bytes_per_token": measure_compression(built, sample, smaller=vocab.source is None)}
+    return built, facts | {"bytes_per_token": learning.measure_compression(built, sample, smaller=vocab.source is None)}
 
 
 def _make_char(vocab: VocabConfig, corpus_dir: Path, chunk_map: ChunkMap) -> tuple[Vocab, dict[str, Any]]:
-    counts = count_characters(corpus_dir, chunk_map, exact=vocab.coverage < 1 or vocab.size is not None)
-    built = CharVocab(choose_characters(counts["train"], vocab.coverage, vocab.size))
+    counts = learning.count_characters(corpus_dir, chunk_map, exact=vocab.coverage < 1 or vocab.size is not None)
+    built = CharVocab(learning.choose_characters(counts["train"], vocab.coverage, vocab.size))
     known = {ord(token) for token in built.tokens[2:]}
     unknown = {split: sum(count for code, count in counts[split].items() if code not in known) for split in corpus.SPLITS}
     total = sum(counts["val"].values())
@@ -111,10 +97,6 @@ def _make_char(vocab: VocabConfig, corpus_dir: Path, chunk_map: ChunkMap) -> tup
             f"vocab.unknown=error: the text has characters that the vocabulary lacks, {rare} among them; "
             "use vocab.unknown=replace, vocab.coverage=1, or vocab.kind=byte"
         )
-    logger.info(
-        "%d of %d characters of the validation split are unknown (%.3g %%)",
-        unknown["val"],
-        total,
-        100 * unknown["val"] / max(total, 1),
-    )
+    share = 100 * unknown["val"] / max(total, 1)
+    logger.info("%d of %d characters of the validation split are unknown (%.3g %%)", unknown["val"], total, share)
     return built, {"val_characters": total, "val_unknown": unknown["val"], "train_unknown": unknown["train"]}

@@ -125,21 +125,10 @@ class CharVocab(Vocab):
         return self._code_of_id[array[array != self.eot_id]].tobytes().decode("utf-32-le")
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [special_token(number, content) for number, content in enumerate(SPECIALS)],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
-            "post_processor": None,
-            "decoder": {"type": "Fuse"},
-            "model": {
-                "type": "WordLevel",
-                "vocab": {token: number for number, token in enumerate(self.tokens)},
-                "unk_token": UNKNOWN,
-            },
-        }
+        added = [special_token(number, content) for number, content in enumerate(SPECIALS)]
+        each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        vocab = {token: number for number, token in enumerate(self.tokens)}
+        return _tree(added, each, {"type": "Fuse"}, {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN})
 
 
 class TreeVocab(Vocab):
@@ -300,29 +289,17 @@ def byte_pair_tree(merges: Sequence[tuple[bytes, bytes]], engine: str) -> dict[s
     for left, right in written:
         vocab.setdefault(left + right, len(vocab))  # two merges may make the same token
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [special_token(BYTES, END_OF_TEXT)],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": written,
-            NOTE: {"engine": engine, "end_of_text": END_OF_TEXT},
-        },
-    }
+    model: dict[str, Any] = {"type": "BPE"}
+    model |= {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    model |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": written}
+    model[NOTE] = {"engine": engine, "end_of_text": END_OF_TEXT}
+    return _tree([special_token(BYTES, END_OF_TEXT)], byte_level, byte_level, model)
+
+
+def _tree(added: list[Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json in which nothing else happens to a text."""
+    tree = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    return tree | {"pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
 
 
 def read_merges(tree: dict[str, Any]) -> list[tuple[bytes, bytes]]:

@@ -21,22 +21,9 @@ from gptcore import corpus
 from gptcore.config import UserError
 from gptcore.corpus.chunks import Chunk, list_chunks, read_chunk
 from gptcore.parallel import ChunkMap, progress_bar, run_apart
+from gptcore.vocab import kinds
 from gptcore.vocab.engines import default_engine, installed_version, open_engine
-from gptcore.vocab.kinds import (
-    BYTES,
-    CODE_POINTS,
-    END_OF_TEXT,
-    NOTE,
-    BytePairVocab,
-    Vocab,
-    byte_pair_tree,
-    code_points,
-    ids_of,
-    read_merges,
-    read_tree,
-    special_token,
-    vocab_of,
-)
+from gptcore.vocab.kinds import BYTES, END_OF_TEXT, BytePairVocab, Vocab
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +69,10 @@ def count_chunk(job: tuple[Chunk, bool]) -> dict[int, int]:
     if exact:
         found: Counter[int] = Counter()
         for some in read_chunk(chunk):
-            codes, counts = np.unique(code_points("".join(some.texts)), return_counts=True)
+            codes, counts = np.unique(kinds.code_points("".join(some.texts)), return_counts=True)
             found.update(dict(zip(codes.tolist(), counts.tolist(), strict=True)))
         return dict(found)
-    seen = np.zeros(CODE_POINTS, dtype=bool)
+    seen = np.zeros(kinds.CODE_POINTS, dtype=bool)
     known = b""  # ASCII that was met: deleting it from a text costs a fraction of looking at each character
     for text in chain.from_iterable(some.texts for some in read_chunk(chunk)):
         if text.isascii():
@@ -93,7 +80,7 @@ def count_chunk(job: tuple[Chunk, bool]) -> dict[int, int]:
             if news:
                 known += bytes(set(news))
         else:
-            seen[code_points(text)] = True
+            seen[kinds.code_points(text)] = True
     seen[list(known)] = True
     return dict.fromkeys(np.flatnonzero(seen).tolist(), 1)
 
@@ -129,21 +116,16 @@ def train_byte_pairs(path: str, size: int, trainer: str) -> list[tuple[bytes, by
     if trainer == "gigatoken":
         from gigatoken.gigatoken_rs import TextFileSource, train_bpe
 
-        source = TextFileSource([path], separator=SEPARATOR)
-        _, merges = train_bpe(source, size, [END_OF_TEXT])
-        return merges
+        return train_bpe(TextFileSource([path], separator=SEPARATOR), size, [END_OF_TEXT])[1]
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
 
-    tree = byte_pair_tree([], "")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = list(tree["model"]["vocab"])[:BYTES]
-    trainer_settings = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_read_records(path), trainer_settings)
-    return read_merges(json.loads(tokenizer.to_str()))
+    alphabet = kinds.CHARACTER_OF_BYTE
+    learner = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_read_records(path), learner)
+    return kinds.read_merges(json.loads(tokenizer.to_str()))
 
 
 def _read_records(path: str) -> Iterator[str]:
@@ -175,14 +157,14 @@ def adopt(source: str, sample: list[str]) -> Vocab:
     Without its post-processor, since only shards write special tokens; with `<|endoftext|>` added where no token ends a text.
     Raises UserError when it cannot be opened, or loses text: then no loss per byte would mean anything.
     """
-    tree, path = read_tree(Path(source).expanduser())
-    if tree["model"].get("type") == "WordLevel" and NOTE not in tree["model"]:
-        return vocab_of(tree, str(path))
-    if NOTE not in tree["model"]:
+    tree, path = kinds.read_tree(Path(source).expanduser())
+    if tree["model"].get("type") == "WordLevel" and kinds.NOTE not in tree["model"]:
+        return kinds.vocab_of(tree, str(path))
+    if kinds.NOTE not in tree["model"]:
         tree |= {"truncation": None, "padding": None, "post_processor": None}
         _note_end_of_text(tree)
-        tree["model"][NOTE]["engine"] = _first_engine_that_opens(tree, path)
-    built = vocab_of(tree, str(path))
+        tree["model"][kinds.NOTE]["engine"] = _first_engine_that_opens(tree, path)
+    built = kinds.vocab_of(tree, str(path))
     whole = sum(built.decode(built.encode(text)) == text for text in sample)
     if whole < LEAST_ROUND_TRIP * len(sample):
         raise UserError(
@@ -194,14 +176,14 @@ def adopt(source: str, sample: list[str]) -> Vocab:
 
 def _note_end_of_text(tree: dict[str, Any]) -> None:
     tree.setdefault("added_tokens", [])
-    names = ids_of(tree) | {token["content"]: token["id"] for token in tree["added_tokens"]}
+    names = kinds.ids_of(tree) | {token["content"]: token["id"] for token in tree["added_tokens"]}
     end = next((name for name in END_NAMES if name in names), None)
     if end is None:
         end = END_OF_TEXT
-        tree["added_tokens"].append(special_token(max(names.values()) + 1, end))
+        tree["added_tokens"].append(kinds.special_token(max(names.values()) + 1, end))
     elif not any(token["content"] == end for token in tree["added_tokens"]):
-        tree["added_tokens"].append(special_token(names[end], end))
-    tree["model"][NOTE] = {"engine": "", "end_of_text": end}
+        tree["added_tokens"].append(kinds.special_token(names[end], end))
+    tree["model"][kinds.NOTE] = {"engine": "", "end_of_text": end}
 
 
 def _first_engine_that_opens(tree: dict[str, Any], path: Path) -> str:
@@ -254,7 +236,7 @@ def measure_compression(vocab: Vocab, texts: list[str], *, smaller: bool) -> dic
     if smaller and isinstance(vocab, BytePairVocab):
         size = 512
         while size < vocab.size:
-            shorter = vocab_of(byte_pair_tree(vocab.merges[: size - BYTES - 1], vocab.engine), "smaller")
+            shorter = kinds.vocab_of(kinds.byte_pair_tree(vocab.merges[: size - BYTES - 1], vocab.engine), "smaller")
             measured[str(size)] = round(n_bytes / max(len(shorter.encode_batch(texts)[0]), 1), 4)
             size *= 2
     measured[str(vocab.size)] = round(n_bytes / max(len(vocab.encode_batch(texts)[0]), 1), 4)
