@@ -170,11 +170,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def copy_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
     """Fill `targets` from a file that holds exactly them; of one that is spread over processes, this one's rows."""
-    seen = set()
+    missing = set(targets)
     for name, tensor in read_tensors(path):
         fill(targets[name], tensor)
-        seen.add(name)
-    assert seen == set(targets), f"{path} lacks {sorted(set(targets) - seen)}"
+        missing.discard(name)
+    assert not missing, f"{path} lacks {sorted(missing)}"
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -35,9 +35,7 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 def check_weights(path: Path, config: ExperimentConfig, vocab_size: object, layout: Any = None) -> None:
     """Does the file hold this config's model for a vocabulary of that size, and nothing else? Reads its header only.
 
-    layout: what is quantized in it, as its state.json says (`gptcore.models.quantized`).
-
-    Raises UserError naming the first tensor that is missing, unknown, of another shape or not of floats.
+    layout: what is quantized in it, as its state.json says (`gptcore.models.quantized`). Raises UserError naming the first tensor that is missing, unknown, of another shape or not of floats.
     """
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= MAX_VOCAB:
         raise UserError(f"{path.parent / 'state.json'}: vocab_size={str(vocab_size)[:40]!r} is no vocabulary's; {WAY_OUT}")
