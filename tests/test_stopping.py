@@ -44,10 +44,10 @@ def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
             yield
 
         own = SimpleNamespace(get_name=lambda: "toy-1")  # Prefect's would ask a server
-        replaced = {"check_store": lambda: None, "ingest": work, "open_run": open_run, "read_texts": work, "flow_run": own}
+        replaced = {"check_store": lambda: None, "prepare_data": work, "open_run": open_run, "read_texts": work, "flow_run": own}
         for name, value in replaced.items():
             monkeypatch.setattr(module, name, value, raising=False)
-        monkeypatch.setattr(nightly.Night, "run", work)
+        monkeypatch.setattr(nightly, "run_night", work)
         monkeypatch.setattr(registry, "find", lambda _model: SimpleNamespace())
         monkeypatch.setattr(registry, "checkpoint_of", lambda _version: tmp_path)
         (tmp_path / "config.yaml").write_text("name: toy\n")
@@ -74,7 +74,7 @@ def test_a_budget_whose_pipeline_was_stopped_is_cancelled(tmp_path: Path, monkey
         raise CancelledRun("stopped by SIGTERM")
 
     monkeypatch.setattr(budget, "check_store", lambda: None)
-    monkeypatch.setattr(budget, "ingest", work)
+    monkeypatch.setattr(budget, "prepare_data", work)
     (tmp_path / "toy.yaml").write_text("name: toy\n")
     state = budget.budget.fn(experiment=str(tmp_path / "toy.yaml"))
     assert (state.is_cancelled(), state.message) == (True, "stopped by SIGTERM")
