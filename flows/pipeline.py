@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from gptcore.config import load_config
+from gptcore.errors import error_of
 from gptcore.leftovers import sweep
 from gptcore.store import home_dir
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
@@ -79,7 +80,8 @@ def pipeline(
             report = run.report()
             run.keep("config.yaml", "report.html", data.vocab / "tokenizer.json", "evaluate/samples/samples.json")
             if failed:  # a measurement that failed is an error, once everything else is safe
-                raise RuntimeError("; ".join(f"the study {name} failed: {reason}" for name, reason in failed.items()))
+                told = "; ".join(f"the study {name} failed: {result['error']}" for name, result in failed.items())
+                raise error_of(next(iter(failed.values()))["code"])(told)
     except STOPS as stop:
         return cancelled(stop)
     return {

@@ -137,8 +137,8 @@ class PipelineRun:
             self.journal.metrics(metrics, tokens_seen=int(result.get("tokens_seen", 0)))
         return result
 
-    def studies(self, task: Task[..., dict[str, dict[str, Any]]], *args: Any) -> dict[str, str]:
-        """Steps that share a process, in folders of their own; the reasons of those that failed.
+    def studies(self, task: Task[..., dict[str, dict[str, Any]]], *args: Any) -> dict[str, dict[str, Any]]:
+        """Steps that share a process, in folders of their own; "error" and "code" of those that failed.
 
         A study's seconds are its own; starting the process is in the first one's.
         """
@@ -149,7 +149,7 @@ class PipelineRun:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + result.get("seconds", 0.0) + rest, 3)
             rest = 0.0
         write_json(self.directory / "timing.json", self.seconds)
-        return {name: result["error"] for name, result in found.items() if "error" in result}
+        return {name: result for name, result in found.items() if "error" in result}
 
     def describe_data(self, corpus: Path) -> None:
         """The corpus as MLflow's dataset input, its sources as a table, its lengths as a plot."""

@@ -44,6 +44,12 @@ def exit_code(error: BaseException) -> int:
     return EXIT_BUG
 
 
+def error_of(code: int) -> type[Exception]:
+    """The kind of error that an exit code stands for, where a process or a record has kept the code alone."""
+    kinds = {EXIT_USER: UserError, EXIT_NON_FINITE: NonFinite, EXIT_MEMORY: DeviceMemoryError}
+    return kinds.get(code, RuntimeError)
+
+
 def describe_error(error: BaseException) -> str:
     if is_disk_full(error):
         name = getattr(error, "filename", None)

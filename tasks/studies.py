@@ -28,7 +28,7 @@ def measure_short(
 ) -> dict[str, dict[str, Any]]:
     """The short forms of the studies that are on, in one process, each in a folder of its own in `directory`; what was measured.
 
-    What a resumed run has measured before is not measured again. One that fails gives {"error": reason}, the others their numbers.
+    What a resumed run has measured before is not measured again. One that fails gives {"error": reason, "code": exit code}, the others their numbers.
     """
     asked = ["gptcore.studies.short", config.model_dump(mode="json"), str(shards), str(checkpoint)]
     requests = {name: content_id([name, *asked]) for name in config.studies.short}
@@ -45,7 +45,7 @@ def measure_short(
             (directory / name / "result.json").unlink(missing_ok=True)  # of another request
             following.enter_context(Forwarder(directory / name, config.name).follow())
         try:
-            failed = run_device_process(args, directory / "studies", experiment=config.name)["failed"]
+            answer = run_device_process(args, directory / "studies", experiment=config.name)
         except BaseException as error:
             for name in requests:
                 if not (directory / name / "result.json").exists():
@@ -53,9 +53,9 @@ def measure_short(
             raise
     found: dict[str, dict[str, Any]] = {}
     for name, request in requests.items():
-        if name in failed:
-            run_logger().error("the study %s failed: %s", name, failed[name])
-            found[name] = {"error": failed[name]}
+        if name in answer["failed"]:
+            run_logger().error("the study %s failed: %s", name, answer["failed"][name])
+            found[name] = {"error": answer["failed"][name], "code": answer["codes"][name]}
         else:
             found[name] = json.loads((directory / name / "result.json").read_text(encoding="utf-8"))
             write_json(directory / name / DONE_FILE, {"request": request, "result": found[name]})

@@ -249,3 +249,29 @@ def test_flow_signature_is_light() -> None:
     """The Prefect worker imports the flow for every run: torch and mlflow there cost seconds each time."""
     code = "import sys, gptloom.flows.pipeline; sys.exit(bool({'torch', 'mlflow', 'pandas', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=240).returncode == 0
+
+
+def test_a_class_name_stands_once() -> None:
+    homes: dict[str, list[str]] = {}
+    for package in ("gptcore", "tasks", "flows"):
+        for path in source_files(package):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    homes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+# "timing" is a file of every run and "rnn" a step of its own and a module's name, as well.
+MAY_NAME = {"timing": 3, "quantization": 3, "rnn": 6}
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "gptcore" / "studies").glob("*/__init__.py")))
+def test_studies_are_named_by_their_folders(study: str) -> None:
+    """Their names come from the folder: hardly any file says one."""
+    said = [
+        str(path.relative_to(ROOT))
+        for package in ("gptcore", "tasks", "flows")
+        for path in source_files(package)
+        if f'"{study}"' in path.read_text(encoding="utf-8")
+    ]
+    assert len(said) <= MAY_NAME.get(study, 2), said

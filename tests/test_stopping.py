@@ -44,7 +44,13 @@ def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
             yield
 
         own = SimpleNamespace(get_name=lambda: "toy-1")  # Prefect's would ask a server
-        replaced = {"check_store": lambda: None, "prepare_data": work, "open_run": open_run, "read_texts": work, "flow_run": own}
+        replaced = {
+            "check_store": lambda: None,
+            "prepare_data": work,
+            "open_run": open_run,
+            "read_texts": work,
+            "flow_run": own,
+        }
         for name, value in replaced.items():
             monkeypatch.setattr(module, name, value, raising=False)
         monkeypatch.setattr(nightly, "run_night", work)

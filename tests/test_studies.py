@@ -11,6 +11,7 @@ import yaml
 from gptcore.config import UserError, check_config, dump_yaml, load_config
 from gptcore.config.switches import SHORT, STUDIES, SWITCHES
 from gptcore.entry import StopFlag, recording
+from gptcore.errors import EXIT_USER
 from gptcore.journal import read_journal
 from gptcore.models import build_model
 from gptcore.report.record import read_step
@@ -139,7 +140,8 @@ def test_a_study_that_fails_leaves_the_others_their_numbers(trained, tmp_path, m
         monkeypatch.setattr(module, "find", lambda name: broken_study if name == "accumulation" else find(name))
     config, *more = trained
     answer = short.main([config, "accumulation", "quantization", *more, "--out", str(tmp_path), "--run", "toy"])
-    assert answer["failed"] == {"accumulation": "RuntimeError: exactness-seed1337: the toy broke"}
+    assert answer["failed"] == {"accumulation": "exactness-seed1337: the toy broke"}
+    assert answer["codes"] == {"accumulation": EXIT_USER}
     assert not (tmp_path / "accumulation" / "result.json").exists()
     steps = [read_step(tmp_path / name) for name in ("accumulation", "quantization")]
     assert [step.status for step in steps] == ["failed", "done"]

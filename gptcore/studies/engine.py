@@ -28,7 +28,7 @@ from gptcore.config import UserError, flatten
 from gptcore.config.study import StudyPlan
 from gptcore.device import Device, choose_device, reserve_device
 from gptcore.entry import StopFlag
-from gptcore.errors import Stopped, describe_error
+from gptcore.errors import Stopped, describe_error, exit_code
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.shards import ShardSet
 from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_manifest, write_json
@@ -213,7 +213,8 @@ def run_cell(
         record["status"], record["reason"], status = "not run", f"{describe_error(error)}", "KILLED"
     except Exception as error:
         log.error("cell %s failed", cell.name, exc_info=not isinstance(error, UserError))
-        record |= {"status": "failed", "reason": describe_error(error), "rows": [], "tables": {}, "metrics": {}}
+        record |= {"status": "failed", "reason": describe_error(error), "code": exit_code(error)}
+        record |= {"rows": [], "tables": {}, "metrics": {}}
     record["seconds"] = record["seconds"] or time.perf_counter() - start
     write_json(out / CELL_FILE, record)
     journal.close(status, record["reason"])

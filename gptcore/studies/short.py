@@ -18,7 +18,7 @@ from gptcore.config.study import load_short
 from gptcore.config.switches import SHORT
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
-from gptcore.errors import Stopped, describe_error
+from gptcore.errors import EXIT_BUG, Stopped, describe_error, error_of, exit_code
 from gptcore.shards import ShardSet
 from gptcore.store import link_or_copy, write_json
 from gptcore.studies import DONE, Results
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     training = args.checkpoint.parents[1]
     own = Trained(training, args.checkpoint, json.loads((training / RESULT).read_text(encoding="utf-8")))
     failed: dict[str, str] = {}
+    codes: dict[str, int] = {}
     for name in args.studies:
         try:
             measure(name, config, shards, own, args.out / name, run)
@@ -46,14 +47,14 @@ def main(argv: list[str]) -> dict[str, Any]:
             raise
         except Exception as error:
             log.error("the study %s failed", name, exc_info=not isinstance(error, UserError))
-            failed[name] = describe_error(error)
-    return {"studies": args.studies, "failed": failed}
+            failed[name], codes[name] = describe_error(error), exit_code(error)
+    return {"studies": args.studies, "failed": failed, "codes": codes}
 
 
 def measure(name: str, config: ExperimentConfig, shards: ShardSet, own: Trained, out: Path, run: str) -> dict[str, Any]:
     """All cells of one study, then `out/result.json`: rows, conclusion, seconds, …; the cells' files stand in `out`, too.
 
-    Raises RuntimeError with the reason of a cell that failed.
+    Raises the kind of error that a cell failed with, and its reason.
     """
     start = time.perf_counter()
     study, plan = find(name), load_short(name, config)
@@ -64,7 +65,7 @@ def measure(name: str, config: ExperimentConfig, shards: ShardSet, own: Trained,
         records = run_cells(plan, shards, out / "cells" / "0", f"{run}/{name}", f"{run}/{name}", own=own)
         for record in records:
             if record["status"] not in DONE:
-                raise RuntimeError(f"{record['name']}: {record['reason']}")
+                raise error_of(record.get("code", EXIT_BUG))(f"{record['name']}: {record['reason']}")
         brief = study.brief(Results(plan, records, out))
         result: dict[str, Any] = {
             "study": name,
