@@ -45,7 +45,7 @@ def measure_short(
             (directory / name / "result.json").unlink(missing_ok=True)  # of another request
             following.enter_context(Forwarder(directory / name, config.name).follow())
         try:
-            answer = run_device_process(args, directory / "studies", experiment=config.name)
+            failed = run_device_process(args, directory / "studies", experiment=config.name)["failed"]
         except BaseException as error:
             for name in requests:
                 if not (directory / name / "result.json").exists():
@@ -53,9 +53,9 @@ def measure_short(
             raise
     found: dict[str, dict[str, Any]] = {}
     for name, request in requests.items():
-        if name in answer["failed"]:
-            run_logger().error("the study %s failed: %s", name, answer["failed"][name])
-            found[name] = {"error": answer["failed"][name], "code": answer["codes"][name]}
+        if name in failed:
+            run_logger().error("the study %s failed: %s", name, failed[name]["error"])
+            found[name] = failed[name]
         else:
             found[name] = json.loads((directory / name / "result.json").read_text(encoding="utf-8"))
             write_json(directory / name / DONE_FILE, {"request": request, "result": found[name]})

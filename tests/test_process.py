@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 CHILD = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from gptcore import entry
+from gptcore import entry, errors
 from gptcore.config import UserError
 
 def main(argv):
@@ -50,9 +50,9 @@ def main(argv):
         if how == "bug":
             raise ZeroDivisionError("oh no")
         if how == "nan":
-            raise entry.NonFinite("loss inf at step 3")
+            raise errors.NonFinite("loss inf at step 3")
         if how == "memory":
-            raise entry.DeviceMemoryError("too large")
+            raise errors.DeviceMemoryError("too large")
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if how in ("wait", "family", "deaf"):
@@ -63,7 +63,7 @@ def main(argv):
             (out / "ready").touch()
             while not stop or how == "deaf":
                 time.sleep(0.02)
-            raise entry.Stopped("stopped at step 3; checkpoint kept")
+            raise errors.Stopped("stopped at step 3; checkpoint kept")
     print('{"not": "the result"}')
     return {"val_loss": 1.5}
 

@@ -140,8 +140,7 @@ def test_a_study_that_fails_leaves_the_others_their_numbers(trained, tmp_path, m
         monkeypatch.setattr(module, "find", lambda name: broken_study if name == "accumulation" else find(name))
     config, *more = trained
     answer = short.main([config, "accumulation", "quantization", *more, "--out", str(tmp_path), "--run", "toy"])
-    assert answer["failed"] == {"accumulation": "exactness-seed1337: the toy broke"}
-    assert answer["codes"] == {"accumulation": EXIT_USER}
+    assert answer["failed"] == {"accumulation": {"error": "exactness-seed1337: the toy broke", "code": EXIT_USER}}
     assert not (tmp_path / "accumulation" / "result.json").exists()
     steps = [read_step(tmp_path / name) for name in ("accumulation", "quantization")]
     assert [step.status for step in steps] == ["failed", "done"]

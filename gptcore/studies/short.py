@@ -38,8 +38,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     config, shards, run = load_config(args.config), ShardSet.open(args.shards), args.run or args.out.name
     training = args.checkpoint.parents[1]
     own = Trained(training, args.checkpoint, json.loads((training / RESULT).read_text(encoding="utf-8")))
-    failed: dict[str, str] = {}
-    codes: dict[str, int] = {}
+    failed: dict[str, dict[str, Any]] = {}
     for name in args.studies:
         try:
             measure(name, config, shards, own, args.out / name, run)
@@ -47,8 +46,8 @@ def main(argv: list[str]) -> dict[str, Any]:
             raise
         except Exception as error:
             log.error("the study %s failed", name, exc_info=not isinstance(error, UserError))
-            failed[name], codes[name] = describe_error(error), exit_code(error)
-    return {"studies": args.studies, "failed": failed, "codes": codes}
+            failed[name] = {"error": describe_error(error), "code": exit_code(error)}
+    return {"studies": args.studies, "failed": failed}
 
 
 def measure(name: str, config: ExperimentConfig, shards: ShardSet, own: Trained, out: Path, run: str) -> dict[str, Any]:

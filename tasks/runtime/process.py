@@ -30,7 +30,7 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import CancelledRun
 
 from gptcore.config import TrainConfig, UserError
-from gptcore.errors import EXIT_MEMORY, EXIT_NON_FINITE, EXIT_STOPPED, EXIT_USER, DeviceMemoryError, NonFinite, Stopped
+from gptcore.errors import EXIT_STOPPED, EXIT_USER, Stopped, error_of
 from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
 from gptcore.studies import CELL_FILE
 from gptloom.tasks.records.forwarding import Forwarder, write_tags
@@ -189,9 +189,8 @@ def _failure(code: int, directory: Path) -> Exception:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     tail = "\n".join(line[:300] for line in lines if not line.startswith('{"error"'))[-MAX_TAIL:]
     end = f"the end of {path}:\n{tail}"
-    kinds = {EXIT_NON_FINITE: NonFinite, EXIT_MEMORY: DeviceMemoryError}
-    if message and code in kinds:
-        return kinds[code](f"{message} (exit code {code})\n{end}")
+    if message and (kind := error_of(code)) is not RuntimeError:
+        return kind(f"{message} (exit code {code})\n{end}")
     if code < 0:
         who = " (the kernel does this when memory runs out)" if -code == signal.SIGKILL else ""
         return ProcessDied(f"the process of step {directory.name} was killed by {signal.Signals(-code).name}{who}; {end}")
