@@ -31,7 +31,6 @@ from gptloom.tasks.records.forwarding import Forwarder
 from gptloom.tasks.runtime.liveness import ProcessSnapshot, end_processes, unfinished_runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("mlflow_store")]  # a real store, real processes
-EARLIER = datetime.now(UTC) - timedelta(minutes=5)
 
 
 class Server:
@@ -43,9 +42,11 @@ class Server:
         self.entrypoint = "flows/pipeline.py:pipeline"
         self.told: list[tuple[str, str]] = []  # name of the flow run, its new state
 
-    def add(self, name: str, state: StateType, *, since: datetime = EARLIER, message: str = "", **more: Any) -> FlowRun:
+    def add(
+        self, name: str, state: StateType, *, ago: timedelta = timedelta(minutes=5), message: str = "", **more: Any
+    ) -> FlowRun:
         known = {"flow_id": uuid4(), "deployment_id": uuid4(), "run_count": 1} | more
-        run = FlowRun(name=name, state=State(type=state, timestamp=since, message=message), **known)
+        run = FlowRun(name=name, state=State(type=state, timestamp=datetime.now(UTC) - ago, message=message), **known)
         self.flow_runs.append(run)
         return run
 
@@ -144,7 +145,7 @@ def test_a_dry_run_changes_nothing(home: Path, server: Server) -> None:
 def test_a_living_run_is_left_alone(home: Path, server: Server) -> None:
     """However long it was silent: it may be compiling, swapping, or stopped in a debugger."""
     begun = begin(home, "toy-1")
-    server.add("toy-1", StateType.RUNNING, since=EARLIER - timedelta(days=3))
+    server.add("toy-1", StateType.RUNNING, ago=timedelta(days=3))
     assert cycle(server, home, resume=True) == []
     assert set(in_mlflow().values()) == {"RUNNING"}
     kill(*begun)
@@ -207,15 +208,15 @@ def test_a_run_of_another_home_is_not_ours_to_end(home: Path, server: Server) ->
 
 
 def test_what_just_began_is_given_time(home: Path, server: Server) -> None:
-    server.add("toy-1", StateType.PENDING, since=datetime.now(UTC) - timedelta(seconds=20))
+    server.add("toy-1", StateType.PENDING, ago=timedelta(seconds=20))
     assert cycle(server, home) == []
 
 
 def test_without_files_silence_decides(home: Path, server: Server) -> None:
     """A data flow has no directory: ten minutes without a heartbeat are its end, five are not."""
-    beating = server.add("beats", StateType.RUNNING, since=EARLIER - timedelta(hours=1))
+    beating = server.add("beats", StateType.RUNNING, ago=timedelta(hours=1))
     server.add("young", StateType.RUNNING)
-    server.add("silent", StateType.RUNNING, since=EARLIER - timedelta(hours=1))
+    server.add("silent", StateType.RUNNING, ago=timedelta(hours=1))
     server.heartbeats = {f"prefect.flow-run.{beating.id}"}
     cycle(server, home)
     assert server.told == [("silent", "Crashed")]
@@ -223,8 +224,8 @@ def test_without_files_silence_decides(home: Path, server: Server) -> None:
 
 def test_other_projects_flow_runs_are_left_alone(home: Path, server: Server) -> None:
     server.entrypoint = "theirs/flow.py:main"
-    server.add("theirs", StateType.RUNNING, since=EARLIER - timedelta(hours=1))
-    server.add("by-hand", StateType.RUNNING, since=EARLIER - timedelta(hours=1), deployment_id=None)
+    server.add("theirs", StateType.RUNNING, ago=timedelta(hours=1))
+    server.add("by-hand", StateType.RUNNING, ago=timedelta(hours=1), deployment_id=None)
     assert cycle(server, home) == []
 
 
