@@ -14,7 +14,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.exceptions import CancelledRun
 
-from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
+from gptcore.config import ExperimentConfig, UserError, load_config, write_yaml
 from gptcore.config.switches import SWITCHES
 from gptcore.config.train import DeviceName
 from gptcore.markdown import markdown_table
@@ -78,7 +78,7 @@ def budget(
 def calibrate(config: ExperimentConfig, shards: Path, minutes: float, directory: Path) -> dict[str, Any]:
     """Time a few steps of growing models on the device; the choice, as `gptcore.train.budget` returns it."""
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    write_yaml(config, directory / "config.yaml")
     return run_device_process(
         [
             "gptcore.train.budget",

@@ -5,13 +5,13 @@
 
 Memory of an experiment's nights: $GPTLOOM_HOME/nightly/EXPERIMENT/{ledger.json, ledger.png, scores/, reports/}. A night ends
 promoted, kept (the champion is still better), skipped (nothing new), refused (a guard said no) or failed; only `promoted`
-moves the alias `champion`. A night that fires while the one before still runs is cancelled (prefect.yaml).
+moves the alias `champion`. A night that fires while the one before still runs is cancelled, however either was started.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.errors import first_line
@@ -31,7 +31,7 @@ from gptcore.nights.ledger import Generation, KnownModel, Ledger, Matrix, draw_m
 from gptcore.nights.scores import Scores, load_scores, pool, score_path
 from gptcore.nights.settings import NightlySettings
 from gptcore.shards import SplitTooSmall
-from gptcore.store import content_id, home_dir, read_manifest
+from gptcore.store import ClaimedError, claim, content_id, home_dir, read_manifest
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
 from gptloom.flows.run import STOPS, cancelled, finish, named_by_experiment, new_run_name, open_run
 from gptloom.tasks import nightly as steps
@@ -63,18 +63,24 @@ def nightly(
         force: Train also when nothing is new, and whatever the sources' size.
         settings: When a model is promoted, what is kept, who is told.
     """
-    try:
-        config = load_config(experiment, overrides.as_list())
-        check_store()
-    except UserError as error:
-        tell_failure(Path(experiment).stem, error, settings)
-        raise
     name = flow_run.get_name() if FlowRunContext.get() else None
-    night = Night(config, home_dir() / "nightly" / config.name, settings, force)
-    try:
-        result = run_night(night, name or new_run_name(f"{config.name}-nightly"))
-    except STOPS as stop:
-        return cancelled(stop)
+    with ExitStack() as stack:
+        try:
+            config = load_config(experiment, overrides.as_list())
+            check_store()
+            folder = home_dir() / "nightly" / config.name
+            stack.enter_context(claim(folder))
+            # Only now: what the ledger holds before is not what another night leaves in it.
+            night = Night(config, folder, settings, force)
+        except ClaimedError as error:
+            return Cancelled(message=f"another night of {config.name} is at work ({error})")
+        except UserError as error:
+            tell_failure(Path(experiment).stem, error, settings)
+            raise
+        try:
+            result = run_night(night, name or new_run_name(f"{config.name}-nightly"))
+        except STOPS as stop:
+            return cancelled(stop)
     return Completed(name=result["outcome"].capitalize(), message=result["reason"], data=result)
 
 
@@ -174,6 +180,10 @@ def look(night: Night) -> Decision | None:
     steps.check_disk(night.home, night.settings)
     if night.champion is not None:
         registry.check_usable(night.champion)
+        if "run" not in night.champion.facts:
+            raise UserError(
+                f"model {night.champion.label}: its tag gptloom.run is gone, by which its scores are found; set it in MLflow"
+            )
     size, before = steps.look_at_sources(night.config.data, night.home), night.ledger.source_bytes
     night.source_bytes = size
     if night.force or size >= night.settings.shrink_percent / 100 * before:

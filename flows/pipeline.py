@@ -12,12 +12,11 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from gptcore.config import load_config
 from gptcore.errors import error_of
 from gptcore.leftovers import sweep
 from gptcore.store import home_dir
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
-from gptloom.flows.run import STOPS, cancelled, load_run, named_by_experiment, new_run_name, open_run, prepare_data
+from gptloom.flows.run import STOPS, cancelled, load_run, named_by_experiment, new_run_name, open_run, prepare_data, settings_of
 from gptloom.tasks.evaluation import evaluate_model
 from gptloom.tasks.records.runs import run_named
 from gptloom.tasks.records.tracking import check_store
@@ -45,7 +44,7 @@ def pipeline(
         directory = home / "runs" / run_named(resume)
         config = load_run(directory.name, overrides.as_list())
     else:
-        config = load_config(experiment, overrides.as_list())
+        config = settings_of(flow_run.get_name(), experiment, overrides.as_list())
         directory = home / "runs" / (flow_run.get_name() or new_run_name(config.name))
     check_store()
     for folder in (home / "data").glob("*/"):

@@ -35,7 +35,6 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFi
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed, Scheduled
 
-from gptcore.config import UserError, load_config
 from gptcore.errors import Stopped
 from gptcore.journal import FILE_NAME, last_record, read_journal
 from gptcore.leftovers import find_leftovers, sweep
@@ -44,6 +43,7 @@ from gptcore.markdown import markdown_table
 from gptcore.store import home_dir
 from gptloom.flows.forms import titled
 from gptloom.tasks.records.forwarding import forward_tree
+from gptloom.tasks.records.runs import experiment_of
 from gptloom.tasks.records.tracking import end_run, running_runs
 from gptloom.tasks.runtime.liveness import (
     ProcessSnapshot,
@@ -55,10 +55,11 @@ from gptloom.tasks.runtime.liveness import (
     unfinished_runs,
 )
 from gptloom.tasks.runtime.log import run_logger
-from gptloom.tasks.runtime.process import close_journals
+from gptloom.tasks.runtime.process import close_journals, closing_line
 
 log = logging.getLogger("gptloom.reconcile")
 
+STATUSES = {StateType.COMPLETED: "FINISHED", StateType.CANCELLED: "KILLED"}  # what MLflow calls them; all others FAILED
 GONE = "its process is gone: killed, or the machine stopped"
 MARK = "reconcile: "  # how our states' messages begin
 SETTLE = timedelta(seconds=60)  # a change of state may be under way
@@ -171,23 +172,25 @@ class Reconciler:
     # --- journals and MLflow ---------------------------------------------------------------------------------------
 
     def _close_run(self, run: UnfinishedRun) -> None:
-        is_cancelled = (
-            (flow_run := self._by_name(run.name)) is not None
-            and flow_run.state is not None
-            and (flow_run.state.type in (StateType.CANCELLING, StateType.CANCELLED))
-        )
-        status = "KILLED" if is_cancelled else "FAILED"
-        error: BaseException = Stopped(GONE) if is_cancelled else RuntimeError(GONE)
+        flow_run = self._by_name(run.name)
+        ended = flow_run.state.type if flow_run is not None and flow_run.state is not None else None
+        own = last_record(run.directory / FILE_NAME) or {}
+        error: BaseException | None = RuntimeError(GONE)
+        # What Prefect, or the run itself, has called well stays so: its process was gone only once all was done.
+        if ended == StateType.COMPLETED or (own.get("kind"), own.get("status")) == ("close", "FINISHED"):
+            error = None
+        elif ended in (StateType.CANCELLING, StateType.CANCELLED):
+            error = Stopped(GONE)
         steps = ", ".join(str(path.parent.relative_to(self.home / "runs")) for path in run.journals)
         self._found(
             "journal",
             run.name,
-            f"{steps}: not closed, {GONE}",
-            f"close as {status}, copy to MLflow",
+            f"{steps}: not closed, {'though it ended well' if error is None else GONE}",
+            f"close as {closing_line(error)[0]}, copy to MLflow",
             lambda: self._close_and_forward(run.directory, error),
         )
 
-    def _close_and_forward(self, directory: Path, error: BaseException) -> bool:
+    def _close_and_forward(self, directory: Path, error: BaseException | None) -> bool:
         close_journals(directory, error)
         is_alone = not (directory / FILE_NAME).exists()  # a trainer by itself, without MLflow
         return is_alone or self._forward(directory)
@@ -217,7 +220,7 @@ class Reconciler:
                 continue
             flow_run = self._by_id(entries[0]["flow_run_id"])
             if flow_run is not None and flow_run.state is not None and flow_run.state.is_final():
-                status = "KILLED" if flow_run.state.is_cancelled() else "FAILED"
+                status = STATUSES.get(flow_run.state.type, "FAILED")
                 self._found(
                     "mlflow",
                     name,
@@ -310,7 +313,7 @@ class Reconciler:
             return Cancelled(message=MARK + GONE)
         if record is not None and record["kind"] == "close" and record["reason"] != GONE:
             message = MARK + (record["reason"] or "its journal is closed")
-            return {"FINISHED": Completed, "KILLED": Cancelled, "FAILED": Failed}[record["status"]](message=message)
+            return {"FINISHED": Completed, "KILLED": Cancelled}.get(record["status"], Failed)(message=message)
         return Crashed(message=MARK + GONE)
 
     def _end_flow_run(self, flow_run: FlowRun, final: State[Any]) -> bool:
@@ -376,9 +379,11 @@ class Reconciler:
         return found[0] if len(found) == 1 else None  # names carry four random digits; two of one name tell nothing
 
     def _by_id(self, flow_run_id: str | None) -> FlowRun | None:
-        if not flow_run_id:
+        try:
+            wanted = UUID(flow_run_id or "")
+        except ValueError:  # none, or a tag that somebody changed
             return None
-        found = self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(flow_run_id)])))
+        found = self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[wanted])))
         return found[0] if found else None
 
 
@@ -388,15 +393,7 @@ def _end_process(pid: int) -> bool:
 
 def _end_mlflow_runs(entries: list[dict[str, str]], status: str) -> None:
     for entry in entries:
-        end_run(entry["id"], status, GONE)
-
-
-def experiment_of(directory: Path) -> str:
-    """The MLflow experiment of a run: what its config.yaml says, else what its name begins with."""
-    try:
-        return load_config(directory / "config.yaml").name
-    except UserError:
-        return directory.name.rsplit("-", 3)[0]
+        end_run(entry["id"], status, "" if status == "FINISHED" else GONE)
 
 
 def _is_ended(state: State[Any], now: datetime) -> bool:

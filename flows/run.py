@@ -14,7 +14,6 @@ except STOPS as stop:
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
@@ -29,13 +28,14 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from gptcore.config import ExperimentConfig, UserError, differences, dump_yaml, flatten, load_config
+from gptcore.config import ExperimentConfig, UserError, differences, flatten, load_config, load_written, write_yaml
 from gptcore.entry import RESUMES_TAG
-from gptcore.journal import FILE_NAME, Journal
-from gptcore.store import claim, home_dir, is_claimed, is_committed, read_manifest, write_json
+from gptcore.journal import Journal
+from gptcore.store import claim, home_dir, is_claimed, is_committed, read_json, read_manifest, write_json
 from gptloom.flows.forms import NO_OVERRIDES
 from gptloom.tasks.data import build_vocabulary, describe_corpus, ingest, short_source, write_shards
 from gptloom.tasks.records.forwarding import Forwarder, forward_tree, write_tags
+from gptloom.tasks.records.runs import SETTINGS, is_run
 from gptloom.tasks.records.tracking import NOTE_TAG, common_tags
 from gptloom.tasks.reporting import build_report
 from gptloom.tasks.runtime.liveness import FLOW_RUN_VARIABLE
@@ -60,7 +60,7 @@ def named_by_experiment(kind: str = "") -> Callable[[], str]:
     """
 
     def name() -> str:
-        if (home_dir() / "runs" / (flow_run.get_name() or "")).joinpath(FILE_NAME).exists():
+        if is_run(home_dir() / "runs" / (flow_run.get_name() or "")):
             return str(flow_run.get_name())
         parameters = flow_run.get_parameters()
         if parameters.get("resume"):
@@ -95,13 +95,31 @@ def load_run(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Experime
     directory = home_dir() / "runs" / name
     if is_claimed(directory):
         raise UserError(f"run {name}: it is still at work; cancel it in Prefect, or stop its command, before it is resumed")
-    before, now = (load_config(directory / "config.yaml", changes) for changes in ((), overrides))
-    has_begun = any(is_committed(path) for path in (directory / "train" / "checkpoints").glob("step_*"))
-    if has_begun and (differing := differences(before, now)):
-        raise UserError(
-            f"run {name}: its training has begun with other settings ({'; '.join(differing[:3])}); resume it without these, or start a new run"
-        )
+    path = directory / SETTINGS
+    if not path.exists():
+        begun = any(directory.glob("*/*"))
+        way_out = f"put a copy of {path} back" if begun else "nothing was begun, start it anew"
+        raise UserError(f"run {name}: its settings are not there ({SETTINGS}); {way_out}")
+    now = load_written(path, overrides)
+    _check_settings(now, directory)
     return now
+
+
+def settings_of(name: str | None, experiment: str, overrides: list[str]) -> ExperimentConfig:
+    """The settings of a flow run of that name: its own where it goes on, whatever became of the experiment file since."""
+    if name and (home_dir() / "runs" / name / SETTINGS).exists():
+        return load_run(name)
+    return load_config(experiment, overrides)
+
+
+def _check_settings(now: ExperimentConfig, directory: Path) -> None:
+    """Raises UserError when the run's training has begun with other settings, or when these are damaged."""
+    differing = differences(load_written(directory / SETTINGS), now)
+    if differing and any(is_committed(path) for path in (directory / "train" / "checkpoints").glob("step_*")):
+        raise UserError(
+            f"run {directory.name}: its training has begun with other settings ({'; '.join(differing[:3])}); resume it without these, "
+            "or start a new run"
+        )
 
 
 class PipelineRun:
@@ -231,12 +249,13 @@ def finish(task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def _earlier_seconds(directory: Path) -> dict[str, float]:
-    """What the steps of a resumed run have taken already."""
+    """What the steps of a resumed run have taken already; where that is damaged it counts from now."""
+    path = directory / "timing.json"
     try:
-        seconds: dict[str, float] = json.loads((directory / "timing.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return {name: float(seconds) for name, seconds in read_json(path).items()} if path.exists() else {}
+    except (UserError, TypeError, ValueError) as error:
+        run_logger().warning("seconds of earlier attempts are lost (%s)", error)
         return {}
-    return seconds
 
 
 @contextmanager
@@ -244,9 +263,12 @@ def open_run(config: ExperimentConfig, directory: Path, step: str = "pipeline") 
     """The parent run around the steps (a pipeline's or a study's): FINISHED at the end, else FAILED or KILLED with the reason, and nothing left RUNNING."""
     patience_s = INTERRUPTED_S
     with claim(directory):
+        # Settings first: whatever else a kill leaves can be resumed.
+        if (directory / SETTINGS).exists():
+            _check_settings(config, directory)
+        write_yaml(config, directory / SETTINGS)
         run = PipelineRun(config, directory, step)
         run.journal.open(run.name)
-        (directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         run.journal.params(flatten(config))
         if run.journal.restarts:
             run.journal.tags({RESUMES_TAG: str(run.journal.restarts)})

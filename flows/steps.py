@@ -12,10 +12,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
-from gptcore.config import load_config, with_changes
+from gptcore.config import load_written, with_changes
 from gptcore.store import home_dir
 from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
-from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run, prepare_data
+from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run, prepare_data, settings_of
 from gptloom.tasks.data import short_source
 from gptloom.tasks.evaluation import evaluate_model
 from gptloom.tasks.records.tracking import NOTE_TAG, check_store, run_page
@@ -33,7 +33,7 @@ def train(experiment: Experiment = "experiments/shakespeare.yaml", overrides: Ch
         experiment: Path of an experiment file (YAML), as seen from the repository's folder.
         overrides: What differs from that file.
     """
-    config, home = load_config(experiment, overrides.as_list()), home_dir()
+    config, home = settings_of(flow_run.get_name(), experiment, overrides.as_list()), home_dir()
     check_store()
     try:
         with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
@@ -66,7 +66,7 @@ def evaluate(model: AnyModel, data_source: Source = "") -> dict[str, Any]:
     check_store()
     version, home = registry.find(model), home_dir()
     checkpoint = registry.checkpoint_of(version)
-    config = load_config(checkpoint / "config.yaml", [f"data.source={data_source}"] if data_source else [])
+    config = load_written(checkpoint / "config.yaml", [f"data.source={data_source}"] if data_source else [])
     try:
         with open_run(config, home / "runs" / (flow_run.get_name() or new_run_name(config.name))) as run:
             run.journal.tags({"gptloom.step": "evaluate", "gptloom.model": version.label})

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptcore.config import ExperimentConfig, UserError, dump_yaml, load_config
+from gptcore.config import ExperimentConfig, UserError, load_written, write_yaml
 from gptcore.models import LanguageModel, build_model
 from gptcore.models.quantized import with_layout
 from gptcore.ranks import fill
@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         write_tensors(snapshot.optimizer, tmp / OPTIMIZER)
         write_json(tmp / "state.json", {**snapshot.state, "step": snapshot.step})
         # With config and vocabulary a checkpoint needs nothing else, whatever happens to the run's folder.
-        (tmp / "config.yaml").write_text(dump_yaml(snapshot.config), encoding="utf-8")
+        write_yaml(snapshot.config, tmp / "config.yaml")
         shutil.copyfile(snapshot.tokenizer, tmp / "tokenizer.json")
     return directory
 
@@ -140,7 +140,7 @@ def read_state(directory: Path) -> dict[str, Any]:
 def load_checkpoint(directory: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read and verify a checkpoint's model and state. Raises what `check_checkpoint` raises."""
     check_checkpoint(directory)
-    config, state = load_config(directory / "config.yaml"), read_state(directory)
+    config, state = load_written(directory / "config.yaml"), read_state(directory)
     # A file that somebody sent is checked by its header first, before memory is taken for it.
     check_weights(directory / MODEL, config, state.get("vocab_size"), state.get("quantization"))
     return Checkpoint(directory, config, state, load_tensors(directory / MODEL, str(device)))

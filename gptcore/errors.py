@@ -28,12 +28,29 @@ class DeviceMemoryError(Exception):
     """The device's memory does not hold even one sequence."""
 
 
+WRITABLE = "make it writable for you, or point GPTLOOM_HOME at a folder that is"
+FILES = "allow more with `ulimit -n 4096`, or close other programs"
+SURROUNDINGS = {  # what the machine refuses, and what its user can do about it
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
+    errno.EROFS: WRITABLE,
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+    errno.EIO: "the disk may be failing: copy what matters, then `gptloom doctor --full`",
+}
+
+
 def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_of_surroundings(error: BaseException) -> bool:
+    """Did the machine refuse a file, and not our own code fail?"""
+    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in SURROUNDINGS and error.filename is not None)
+
+
 def exit_code(error: BaseException) -> int:
-    if isinstance(error, UserError) or is_disk_full(error):
+    if isinstance(error, UserError) or is_of_surroundings(error):
         return EXIT_USER
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         return EXIT_STOPPED
@@ -55,6 +72,8 @@ def describe_error(error: BaseException) -> str:
         name = getattr(error, "filename", None)
         where = f" while writing {name}" if name else ""
         return f"no space left on the disk{where}; free some, or point GPTLOOM_HOME at another disk"
+    if isinstance(error, OSError) and is_of_surroundings(error):
+        return f"{error.filename}: {(error.strerror or '').lower()}; {SURROUNDINGS[error.errno or 0]}"
     if isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -1,6 +1,6 @@
 """The append-only record of a run: JSON lines, the truth of which MLflow is a view.
 
-A line is `{"seq", "attempt", "time_ms", "kind", …}`; the kinds and their further fields:
+A line is `{"seq", "attempt", "time_ms", "kind", …, "crc"}`; the kinds and their further fields:
 
     open      run, parent (or null), title, host, pid        close     status FINISHED | FAILED | KILLED, reason
     params    values {key: str | number | bool}   tags      values {key: str}
@@ -10,6 +10,8 @@ A line is `{"seq", "attempt", "time_ms", "kind", …}`; the kinds and their furt
 
 Whoever measures appends; `tasks/records/forwarding.py` forwards. Replaying a journal changes nothing that is already there.
 A writer holds the file's lock, which the kernel frees however it ends: an unclosed journal that nobody holds is a dead run's.
+`crc` is the CRC-32 of the line before it, in 8 hex digits; lines of older versions have none. A line that is damaged is left out and
+named in a warning, once, and the others are read.
 """
 
 from __future__ import annotations
@@ -17,21 +19,43 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
+import re
 import socket
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptcore.config import UserError
-from gptcore.locks import take_lock
+from gptcore.errors import why_unreadable
+from gptcore.locks import is_held, take_lock
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 TAGS_FILE = "tags.json"  # beside a journal: who, where and which code; of the runs below it too that have none of their own
 LOCK_S = 2.0  # a look at the lock holds it for an instant; another writer holds it for hours
 TAIL_BYTES = 1 << 16
+SEAL = re.compile(rb', "crc": "([0-9a-f]{8})"}')
+SEAL_BYTES = len(b', "crc": "01234567"}')
+TOLD = 5  # damaged lines that a message numbers
+# What readers rely on; a line of an older version, which has no checksum, shows by it that it is whole.
+FIELDS: dict[str, dict[str, type]] = {
+    "open": {"run": str, "title": str},
+    "close": {"status": str, "reason": str},
+    "params": {"values": dict},
+    "tags": {"values": dict},
+    "metrics": {"step": int, "tokens_seen": int, "values": dict},
+    "dataset": {"name": str, "digest": str, "source": str, "context": str, "profile": dict},
+    "artifact": {"path": str, "folder": str},
+}
+IN_EACH = {"seq": int, "attempt": int, "time_ms": int}
+
+_told: dict[Path, int] = {}  # a journal → the byte up to which this process has named its damage
 
 
 class Journal:
@@ -50,7 +74,9 @@ class Journal:
             if not take_lock(self._fd, LOCK_S):
                 raise UserError(f"{directory}: another process writes this run; stop it, or give another directory")
         records, whole = read_journal(self.path)
-        os.truncate(self.path, whole)  # a kill can leave half a line; it was never read by anyone
+        if lost := os.fstat(self._fd).st_size - whole:  # a kill can leave half a line, or zeros; nobody has ever read it
+            log.warning("%s: its last line was cut short (%d bytes) and is taken off", self.path, lost)
+            os.truncate(self.path, whole)
         self.restarts = sum(record["kind"] == "open" for record in records)  # earlier processes of this run
         self._seq = records[-1]["seq"] + 1 if records else 0
         self.attempt = records[-1]["attempt"] + 1 if records else 0
@@ -89,7 +115,8 @@ class Journal:
 
     def _append(self, kind: str, **fields: Any) -> None:
         record = {"seq": self._seq, "attempt": self.attempt, "time_ms": time.time_ns() // 1_000_000, "kind": kind, **fields}
-        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)[:-1].encode()
+        line = text + b', "crc": "%08x"}\n' % zlib.crc32(text)
         written = os.write(self._fd, line)  # one write per line: a reader sees whole lines in order
         if written < len(line):  # the disk is full: take the piece back, so that the next line does not join it
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
@@ -112,37 +139,110 @@ class NoJournal(Journal):
 def read_journal(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[dict[str, Any]], int]:
     """The whole lines from byte `offset` on, and the offset to continue from. A missing file has no lines yet.
 
-    limit: bytes to read at most (-1: all), but one line at least.
+    Lines that are damaged, and a file that cannot be read, are named in a warning. limit: bytes to read at most (-1: all), but one
+    line at least.
     """
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read(limit)
-            while limit > 0 and b"\n" not in data and (more := file.read(limit)):
-                data += more
+        records, damage, offset = _read(path, offset, limit)
     except FileNotFoundError:
         return [], offset
-    whole = data.rfind(b"\n") + 1
-    return [json.loads(line) for line in data[:whole].splitlines()], offset + whole
+    except OSError as error:
+        log.warning("%s: cannot be read (%s)", path, why_unreadable(error))
+        return [], offset
+    _tell(path, damage)
+    return records, offset
 
 
 def last_record(path: Path) -> dict[str, Any] | None:
     """The newest whole line, without reading what stands before it; None for a journal without one."""
     try:
         return read_last_record(path)[0]
-    except IndexError:
+    except (LookupError, OSError):
         return None
 
 
 def read_last_record(path: Path) -> tuple[dict[str, Any], int]:
-    """The last whole line of a journal that has one, and the byte after it; the rest is not read."""
+    """The last whole line of a journal, and the byte after it; no more of the rest is read than is damaged.
+
+    Raises LookupError for a journal without one, OSError for a file that cannot be read.
+    """
+    size = TAIL_BYTES
     with open(path, "rb") as file:
-        start = size = file.seek(0, os.SEEK_END)
-        data = b""
+        end = file.seek(0, os.SEEK_END)
         while True:
-            start = max(0, start - TAIL_BYTES)
+            start = max(0, end - size)
             file.seek(start)
-            data = file.read(size - start)
-            lines = data[: data.rfind(b"\n") + 1].splitlines()
-            if start == 0 or len(lines) > 1:
-                return json.loads(lines[-1]), start + data.rfind(b"\n") + 1
+            *lines, rest = file.read(end - start).split(b"\n")
+            after = end - len(rest)
+            damage: list[int] = []
+            # Of the first one only the end may have been read.
+            for line in reversed(lines if start == 0 else lines[1:]):
+                if (record := _read_line(line)) is not None:
+                    _tell(path, damage[::-1])
+                    return record, after
+                after -= len(line) + 1
+                damage.append(after)
+            if start == 0:
+                _tell(path, damage[::-1])
+                raise LookupError(f"{path}: no whole line")
+            size *= 2
+
+
+def describe_damage(path: Path) -> str:
+    """What is wrong with a journal, as `lines 3 and 7 are damaged`; empty where nothing is. Raises OSError when it cannot be read."""
+    return _number(path, _read(path)[1])
+
+
+def _read(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[dict[str, Any]], list[int], int]:
+    """(whole lines, where damaged ones begin, the offset to continue from)."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read(limit)
+        while limit > 0 and b"\n" not in data and (more := file.read(limit)):
+            data += more
+        is_end = not file.read(1)
+    *lines, rest = data.split(b"\n")
+    records, damage = [], []
+    for line in lines:
+        if (record := _read_line(line)) is None:
+            damage.append(offset)
+        else:
+            records.append(record)
+        offset += len(line) + 1
+    # A living writer's next line is under way; a dead one's never comes.
+    if rest and is_end and not is_held(path) and path.stat().st_size == offset + len(rest):
+        damage.append(offset)
+    return records, damage, offset
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    """None for a line that is damaged."""
+    if (seal := SEAL.fullmatch(line[-SEAL_BYTES:])) and int(seal[1], 16) != zlib.crc32(line[:-SEAL_BYTES]):
+        return None
+    try:
+        record = json.loads(line.decode())
+        fields = IN_EACH | FIELDS[record["kind"]]
+        if not all(isinstance(record[name], kind) for name, kind in fields.items()):
+            return None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    record.pop("crc", None)
+    assert isinstance(record, dict)
+    return record
+
+
+def _tell(path: Path, damage: list[int]) -> None:
+    """Name damaged lines, by the bytes where they begin, once in the life of this process."""
+    if damage and damage[-1] > _told.get(path, -1):
+        _told[path] = damage[-1]
+        log.warning("%s: %s and left out; the rest is used", path, _number(path, damage))
+
+
+def _number(path: Path, damage: list[int]) -> str:
+    if not damage:
+        return ""
+    with open(path, "rb") as file:
+        before = file.read(damage[:TOLD][-1])
+    numbers = [str(before.count(b"\n", 0, start) + 1) for start in damage[:TOLD]]
+    more = f" and {len(damage) - TOLD} more" if len(damage) > TOLD else ""
+    return f"line{'s' if len(damage) > 1 else ''} {', '.join(numbers)}{more} {'are' if len(damage) > 1 else 'is'} damaged"

@@ -31,6 +31,10 @@ class DamagedError(UserError):
     """A committed directory is not what its manifest says: torn, changed, or a file is missing."""
 
 
+class ClaimedError(UserError):
+    """Another process is at work in a directory."""
+
+
 def home_dir() -> Path:
     """Where all state lives: $GPTLOOM_HOME, by default ./.gptloom; absolute."""
     return Path(os.environ.get("GPTLOOM_HOME") or ".gptloom").expanduser().resolve()
@@ -101,7 +105,7 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 def claim(directory: Path, patience_s: float = 5.0) -> Iterator[None]:
     """Be the only process that writes below `directory` while the block lasts.
 
-    A holder that was just killed is waited for. Raises UserError naming the process that holds it.
+    A holder that was just killed is waited for. Raises ClaimedError, a UserError, naming the process that holds it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,7 @@ def claim(directory: Path, patience_s: float = 5.0) -> Iterator[None]:
     try:
         if not take_lock(lock, patience_s):
             holder = read_holder(path) or "unknown"
-            raise UserError(f"{directory}: process {holder} is at work there; wait for its end, or stop it first")
+            raise ClaimedError(f"{directory}: process {holder} is at work there; wait for its end, or stop it first")
         sign_lock(lock)
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
-from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig, dump_yaml, load_config, with_changes
+from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig, load_written, with_changes, write_yaml
 from gptcore.errors import first_line
 from gptcore.nights.ledger import Generation, Ledger
 from gptcore.nights.settings import NightlySettings
@@ -183,7 +183,7 @@ def plan_arms(
     if champion is None:
         return arms
     checkpoint = registry.checkpoint_of(champion)
-    if load_config(checkpoint / "config.yaml").model != config.model:
+    if load_written(checkpoint / "config.yaml").model != config.model:
         run_logger().info("no warm arm: champion %s has another model section than the experiment", champion.label)
         return arms
     share = settings.warm_lr
@@ -212,7 +212,7 @@ def run_arms(
     planned = []
     for key, (config, shards) in arms.items():
         path = directory / f"{key}.yaml"
-        path.write_text(dump_yaml(config), encoding="utf-8")
+        write_yaml(config, path)
         planned.append({"key": key, "config": str(path), "shards": str(shards)})
     now = None
     if champion is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from prefect.context import TaskRunContext
 
 from gptcore.config import ExperimentConfig
 from gptcore.config.study import load_study
-from gptcore.store import content_id, write_json
+from gptcore.store import content_id, read_json, write_json
 from gptloom.tasks.records.forwarding import Forwarder, write_tags
 from gptloom.tasks.records.tracking import common_tags
 from gptloom.tasks.reporting import links
@@ -57,7 +56,7 @@ def measure_short(
             run_logger().error("the study %s failed: %s", name, failed[name]["error"])
             found[name] = failed[name]
         else:
-            found[name] = json.loads((directory / name / "result.json").read_text(encoding="utf-8"))
+            found[name] = read_json(directory / name / "result.json")
             write_json(directory / name / DONE_FILE, {"request": request, "result": found[name]})
     return found
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.client.schemas.objects import State
 
-from gptcore.config import ExperimentConfig, dump_yaml
-from gptcore.store import content_id, is_committed, write_json
+from gptcore.config import ExperimentConfig, UserError, write_yaml
+from gptcore.store import content_id, is_committed, read_json, write_json
 from gptloom.tasks.records.tracking import common_tags
 from gptloom.tasks.runtime.log import run_logger
 from gptloom.tasks.runtime.process import ProcessDied, run_device_process
@@ -34,7 +33,7 @@ def run_step(
         return done
     directory.mkdir(parents=True, exist_ok=True)
     config_file = directory / "config.yaml"
-    config_file.write_text(dump_yaml(config), encoding="utf-8")
+    write_yaml(config, config_file)
     if module in CHECKPOINT_FIRST:
         positional = [str(checkpoint), "--config", str(config_file)]
     else:
@@ -53,12 +52,15 @@ def run_step(
 
 def done_before(directory: Path, request: str) -> dict[str, Any] | None:
     """The result of this very step in an earlier attempt of the run, whose checkpoint is still there."""
-    try:
-        done = json.loads((directory / DONE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (directory / DONE_FILE).exists():
         return None
-    result: dict[str, Any] = done["result"]
-    if done["request"] != request or not ("checkpoint" not in result or is_committed(Path(result["checkpoint"]))):
+    try:
+        done = read_json(directory / DONE_FILE)
+        result: dict[str, Any] = done["result"]
+        if done["request"] != request or not ("checkpoint" not in result or is_committed(Path(result["checkpoint"]))):
+            return None
+    except (UserError, LookupError, TypeError) as error:
+        run_logger().warning("%s is done again (%s)", directory.name, error)
         return None
     run_logger().info("%s was done before the run was interrupted: nothing to do", directory.name)
     return result

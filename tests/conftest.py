@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,16 @@ def wait_for(condition: Callable[[], object], what: str = "waited in vain", seco
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+@contextmanager
+def lock_of_up(home: Path) -> Iterator[None]:
+    """What a living `gptloom up` of this home holds."""
+    path = home / "servers" / "up.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import free_port, lock_of_up
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -176,15 +176,19 @@ def test_address_of_the_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert tracking_uri() == f"sqlite:///{home}/mlflow.db"
     home.mkdir()
     (home / "servers.json").write_text("not json")
-    assert read_servers() == {}
+    with lock_of_up(home):
+        assert read_servers() == {}
     server = HTTPServer(("127.0.0.1", 0), _Healthy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     (home / "servers.json").write_text(json.dumps({"mlflow_url": url}))
-    assert tracking_uri() == url
+    assert tracking_uri() == f"sqlite:///{home}/mlflow.db", "nobody is up: a stranger may have the port by now"
+    with lock_of_up(home):
+        assert tracking_uri() == url
     server.shutdown()
     server.server_close()
-    assert tracking_uri() == f"sqlite:///{home}/mlflow.db"
+    with lock_of_up(home):
+        assert tracking_uri() == f"sqlite:///{home}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
     assert tracking_uri() == "http://elsewhere:5000"
 

@@ -58,6 +58,8 @@ def _explain(error: BaseException, result: dict[str, Any]) -> int:
     prefect = sys.modules.get("prefect.exceptions")  # where it is not loaded, it has raised nothing
     if isinstance(error, (KeyboardInterrupt, *((prefect.CancelledRun, prefect.TerminationSignal) if prefect else ()))):
         code, message = EXIT_STOPPED, "stopped on request"
+        if prefect and isinstance(error, prefect.CancelledRun):
+            message = str(error)  # why, where it was not the user
     else:
         code, message = exit_code(error), describe_error(error)
     if code == EXIT_BUG:

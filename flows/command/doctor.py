@@ -23,7 +23,7 @@ from gptcore.config import UserError, hide_password
 from gptcore.leftovers import find_leftovers
 from gptcore.store import MARKER, is_committed, read_json, read_manifest
 from gptloom import PACKAGE
-from gptloom.tasks.records.tracking import answers, read_servers
+from gptloom.tasks.records.tracking import SERVERS_FILE, answers, read_servers
 from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dead, unfinished_runs
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -56,7 +56,7 @@ def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
         ("compiler", check_compiler),
         ("disk", lambda: check_disk(home)),
         ("permissions", lambda: check_permissions(home)),
-        ("servers", check_servers),
+        ("servers", lambda: check_servers(home)),
         ("stores", lambda: check_stores(home)),
         ("data", lambda: check_files(home, "data/*/*", full)),
         ("checkpoints", lambda: check_files(home, "runs/*/*/checkpoints/*", full)),
@@ -180,7 +180,7 @@ def check_permissions(home: Path) -> Iterator[Check]:
 # --- servers and stores ------------------------------------------------------------------------------------------------
 
 
-def check_servers() -> Iterator[Check]:
+def check_servers(home: Path) -> Iterator[Check]:
     """What the environment or `gptloom up` names must answer; nothing named is well too."""
     ours = read_servers()
     for name, variable, key, instead in (
@@ -199,7 +199,7 @@ def check_servers() -> Iterator[Check]:
             yield Check(name, FAIL, f"{where} does not answer", f"start that server, or unset {variable}")
         else:
             yield Check(name, FAIL, f"{where} does not answer, `gptloom up` says it is up", "`gptloom down`, then `gptloom up`")
-    if ours and not psutil.pid_exists(int(ours.get("pid", 0))):
+    if not ours and (home / SERVERS_FILE).exists():
         yield Check("servers", WARN, "`gptloom up` was killed", "`gptloom down` tidies up, then `gptloom up`")
 
 

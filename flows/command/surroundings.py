@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.entry import python_environment
-from gptcore.errors import EXIT_BUG, exit_code
+from gptcore.errors import EXIT_BUG, WRITABLE, exit_code
 from gptcore.store import home_dir
 from gptloom import NO_PROJECT, find_project
 from gptloom.flows.servers.databases import place_databases
@@ -52,6 +52,8 @@ def prepare_home() -> Path:
         raise UserError(
             f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
         ) from None
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise UserError(f"GPTLOOM_HOME={home}: cannot be written to; {WRITABLE}")
     place_databases(home)
     return home
 

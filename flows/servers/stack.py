@@ -36,11 +36,10 @@ from gptloom.flows.servers.listening import check_host, check_port, is_loopback
 from gptloom.flows.servers.pools import POOLS, prepare_pool
 from gptloom.flows.servers.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
 from gptloom.flows.servers.reaper import MARK_VARIABLE
+from gptloom.tasks.records.tracking import SERVERS_FILE, UP_LOCK
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "servers.json"
-LOCK_FILE = "up.lock"
 LOOPBACK = "127.0.0.1"
 
 HEALTHY_S = 120.0  # a first start makes both databases; slow disks need a minute
@@ -74,6 +73,7 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
         raise UserError(f"{Path.cwd()} {NO_PROJECT}")
     home = home_dir()
     lock = _take_lock(home)
+    (home / SERVERS_FILE).unlink(missing_ok=True)  # of one that was killed
     try:
         check_port(host, prefect_port, "Prefect", "--prefect-port")
         check_port(LOOPBACK, mlflow_port, "MLflow", "--mlflow-port")
@@ -103,7 +103,7 @@ def stop() -> dict[str, Any]:
             os.kill(pid, signal.SIGKILL)  # flows/servers/reaper.py ends the rest
             wait_for(lambda: read_holder(_lock_file(home)) is None, 10.0)
         log.info("stopped")
-    (home / STATE_FILE).unlink(missing_ok=True)
+    (home / SERVERS_FILE).unlink(missing_ok=True)
     return {"stopped": pid is not None, "pid": pid, "home": str(home)}
 
 
@@ -203,7 +203,7 @@ class _Stack:
     def _write_state(self) -> None:
         pids = {name: child.pid for name, child in self.children.items()}
         write_json(
-            self.home / STATE_FILE,
+            self.home / SERVERS_FILE,
             {
                 "prefect_api_url": f"{self.prefect_url}/api",
                 "mlflow_url": self.mlflow_url,
@@ -254,7 +254,7 @@ class _Stack:
 
     def _stop(self) -> None:
         try:
-            (self.home / STATE_FILE).unlink(missing_ok=True)
+            (self.home / SERVERS_FILE).unlink(missing_ok=True)
             if any(name.startswith("worker-") for name in self.children):
                 cancel_flow_runs(self.prefect_url, self.pools, CANCEL_S)
             self._terminate([n for n in self.children if n.startswith("worker-")], WORKER_S)
@@ -378,7 +378,7 @@ def _has_gpu() -> bool:
 
 
 def _lock_file(home: Path) -> Path:
-    return home / "servers" / LOCK_FILE
+    return home / UP_LOCK
 
 
 def _take_lock(home: Path) -> int:

@@ -7,12 +7,12 @@ a wrong key or value is refused in one place with one sentence. No torch here: c
 """
 
 from gptcore.config.base import Section
-from gptcore.config.changing import differences, load_config, with_changes, with_overrides
+from gptcore.config.changing import differences, load_config, load_written, with_changes, with_overrides
 from gptcore.config.checking import check_config
 from gptcore.config.data import DataConfig, SourceConfig, VocabConfig, hide_password, refuse_secret
 from gptcore.config.experiment import EvaluateConfig, ExperimentConfig
 from gptcore.config.model import ModelConfig
-from gptcore.config.reading import dump_yaml, flatten, read_yaml
+from gptcore.config.reading import dump_yaml, flatten, read_yaml, write_yaml
 from gptcore.config.switches import StudiesConfig
 from gptcore.config.train import TrainConfig
 from gptcore.errors import UserError
@@ -34,8 +34,10 @@ __all__ = [
     "flatten",
     "hide_password",
     "load_config",
+    "load_written",
     "read_yaml",
     "refuse_secret",
     "with_changes",
     "with_overrides",
+    "write_yaml",
 ]

@@ -29,7 +29,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises UserError for a missing or unreadable file, an unknown key, a wrong type or an impossible combination.
     """
     path = Path(path)
-    tree = read_yaml(path, "experiment file")
+    return _resolve(read_yaml(path, "experiment file"), path, overrides)
+
+
+def load_written(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> ExperimentConfig:
+    """The settings that a run or a checkpoint has written down. An empty file is damaged here; as an experiment file it would mean all
+    defaults. Raises UserError."""
+    tree = read_yaml(path, "settings")
+    if not tree:
+        raise UserError(f"settings {path}: damaged, the file is empty; put a copy of it back, or begin anew")
+    return _resolve(tree, path, overrides)
+
+
+def _resolve(tree: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...]) -> ExperimentConfig:
     tree.setdefault("name", path.stem)
     names, changes = _read_overrides(overrides)
     for section in changes:

@@ -25,7 +25,16 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gptcore.config import ExperimentConfig, Section, UserError, dump_yaml, load_config, read_yaml, with_changes, with_overrides
+from gptcore.config import (
+    ExperimentConfig,
+    Section,
+    UserError,
+    load_config,
+    read_yaml,
+    with_changes,
+    with_overrides,
+    write_yaml,
+)
 from gptcore.config.changing import Changes, lay_over
 from gptcore.config.reading import read_value
 from gptcore.config.switches import SHORT, STUDIES
@@ -176,9 +185,9 @@ def _filled(value: Any, settings: Section) -> Any:
 def write_plan(plan: StudyPlan, directory: Path) -> Path:
     """`study.yaml` and `config.yaml` that `load_study` reads back to the same cells, whatever happens to the originals."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(dump_yaml(plan.base), encoding="utf-8")
+    write_yaml(plan.base, directory / "config.yaml")
     resolved = plan.config.model_copy(update={"base": "config.yaml", "changes": {}})
-    (directory / "study.yaml").write_text(dump_yaml(resolved), encoding="utf-8")
+    write_yaml(resolved, directory / "study.yaml")
     return directory / "study.yaml"
 
 

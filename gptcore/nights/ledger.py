@@ -8,13 +8,13 @@ and worse on the oldest ones forgets.
 from __future__ import annotations
 
 import html
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcore.errors import UserError, first_line
 from gptcore.nights.scores import load_scores, score_path
-from gptcore.store import write_json
+from gptcore.store import DamagedError, read_json, write_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -54,13 +54,20 @@ class Ledger:
 
     @classmethod
     def load(cls, folder: Path) -> Ledger:
-        try:
-            tree = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        """An empty one where there is none. Raises DamagedError: without its memory a night would judge by text that was trained on."""
+        path = folder / "ledger.json"
+        if not path.exists():
             return cls()
-        tree["generations"] = [Generation(**value) for value in tree["generations"]]
-        tree["models"] = [KnownModel(**value) for value in tree["models"]]
-        return cls(**tree)
+        try:
+            tree = read_json(path)
+            tree["generations"] = [Generation(**value) for value in tree["generations"]]
+            tree["models"] = [KnownModel(**value) for value in tree["models"]]
+            return cls(**tree)
+        except (UserError, LookupError, TypeError) as error:
+            raise DamagedError(
+                f"{path}: damaged, what earlier nights held out is not known ({first_line(error)}); put a copy of it back, or move {folder} "
+                "away, and the nights begin anew"
+            ) from None
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ An arm is an ordinary training in a folder of its own, with journal and checkpoi
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from gptcore.nights.scores import Scores, save_scores, score_path
 from gptcore.ranks import ALONE
 from gptcore.reciting import recite
 from gptcore.shards import ShardSet
-from gptcore.store import write_json
+from gptcore.store import read_json, write_json
 from gptcore.train.run import run_training
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ LEAST_GAIN = 0.05  # a record whose order saves the model less than this share o
 
 def main(argv: list[str]) -> dict[str, Any]:
     args = process_parser(__doc__, "plan", "what to do tonight (JSON)").parse_args(argv)
-    plan = json.loads(args.plan.read_text(encoding="utf-8"))
+    plan = read_json(args.plan)
     if args.out is None or args.run is None:
         raise UserError("a night needs --out DIR and --run NAME; `gptloom nightly` gives both")
     result: dict[str, Any] = {"arms": {}, "unreadable_percent": None}

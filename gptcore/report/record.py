@@ -5,20 +5,22 @@ What is missing stays missing: a step that failed has a reason and no numbers, a
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from gptcore.config import UserError
+from gptcore.config import UserError, read_yaml
 from gptcore.config.model import FAMILIES
 from gptcore.config.switches import SHORT
 from gptcore.journal import FILE_NAME, TAGS_FILE, read_journal
 from gptcore.report.wording import MISSING
+from gptcore.store import read_json
+
+log = logging.getLogger(__name__)
 
 QUANTIZATION = "quantization"  # its model has a row among those compared
 STEPS = ("train", "floor", "evaluate", *SHORT, "rnn")
@@ -79,12 +81,12 @@ def read_run(run_dir: Path) -> RunRecord:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file() and not (run_dir / FILE_NAME).is_file():
         raise UserError(f"{run_dir}: not a run's directory (neither config.yaml nor {FILE_NAME} in it); give a folder of runs/")
-    config_text = _read_text(run_dir / "config.yaml")
+    config_file = run_dir / "config.yaml"
     try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError:
-        config = None  # the text is still shown
-    config = config if isinstance(config, dict) else {}
+        config = read_yaml(config_file, "settings") if config_file.is_file() else {}
+    except UserError as error:
+        log.warning("%s", error)  # the text is still shown
+        config = {}
     records = read_journal(run_dir / FILE_NAME)[0]
     opened: dict[str, Any] = next((r for r in records if r["kind"] == "open"), {})
     seconds = _read_object(run_dir / "timing.json") or {}
@@ -94,7 +96,7 @@ def read_run(run_dir: Path) -> RunRecord:
         directory=run_dir,
         name=str(opened.get("run", run_dir.name)),
         config=config,
-        config_text=config_text,
+        config_text=_read_text(config_file),
         tags=(_read_object(run_dir / TAGS_FILE) or {}) | _merged(records, "tags"),
         dataset=next((r for r in reversed(records) if r["kind"] == "dataset"), {}),
         seconds={str(k): v for k, value in seconds.items() if (v := _finite(value)) is not None},
@@ -242,9 +244,9 @@ def _read_text(path: Path) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file is absent, broken or something else."""
+    """A JSON object, or None where the file is absent, or damaged, which is said."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path) if path.exists() else None
+    except UserError as error:
+        log.warning("%s", error)
         return None
-    return value if isinstance(value, dict) else None

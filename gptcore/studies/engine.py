@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import logging
 import shutil
 import statistics
@@ -31,7 +30,7 @@ from gptcore.entry import StopFlag
 from gptcore.errors import Stopped, describe_error, exit_code
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.shards import ShardSet
-from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_manifest, write_json
+from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_json, read_manifest, write_json
 from gptcore.studies import CELL_FILE, DONE, Bench, Cell, Study
 from gptcore.studies.training import Trained
 from gptcore.timing import format_seconds
@@ -225,8 +224,11 @@ def read_cells(directory: Path, plan: StudyPlan) -> list[dict[str, Any]]:
     """The `cell.json` of every cell of a run, in the plan's order; cells that were never reached say so."""
     found = {}
     for path in sorted(directory.glob(f"cells/*/*/{CELL_FILE}"), key=_age):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found[record["name"]] = record
+        try:
+            record = read_json(path)
+            found[record["name"]] = record
+        except (UserError, LookupError) as error:
+            log.warning("a cell counts as not run (%s)", error)
     missing = {"status": "not run", "reason": "the study ended before it", "seconds": 0.0, "rows": [], "tables": {}}
     return [
         found.get(
@@ -260,7 +262,7 @@ def _keep(kept: Path, out: Path, record: dict[str, Any]) -> None:
 def _take(kept: Path, out: Path, journal: Journal, record: dict[str, Any]) -> dict[str, Any]:
     """A kept cell's numbers and files; its curves are told again to this run's journal, so that runs compare in MLflow."""
     read_manifest(kept, verify=True)
-    old: dict[str, Any] = json.loads((kept / CELL_FILE).read_text(encoding="utf-8"))
+    old: dict[str, Any] = read_json(kept / CELL_FILE)
     for line in read_journal(kept / FILE_NAME)[0]:
         if line["kind"] == "metrics":
             journal.metrics(line["values"], tokens_seen=line["tokens_seen"], step=line["step"])

@@ -9,7 +9,6 @@ replaces the page and the tables, and leaves the log as it is.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from gptcore.config import UserError
 from gptcore.config.study import load_study
 from gptcore.entry import run_process
 from gptcore.markdown import markdown_table
+from gptcore.store import read_json
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def publish(run: Path, to: Path, log_file: Path, name: str | None = None) -> dic
     """See above. Raises UserError for a run without a result, or one in which cells were not measured."""
     if not (run / "result.json").is_file():
         raise UserError(f"{run}: no study's result in it; run the study, or write its report with gptcore.studies.finish")
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    result = read_json(run / "result.json")
     if result["not_run"]:
         raise UserError(f"{run}: {result['not_run']} of {result['cells']} cells were not measured; run the study again first")
     name = name or result["study"]

@@ -7,7 +7,6 @@ Each has a folder and a journal below --out, nested in the run. One that fails s
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.errors import EXIT_BUG, Stopped, describe_error, error_of, exit_code
 from gptcore.shards import ShardSet
-from gptcore.store import link_or_copy, write_json
+from gptcore.store import link_or_copy, read_json, write_json
 from gptcore.studies import DONE, Results
 from gptcore.studies.engine import find, run_cells
 from gptcore.studies.training import RESULT, Trained
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise UserError("short forms need --shards DIR, --out DIR and --checkpoint DIR; `gptloom run` gives all three")
     config, shards, run = load_config(args.config), ShardSet.open(args.shards), args.run or args.out.name
     training = args.checkpoint.parents[1]
-    own = Trained(training, args.checkpoint, json.loads((training / RESULT).read_text(encoding="utf-8")))
+    own = Trained(training, args.checkpoint, read_json(training / RESULT))
     failed: dict[str, dict[str, Any]] = {}
     for name in args.studies:
         try:

@@ -5,7 +5,6 @@ Each has a folder `home/studies/trainings/<key>` with checkpoints, a journal and
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 
 from gptcore import NUMERICS_VERSION
-from gptcore.config import ExperimentConfig, dump_yaml
+from gptcore.config import ExperimentConfig, UserError, write_yaml
 from gptcore.device import choose_device
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.locks import take_lock
 from gptcore.shards import ShardSet
-from gptcore.store import content_id, write_json
+from gptcore.store import content_id, read_json, write_json
 from gptcore.train import build_trainer, preflight, resume, train_loop
 
 log = logging.getLogger(__name__)
@@ -90,8 +89,8 @@ def train(config: ExperimentConfig, shards: ShardSet, home: Path, journal: Journ
         for line in read_journal(folder / FILE_NAME)[0]:  # what an earlier attempt or another cell has told
             if line["kind"] == "metrics":
                 journal.metrics(line["values"], tokens_seen=line["tokens_seen"], step=line["step"])
-        if not (folder / RESULT).is_file():
-            (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        if (result := _result_of(folder)) is None:
+            write_yaml(config, folder / "config.yaml")
             own = Journal(folder)
             own.open(f"training-{key}")
             trainer = build_trainer(config, shards)
@@ -100,8 +99,17 @@ def train(config: ExperimentConfig, shards: ShardSet, home: Path, journal: Journ
             result = train_loop(trainer, _Both(own, journal), folder, stop, memory)
             own.close()
             write_json(folder / RESULT, result)
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            result = read_json(folder / RESULT)
     return Trained(folder, Path(result["checkpoint"]), result)
+
+
+def _result_of(folder: Path) -> dict[str, Any] | None:
+    """What a training that is over has told; None for one that is not, or whose result is damaged: it goes on from its checkpoint."""
+    try:
+        return read_json(folder / RESULT) if (folder / RESULT).exists() else None
+    except UserError as error:
+        log.warning("its end is trained once more (%s)", error)
+        return None
 
 
 @contextmanager

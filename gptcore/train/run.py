@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gptcore.config import ExperimentConfig, TrainConfig, UserError, dump_yaml, flatten
+from gptcore.config import ExperimentConfig, TrainConfig, UserError, flatten, write_yaml
 from gptcore.device import naming_refusals, reserve_device
 from gptcore.entry import StopFlag, recording
 from gptcore.journal import NoJournal
@@ -68,7 +68,7 @@ def run_training(
             ranks.wait()
         stack.enter_context(device.attention(config.model.dropout))
         if ranks.is_first:
-            (out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            write_yaml(config, out / "config.yaml")
         memory = resume(trainer, out)
         journal.tags(device.tags())
         facts = {"device": device.name, "precision": device.precision, "shards": shards.id, "ranks": ranks.count}

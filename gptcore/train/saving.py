@@ -25,7 +25,7 @@ from gptcore.checkpoint import (
     step_directories,
     step_of,
 )
-from gptcore.config import ExperimentConfig, UserError, differences, load_config
+from gptcore.config import ExperimentConfig, UserError, differences, load_written
 from gptcore.leftovers import sweep
 from gptcore.ranks import fill
 from gptcore.shards import ShardSet
@@ -115,7 +115,7 @@ def resume(trainer: Trainer, out: Path) -> Memory:
     directory = checkpoint_path(checkpoints_of(out), step)
     state = read_state(directory)
     # Going on with another config would be a run that no config describes.
-    _check_same(load_config(directory / "config.yaml"), state, trainer.config, trainer.shards, out)
+    _check_same(load_written(directory / "config.yaml"), state, trainer.config, trainer.shards, out)
     memory = {**state["memory"], "losses": _load_tensors(trainer, directory)}
     # From here on sampler, schedule and progress are where they were.
     trainer.step = trainer.watch.checked = state["step"]
@@ -133,7 +133,7 @@ def check_out(out: Path, config: ExperimentConfig, shards: ShardSet) -> None:
     """Raises UserError when `out` holds checkpoints of another config or other shards, before anything is written there."""
     for directory in reversed(list_checkpoints(checkpoints_of(out))):
         try:
-            before, state = load_config(directory / "config.yaml"), read_state(directory)
+            before, state = load_written(directory / "config.yaml"), read_state(directory)
         except UserError:  # damaged, as `resume` will say
             continue
         _check_same(before, state, config, shards, out)

@@ -22,10 +22,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcore.errors import first_line
+from gptcore.entry import short_title
+from gptcore.errors import UserError, first_line
 from gptcore.journal import FILE_NAME, TAGS_FILE, read_journal, read_last_record
-from gptcore.store import write_json
-from gptloom.tasks.records.tracking import REASON_TAG, RUN_TAG, connect, find_experiment, tracking_uri
+from gptcore.locks import is_held
+from gptcore.store import read_json, write_json
+from gptloom.tasks.records.tracking import REASON_TAG, RUN_TAG, connect, find_experiment, quoted, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -157,11 +159,12 @@ def read_tags(directory: Path) -> dict[str, str]:
     """The tags beside a journal, or the nearest above it within its pipeline run."""
     for folder in (directory, *directory.parents):
         try:
-            tags: dict[str, str] = json.loads((folder / TAGS_FILE).read_text(encoding="utf-8"))
-            return tags
-        except FileNotFoundError:
-            if folder.parent.name == "runs":
-                break
+            if (folder / TAGS_FILE).exists():
+                return {str(key): str(value) for key, value in read_json(folder / TAGS_FILE).items()}
+        except UserError as error:
+            log.warning("tags are lost (%s)", error)
+        if folder.parent.name == "runs":
+            break
     return {}
 
 
@@ -195,6 +198,8 @@ class _JournalCopy:
         before = self._offset
         limit = min(known, QUEUE_BYTES) if known > 0 else QUEUE_BYTES
         records, self._offset = read_journal(self.path, self._offset, limit)
+        if before == 0 and records and records[0]["kind"] != "open":
+            records = self._opened(records)
         for record in records:
             if record["kind"] == "metrics":
                 points = {k: v for k, v in record["values"].items() if (k, record["tokens_seen"]) not in self._seen}
@@ -203,6 +208,23 @@ class _JournalCopy:
             if self._offset > self._known_to:
                 self.pending.append(record)
         return self._offset > before
+
+    def _opened(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Lines whose opening one is damaged, with another: a later attempt's, or the one that the folder's name tells. None of them
+        where neither tells whose they are."""
+        folder, above = self.path.parent, self.path.parent.parent
+        again = [record for record in records if record["kind"] == "open"]
+        if again:
+            opening = again[0]
+        elif above.name == "runs":
+            opening = {"run": folder.name, "parent": None, "title": folder.name}
+        elif above.parent.name == "runs":
+            run = f"{above.name}/{folder.name}"
+            opening = {"run": run, "parent": above.name, "title": short_title(run)}
+        else:
+            log.warning("%s: its first line is damaged, and nothing else says which run it is of; not in MLflow", self.path)
+            return []
+        return [{**records[0], **opening, "kind": "open", "time_ms": records[0]["time_ms"]}, *records]
 
     def send(self, is_over: Callable[[], bool]) -> bool:
         """Forward lines in order; each leaves the queue only once MLflow has it. False when it `is_over` before the end.
@@ -275,8 +297,10 @@ class _JournalCopy:
             return
         last, size = read_last_record(self.path)
         if last["kind"] != "close":
-            self._client.update_run(self.run_id, status="RUNNING")  # another attempt
-            self._set_tags(self._tags)
+            # Another attempt; where nobody writes, only the closing line is lost.
+            if is_held(self.path):
+                self._client.update_run(self.run_id, status="RUNNING")
+                self._set_tags(self._tags)
         elif (found.info.status, found.info.end_time) == (last["status"], last["time_ms"]):
             # Closing comes last, so all lines before it are there too: they are read, for the points in them, and not sent.
             self._known_to = size
@@ -284,7 +308,7 @@ class _JournalCopy:
                 self.pending = deque([record])
 
     def _find(self, name: str) -> Any:
-        found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
+        found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_TAG}` = {quoted(name)}", max_results=1)
         return found[0] if found else None
 
     def _metrics(self, batch: list[dict[str, Any]]) -> None:

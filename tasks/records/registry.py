@@ -23,7 +23,7 @@ from gptcore.config import UserError, hide_password
 from gptcore.errors import first_line
 from gptcore.markdown import markdown_table
 from gptcore.store import MANIFEST, MARKER, commit_dir, home_dir, is_committed, read_manifest
-from gptloom.tasks.records.tracking import open_client, save_servable, tracking_uri
+from gptloom.tasks.records.tracking import is_answer, open_client, quoted, save_servable, tracking_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS_TAG = "gptloom.champions"
@@ -46,8 +46,13 @@ class Version:
 
     @property
     def val_bpb(self) -> float:
-        """Bits per byte on the validation split of its own training, as registered."""
-        return float(self.facts["val_bpb"])
+        """Bits per byte on the validation split of its own training, as registered. Raises UserError where that is damaged."""
+        try:
+            return float(self.facts["val_bpb"])
+        except (LookupError, ValueError):
+            raise UserError(
+                f"model {self.label}: its tag gptloom.val_bpb is damaged ({self.facts.get('val_bpb')!r}); set it in MLflow"
+            ) from None
 
 
 # --- write -------------------------------------------------------------------------------------------------------------
@@ -83,7 +88,10 @@ def promote(what: str, reason: str = "on request") -> tuple[Version, Version | N
     """
     version = find(what, CHALLENGER)
     check_usable(version)
-    before = champion(version.name)
+    try:
+        before = champion(version.name)
+    except UserError:  # gone: this is the way out
+        before = None
     history = [v for v in champions(version.name) if v != version.version]
     client = open_client()
     client.set_model_version_tag(version.name, version.version, "gptloom.promoted", f"{_now()}: {reason}"[:5000])
@@ -139,8 +147,16 @@ def forget_model(name: str) -> None:
 
 
 def champion(name: str) -> Version | None:
-    """The model in use; None while there is none."""
-    return _aliased(name, CHAMPION)
+    """The model in use; None where there never was one. Raises UserError where there was, and what it was cannot be read any more."""
+    model = _registered(name)
+    before = _history(model) if model else []
+    found = _aliased(name, CHAMPION)
+    if found is None and before:
+        raise UserError(
+            f"model {name!r}: its champion is gone (champions so far: versions {', '.join(before)}); `gptloom promote {name}/VERSION` names "
+            "another one"
+        )
+    return found
 
 
 def challenger(name: str) -> Version | None:
@@ -148,9 +164,9 @@ def challenger(name: str) -> Version | None:
 
 
 def champions(name: str) -> list[str]:
-    """Version numbers of the champions so far, oldest first."""
+    """Version numbers of the champions so far, oldest first. Raises UserError when the tag that lists them is damaged."""
     model = _registered(name)
-    return [str(v) for v in json.loads(model.tags.get(CHAMPIONS_TAG, "[]"))] if model else []
+    return _history(model) if model else []
 
 
 def protected_versions(name: str) -> list[Version]:
@@ -164,7 +180,7 @@ def protected_versions(name: str) -> list[Version]:
 
 def versions(name: str) -> list[Version]:
     """All versions, newest first."""
-    found = open_client().search_model_versions(f"name='{name}'")
+    found = open_client().search_model_versions(f"name={quoted(name)}")
     return sorted(map(_read, found), key=lambda version: -int(version.version))
 
 
@@ -184,9 +200,7 @@ def find(what: str, alias: str = CHAMPION) -> Version:
         return match[0]
     if model := _registered(what):
         return _aliased(what, alias) or _no_alias(what, alias, model)
-    of_run = open_client().search_model_versions(f"run_id='{what}'") or [
-        found for found in open_client().search_model_versions() if found.tags.get("gptloom.run") == what
-    ]
+    of_run = [found for found in open_client().search_model_versions() if what in (found.run_id, found.tags.get("gptloom.run"))]
     if of_run:
         return _read(of_run[0])
     _require_model(what)
@@ -239,9 +253,27 @@ def model_card(title: str, rows: Mapping[str, Any], text: str = "") -> str:
 
 
 def _registered(name: str) -> Any:
-    """MLflow's registered model, or None."""
-    found = open_client().search_registered_models(f"name='{name}'")
-    return found[0] if found else None
+    """MLflow's registered model; None where there is none of that name, or where none can be called so."""
+    try:
+        return open_client().get_registered_model(name)
+    except Exception as error:
+        if is_answer(error):
+            return None
+        raise
+
+
+def _history(model: Any) -> list[str]:
+    text = model.tags.get(CHAMPIONS_TAG, "[]")
+    try:
+        numbers = json.loads(text)
+    except (ValueError, RecursionError):
+        numbers = None
+    if not isinstance(numbers, list) or not all(str(number).isdigit() for number in numbers):
+        raise UserError(
+            f"model {model.name!r}: its tag {CHAMPIONS_TAG} is damaged ({text[:80]!r}); set it in MLflow to the versions that were champion, "
+            'oldest first, as in ["1", "3"]'
+        )
+    return [str(number) for number in numbers]
 
 
 def _require_model(name: str) -> Any:
@@ -254,9 +286,20 @@ def _require_model(name: str) -> Any:
 
 
 def _aliased(name: str, alias: str) -> Version | None:
+    """The version that has an alias; None where none has. Raises UserError for an alias of a version that was deleted."""
     model = _registered(name)
     number = (model.aliases if model else {}).get(alias)
-    return _read(open_client().get_model_version(name, number)) if number else None
+    if not number:
+        return None
+    try:
+        return _read(open_client().get_model_version(name, number))
+    except Exception as error:
+        if not is_answer(error):
+            raise
+        raise UserError(
+            f"model {name!r}: its alias {alias!r} names version {number}, which is not there any more; "
+            f"`gptloom promote {name}/VERSION` gives the model another champion"
+        ) from None
 
 
 def _no_alias(name: str, alias: str, model: Any) -> Version:

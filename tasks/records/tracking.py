@@ -7,7 +7,6 @@ check_store()      # UserError with the remedy
 from __future__ import annotations
 
 import getpass
-import json
 import logging
 import os
 import socket
@@ -22,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.config import UserError, hide_password
 from gptcore.errors import first_line
-from gptcore.store import home_dir
+from gptcore.locks import is_held
+from gptcore.store import home_dir, read_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+SERVERS_FILE, UP_LOCK = "servers.json", "servers/up.lock"  # below GPTLOOM_HOME
 RUN_TAG = "gptloom.run"
 REASON_TAG = "gptloom.reason"
 NOTE_TAG = "mlflow.note.content"  # what MLflow's pages show as a description
@@ -40,12 +41,18 @@ log = logging.getLogger("gptloom.tracking")
 
 
 def read_servers() -> dict[str, Any]:
-    """What `gptloom up` wrote about the servers it runs (prefect_api_url, mlflow_url, pid); empty without them."""
-    try:
-        servers = json.loads((home_dir() / "servers.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """What `gptloom up` wrote about the servers it runs (prefect_api_url, mlflow_url, pid); empty without them.
+
+    Believed only while `up` holds its lock: of one that was killed the file stays, and something else may listen on its ports by now.
+    """
+    path = home_dir() / SERVERS_FILE
+    if not path.exists() or not is_held(home_dir() / UP_LOCK):
         return {}
-    return servers if isinstance(servers, dict) else {}
+    try:
+        return read_json(path)
+    except UserError as error:
+        log.warning("%s; `gptloom down`, then `gptloom up`, writes it anew", error)
+        return {}
 
 
 def answers(url: str, timeout_s: float = 3.0) -> bool:
@@ -94,6 +101,18 @@ def open_client() -> MlflowClient:
     return connect(tracking_uri())
 
 
+def is_answer(error: BaseException) -> bool:
+    """Did MLflow answer that there is no such thing, or that nothing can be called so?"""
+    return getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def quoted(value: str) -> str:
+    """A value for a filter of MLflow, whose language knows no escape. Raises UserError for one that holds both quotes."""
+    if "'" in value and '"' in value:
+        raise UserError(f"{value!r}: MLflow cannot look for a name with both kinds of quotes; take one out")
+    return f'"{value}"' if "'" in value else f"'{value}'"
+
+
 def is_store_trouble(error: BaseException) -> bool:
     """Did MLflow, or the way to it, fail, and not our own code?"""
     from mlflow.exceptions import MlflowException
@@ -129,7 +148,7 @@ def find_run(experiment: str, run: str) -> str | None:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return None
-    runs = client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{run}'", max_results=1)
+    runs = client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = {quoted(run)}", max_results=1)
     return str(runs[0].info.run_id) if runs else None
 
 
@@ -201,9 +220,10 @@ def running_runs() -> list[dict[str, str]]:
 
 
 def end_run(run_id: str, status: str, reason: str) -> None:
-    """Close a run of which only MLflow is left."""
+    """Close a run of which only MLflow is left. reason: empty where there is nothing to explain."""
     client = connect(tracking_uri())
-    client.set_tag(run_id, REASON_TAG, reason)
+    if reason:
+        client.set_tag(run_id, REASON_TAG, reason)
     client.set_terminated(run_id, status)
 
 

@@ -31,7 +31,7 @@ from prefect.exceptions import CancelledRun
 
 from gptcore.config import TrainConfig, UserError
 from gptcore.errors import EXIT_STOPPED, EXIT_USER, Stopped, error_of
-from gptcore.journal import FILE_NAME, Journal, read_journal, read_last_record
+from gptcore.journal import FILE_NAME, Journal, last_record, read_journal
 from gptcore.studies import CELL_FILE
 from gptloom.tasks.records.forwarding import Forwarder, write_tags
 from gptloom.tasks.runtime.launcher import Child, start_process
@@ -96,11 +96,14 @@ class ProcessDied(RuntimeError):
     """A signal ended the child that we did not send: a fault of the machine, or of whoever sent it; a checkpoint may be there."""
 
 
-def close_journals(directory: Path, error: BaseException) -> None:
-    """Write the closing line that a process which died could not; and the whole reason, with its log, where it failed."""
+def close_journals(directory: Path, error: BaseException | None) -> None:
+    """Write the closing line that a process which died could not; and the whole reason, with its log, where it failed.
+
+    error: None for a run that ended well, and whose closing line was lost.
+    """
     status, reason = closing_line(error)
     for path in directory.rglob(FILE_NAME):
-        last = read_last_record(path)[0] if path.stat().st_size else None
+        last = last_record(path)
         if last is None:
             continue
         is_own = path.parent == directory
@@ -111,8 +114,11 @@ def close_journals(directory: Path, error: BaseException) -> None:
             journal.close(status, reason)
 
 
-def closing_line(error: BaseException) -> tuple[str, str]:
-    """A run's last status and reason: KILLED when it was stopped from outside (Ctrl-C, SIGTERM, a cancel), else FAILED."""
+def closing_line(error: BaseException | None) -> tuple[str, str]:
+    """A run's last status and reason: KILLED when it was stopped from outside (Ctrl-C, SIGTERM, a cancel), else FAILED; FINISHED
+    without an error."""
+    if error is None:
+        return "FINISHED", ""
     if isinstance(error, asyncio.CancelledError):  # what Prefect raises in a task whose time is over
         return "FAILED", "timed out"
     is_interrupt = not isinstance(error, Exception) or isinstance(error, (Stopped, CancelledRun))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptcore.checkpoint import load_checkpoint
-from gptcore.config import UserError, dump_yaml, with_changes
+from gptcore.config import UserError, with_changes, write_yaml
 from gptcore.device import choose_device
 from gptcore.entry import PARENT_VARIABLE, python_environment
 from gptcore.models import LanguageModel
@@ -175,7 +175,7 @@ def gradients_of_ranks(bench: Bench, trainer: Trainer, x: Tensor, batches: dict[
     tensors |= {"x": x, **{f"targets/{kind}": targets for kind, targets in batches.items()}}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "batch.safetensors")
     config = with_changes(trainer.config, train={"device": "cpu", "precision": "fp32"})
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    write_yaml(config, folder / "config.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["-m", "gptcore.studies.accumulation.ranks", str(folder / "config.yaml")]
     command += ["--shards", str(bench.shards.directory), "--out", str(folder)]
