@@ -13,7 +13,6 @@ run beside the data steps in a process of their own; where those wait for them i
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from figures import figure, print_figures
 from ours import run_pipeline
 
 from gptcore.journal import FILE_NAME, read_journal
+from gptcore.store import read_json
 from gptloom.flows.servers.databases import PLACES, prepared
 
 GOAL_PERCENT = 5.0
@@ -30,7 +30,7 @@ TRACKING = ("register",)  # steps that only tell MLflow
 
 def working_seconds(run: Path) -> dict[str, float]:
     """Seconds of work by step of a finished run. Raises KeyError when a step left no record."""
-    steps: dict[str, float] = json.loads((run / "timing.json").read_text(encoding="utf-8"))
+    steps: dict[str, float] = read_json(run / "timing.json")
     work = {step: seconds for step, seconds in steps.items() if step in IN_PROCESS}
     for journal in run.glob(f"*/**/{FILE_NAME}"):
         records = read_journal(journal)[0]

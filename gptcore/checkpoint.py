@@ -2,7 +2,7 @@
 
     step_001000/{model.safetensors, optimizer.safetensors, state.json, config.yaml, tokenizer.json, manifest.json, COMMITTED}
 
-safetensors for tensors, JSON for the rest, no pickle. Loading checks every hash. A `Snapshot` is a checkpoint that is still in
+safetensors for tensors, JSON for the rest, no pickle. Loading verifies every file. A `Snapshot` is a checkpoint that is still in
 memory: taking it holds the training up, writing it does not have to (gptcore/train/writer.py).
 """
 
@@ -26,7 +26,7 @@ from gptcore.config import ExperimentConfig, UserError, load_written, write_yaml
 from gptcore.models import LanguageModel, build_model
 from gptcore.models.quantized import with_layout
 from gptcore.ranks import fill
-from gptcore.store import DamagedError, commit_dir, is_committed, read_json, read_manifest, write_json
+from gptcore.store import DamagedError, commit_dir, is_committed, read_json, verified, verify_file, write_json
 from gptcore.vocab import Vocab
 from gptcore.weights import WAY_OUT, check_weights, load_tensors
 
@@ -124,16 +124,17 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Raises UserError when it is not there or from another format, DamagedError when it is not whole. Reads every byte."""
+    """Raises UserError when it is not there or from another format, DamagedError when it is not whole. Every byte is verified."""
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory}: no such directory; give the path of a step_NNNNNN directory of a run")
-    manifest = read_manifest(directory, verify=True)
+    manifest = verified(directory)
     if manifest.get("kind") != "checkpoint" or manifest.get("format") != FORMAT:
         raise UserError(f"checkpoint {directory}: not a checkpoint of format {FORMAT}; it was written by another version")
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """Step, tokens_seen, seconds, random state and the loop's memory."""
+    """Step, tokens_seen, seconds, random state and the loop's memory. Raises DamagedError when it is not what was written."""
+    verify_file(directory / "state.json")
     return read_json(directory / "state.json")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gptcore.batches import val_batches
-from gptcore.checkpoint import load_model
+from gptcore.checkpoint import check_checkpoint, load_model
 from gptcore.config import UserError, load_config
 from gptcore.device import Device, choose_device
 from gptcore.entry import process_parser, recording, run_process
@@ -20,7 +20,7 @@ from gptcore.models import LanguageModel
 from gptcore.ranks import ALONE, Ranks
 from gptcore.resampling import ratio_interval
 from gptcore.shards import ShardSet, TokenView
-from gptcore.store import read_manifest, write_json
+from gptcore.store import write_json
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         )
     start = time.perf_counter()
     shards = ShardSet.open(args.shards)
-    read_manifest(args.checkpoint)
+    check_checkpoint(args.checkpoint)
     config = load_config(args.config or args.checkpoint / "config.yaml")
     device = choose_device(config.train.device, config.train.precision)
     torch.manual_seed(config.evaluate.seed)
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             tokens_seen=checkpoint.state["tokens_seen"],
             step=checkpoint.state["step"],
         )
-        write_json(args.out / "evaluation.json", result)
+        write_json(args.out / "evaluation.json", result, has_checksum=False)
         journal.artifact("evaluation.json")
     return result
 

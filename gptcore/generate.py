@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptcore.checkpoint import load_model
+from gptcore.checkpoint import check_checkpoint, load_model
 from gptcore.config import ExperimentConfig, load_config
 from gptcore.decoding import Step, start_decoding
 from gptcore.device import choose_device
 from gptcore.entry import process_parser, recording, run_process
 from gptcore.journal import Journal
 from gptcore.models import LanguageModel
-from gptcore.store import read_manifest, write_json
+from gptcore.store import write_json
 from gptcore.vocab import Vocab
 
 
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--prompt", help="start of the text (default: evaluate.prompt)")
     args = parser.parse_args(argv)
-    read_manifest(args.checkpoint)
+    check_checkpoint(args.checkpoint)
     config = load_config(args.config or args.checkpoint / "config.yaml")
     with recording(args.out, args.run, args.parent) if args.out else nullcontext() as journal:
         result = write_samples(config, args.checkpoint, args.prompt, args.out, journal)
@@ -120,7 +120,7 @@ def write_samples(
         "seconds": seconds,
     }
     if out is not None and journal is not None:
-        write_json(out / "samples.json", result)
+        write_json(out / "samples.json", result, has_checksum=False)
         journal.tags(device.tags())
         chosen = settings.model_dump(include={"temperature", "top_k", "seed"})
         journal.params({"checkpoint_step": checkpoint.state["step"], **chosen})

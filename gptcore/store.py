@@ -1,9 +1,14 @@
-"""Files that are whole or absent: content ids and directories committed in two phases.
+"""Files that are whole or absent, and believed only when they are what was written: content ids, committed directories, state.
 
 Everything gptloom keeps on disk (corpora, vocabularies, shards, checkpoints) is a directory written under a temporary
 name, flushed, given a manifest of sizes and hashes, renamed, and marked last. A reader that finds no marker finds
 nothing, so a kill at any moment leaves either the old state or the new one. What a kill leaves half-written is swept by
 `leftovers.sweep` at the next start; a writer holds a lock on its temporary directory, so that nobody sweeps under its hands.
+
+The marker holds the manifest's sha256, the manifest those of all files. Whoever reads bytes that decide a number has compared them
+in this process: `verified` reads a directory's files once, in order, and remembers for as long as the process lives; `read_manifest`
+is for who wants facts of the manifest alone. Files without a manifest carry a checksum inside (`write_json`, `write_arrays`). What was
+written before there were checksums is still read.
 """
 
 from __future__ import annotations
@@ -13,18 +18,31 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptcore.config import UserError
 from gptcore.leftovers import hold, sweep
 from gptcore.locks import is_held, read_holder, sign_lock, take_lock
 
+if TYPE_CHECKING:
+    import numpy as np
+
 MARKER = "COMMITTED"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+CHECKSUM = "checksum"  # the key of a file's own sha256 …
+SEAL = "sha256:"  # … and how its value begins
+HASHERS = 2  # threads that hash the files of a directory: more would wait for the disk or for memory
+PIECE_BYTES = 1 << 20
+PUT_BACK = "put a copy of it back, or delete it to begin anew"
+THREADED_BYTES = 16 << 20  # less is hashed before a second thread has begun
+
+# The sha256 of files that this process has read, by device, inode, size and times of change: the name may change, the bytes may not.
+_known: dict[tuple[int, ...], str] = {}
 
 
 class DamagedError(UserError):
@@ -52,8 +70,11 @@ def content_id(value: Any) -> str:
 
 def hash_file(path: Path) -> str:
     """sha256 of a file, read in pieces, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            digest.update(piece[:size])
+    return digest.hexdigest()
 
 
 def is_committed(directory: Path) -> bool:
@@ -76,11 +97,12 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     try:
         yield tmp
         manifest["files"] = {
-            str(path.relative_to(tmp)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+            str(path.relative_to(tmp)): {"bytes": path.stat().st_size, "sha256": _known_hash(path)}
             for path in sorted(tmp.rglob("*"))
             if path.is_file()
         }
-        write_json(tmp / MANIFEST, manifest)
+        write_json(tmp / MANIFEST, manifest, has_checksum=False)
+        marker = hash_file(tmp / MANIFEST) + "\n"
         for path in tmp.rglob("*"):
             _fsync(path)
         _fsync(tmp)
@@ -93,7 +115,7 @@ def commit_dir(directory: Path, manifest: dict[str, Any]) -> Iterator[Path]:
                 raise
         else:
             _fsync(directory.parent)
-            (directory / MARKER).touch()
+            _replace_text(directory / MARKER, marker)
             _fsync(directory / MARKER)
             _fsync(directory)
     finally:
@@ -128,8 +150,9 @@ def is_claimed(directory: Path) -> bool:
     return is_held(directory / LOCK)
 
 
-def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
-    """The manifest of a committed directory, sizes checked; with `verify` the hashes too.
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a committed directory, compared with its marker, and its files with the sizes it states. Their bytes are not
+    read: for that there is `verified`.
 
     Raises DamagedError, a UserError, naming the file that is missing or changed.
     """
@@ -140,19 +163,69 @@ def read_manifest(directory: Path, *, verify: bool = False) -> dict[str, Any]:
             f"{directory}: not a committed directory (no {MARKER} in it); correct the path, or, if that is a checkpoint, corpus, "
             "vocabulary or shard set that was cut short, delete it and run again to remake it"
         )
-    remake = f"delete {directory} and run again to remake it"
+    path = directory / MANIFEST
     try:
-        manifest = read_json(directory / MANIFEST)
+        stated, raw = (directory / MARKER).read_bytes(), path.read_bytes()
+        manifest = _parse(raw)
         files = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(f"{directory / MANIFEST}: missing or damaged; {remake}") from None
-    for name, (size, sha256) in files.items():
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{path}: missing or damaged; {_remake(directory)}") from None
+    # An earlier version's marker is empty.
+    if stated and stated != f"{hashlib.sha256(raw).hexdigest()}\n".encode():
+        raise DamagedError(f"{path}: not what {MARKER} beside it says (sha256); {_remake(directory)}")
+    for name, (size, _) in files.items():
         path = inside(directory, name)
         if not path.is_file() or path.stat().st_size != size:
-            raise DamagedError(f"{path}: missing or of another size than its manifest says; {remake}")
-        if verify and hash_file(path) != sha256:
-            raise DamagedError(f"{path}: content differs from its manifest (sha256); {remake}")
+            raise DamagedError(f"{path}: missing or of another size than its manifest says; {_remake(directory)}")
     return manifest
+
+
+def verified(directory: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The manifest of a committed directory whose files are, byte by byte, what it says: all of them, or those `names`.
+
+    A file is read once in a process, in pieces, and again only when it has changed since. Raises DamagedError, a UserError, naming
+    the first file that is missing or changed.
+    """
+    manifest = read_manifest(directory)
+    files = manifest["files"]
+    chosen = list(files if names is None else names)
+    if unknown := [name for name in chosen if name not in files]:
+        raise DamagedError(f"{directory / MANIFEST}: does not list {unknown[0]}; {_remake(directory)}")
+    paths = [directory / name for name in chosen]
+    try:
+        if len(paths) > 1 and sum(files[name]["bytes"] for name in chosen) > THREADED_BYTES:
+            with ThreadPoolExecutor(HASHERS) as pool:  # hashing lets go of the interpreter's lock
+                found = list(pool.map(_known_hash, paths))
+        else:
+            found = [_known_hash(path) for path in paths]
+    except OSError as error:
+        raise DamagedError(f"{error.filename}: cannot be read ({error.strerror}); mend that, or {_remake(directory)}") from None
+    for name, path, sha256 in zip(chosen, paths, found, strict=True):
+        if sha256 != files[name]["sha256"]:
+            raise DamagedError(f"{path}: content differs from its manifest (sha256); {_remake(directory)}")
+    return manifest
+
+
+def verify_file(path: Path) -> None:
+    """Compare one file of a committed directory with the manifest beside it; a file that is in none is taken as it is.
+
+    Raises DamagedError as `verified` does.
+    """
+    if is_committed(path.parent) and path.name in read_manifest(path.parent)["files"]:
+        verified(path.parent, [path.name])
+
+
+def _known_hash(path: Path) -> str:
+    """`hash_file`, once in this process as long as the file stays as it is."""
+    facts = path.stat()
+    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)  # nobody can set the last one back
+    if key not in _known:
+        _known[key] = hash_file(path)
+    return _known[key]
+
+
+def _remake(directory: Path) -> str:
+    return f"delete {directory} and run again to remake it"
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -164,22 +237,89 @@ def inside(directory: Path, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError when it is missing, or holds anything else."""
+    """A JSON object from a file, without its checksum; one that a person or an earlier version wrote has none.
+
+    Raises UserError when it is missing, DamagedError when it holds anything else or is not what was written.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, it holds no JSON object")
+    try:
+        value = _parse(raw)
+    except ValueError:
+        raise DamagedError(f"{path}: damaged, it holds no JSON object; {PUT_BACK}") from None
+    # A checksum under another name is one whose name was damaged.
+    seals = {key for key, text in value.items() if key == CHECKSUM or (isinstance(text, str) and text.startswith(SEAL))}
+    if seals and (seals != {CHECKSUM} or value.pop(CHECKSUM) != _seal(value)):
+        raise DamagedError(f"{path}: damaged, its content is not what was written (checksum); {PUT_BACK}")
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Readable JSON through a temporary name, so that a reader never sees half of it."""
+def write_json(path: Path, value: Any, *, has_checksum: bool = True) -> None:
+    """Readable JSON through a temporary name, so that a reader never sees half of it; an object gets a checksum, for `read_json`.
+
+    has_checksum: not for what other programs read, or a manifest covers.
+    """
+    if has_checksum and isinstance(value, dict):
+        value = {**value, CHECKSUM: _seal(json.loads(json.dumps(value)))}
+    _replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote. Raises DamagedError for a file that cannot be read, or whose content is another."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        stated = arrays.pop(CHECKSUM, None)  # an earlier version wrote none
+        is_whole = stated is None or stated.tobytes() == _digest(arrays)
+    except Exception as error:  # zipfile, zlib, tokenize and NumPy have many words for damage
+        raise DamagedError(f"{path}: damaged ({type(error).__name__}: {error}); {PUT_BACK}") from None
+    if not is_whole:
+        raise DamagedError(f"{path}: damaged, its content is not what was written (checksum); {PUT_BACK}")
+    return arrays
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays by name as .npz with a checksum, through a temporary name; no pickled objects."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
+    whole: dict[str, Any] = {**arrays, CHECKSUM: np.frombuffer(_digest(arrays), dtype=np.uint8)}
+    np.savez(tmp, **whole)
+    tmp.replace(path)
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape} ".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.digest()
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """Raises ValueError for anything but a JSON object."""
+    try:
+        value = json.loads(raw.decode())
+    except RecursionError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return SEAL + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _replace_text(path: Path, text: str) -> None:
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    tmp.write_text(text, encoding="utf-8")
     tmp.replace(path)
 
 

@@ -1,6 +1,6 @@
 """The data steps as tasks: text → corpus → vocabulary → shards, each a committed directory named by its content.
 
-A directory that is already there is the cache: the task returns it at once, in Prefect's state "Cached". With
+A directory that is already there is the cache: the task returns it at once, in Prefect's state "Cached", once its bytes are verified. With
 `data.dask_address`, chunks of vocabulary and shards are worked on by a Dask cluster, each as a task run of its own.
 """
 
@@ -22,7 +22,7 @@ from prefect.states import Completed
 
 from gptcore.config import DataConfig, UserError, VocabConfig
 from gptcore.parallel import AHEAD, ChunkMap, map_processes
-from gptcore.store import MARKER, is_committed, read_manifest
+from gptcore.store import MARKER, is_committed, read_manifest, verified
 from gptloom.tasks.runtime.log import run_logger
 
 T = TypeVar("T")
@@ -72,6 +72,7 @@ def build_vocabulary(vocab: VocabConfig, corpus: Path, home: Path, dask_address:
 
     found = locate_vocab(vocab, corpus, home)
     if is_committed(found):
+        verified(found)
         return cached(found, found)
     directory = build_vocab(vocab, corpus, home, chunk_map_of(dask_address))
     manifest = read_manifest(directory)
@@ -89,7 +90,7 @@ def write_shards(corpus: Path, vocab: Path, home: Path, block_size: int, dask_ad
 
     found = shards.locate_shards(corpus, vocab, home)
     if shards.is_complete(found):
-        shards.ShardSet.open(found).check_fits(block_size)
+        shards.open_whole(found, block_size)
         return cached(found, found)
     directory = shards.write_shards(corpus, vocab, home, block_size, chunk_map_of(dask_address))
     tokens = shards.ShardSet.open(directory).n_tokens

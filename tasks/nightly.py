@@ -16,7 +16,7 @@ from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig,
 from gptcore.errors import first_line
 from gptcore.nights.ledger import Generation, Ledger
 from gptcore.nights.settings import NightlySettings
-from gptcore.store import is_committed, read_json, read_manifest, write_json
+from gptcore.store import DamagedError, is_committed, read_json, read_manifest, verified, write_json
 from gptloom.tasks.records import registry
 from gptloom.tasks.records.tracking import common_tags
 from gptloom.tasks.runtime.log import run_logger
@@ -99,6 +99,7 @@ def vocabulary_of(champion: registry.Version | None, config: VocabConfig, corpus
         return build_vocab(config, corpus, home)
     directory = home / "data" / "vocabs" / champion.facts.get("vocab", "-")
     if is_committed(directory):
+        verified(directory)
         return directory
     return take_vocabulary(registry.checkpoint_of(champion), corpus, home)
 
@@ -154,7 +155,7 @@ def add_earlier_vocabularies(text: Text, config: ExperimentConfig, corpus: Path,
     """
     for model in ledger.models:
         checkpoint = Path(model.checkpoint)
-        if not is_committed(checkpoint):
+        if not _is_whole(checkpoint):
             continue
         fingerprint = read_json(checkpoint / "state.json")["vocab_fingerprint"]
         if all(fingerprint in shards for shards in text.holdouts.values()):
@@ -167,6 +168,18 @@ def add_earlier_vocabularies(text: Text, config: ExperimentConfig, corpus: Path,
             continue
         for name, shards in written.items():
             text.holdouts[name][shards.fingerprint] = str(shards.directory)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Is an earlier champion's checkpoint there and as it was written? A damaged one is told, and leaves a gap in the ledger's page."""
+    if not is_committed(checkpoint):
+        return False
+    try:
+        verified(checkpoint)
+    except DamagedError as error:
+        run_logger().warning("not measured tonight: %s", error)
+        return False
+    return True
 
 
 def plan_arms(
@@ -217,7 +230,7 @@ def run_arms(
     now = None
     if champion is not None:
         now = {"key": champion.facts["run"], "checkpoint": str(registry.checkpoint_of(champion))}
-    known = [asdict(m) for m in ledger.models if is_committed(Path(m.checkpoint)) and (not now or m.key != now["key"])]
+    known = [asdict(m) for m in ledger.models if _is_whole(Path(m.checkpoint)) and (not now or m.key != now["key"])]
     plan = {
         "champion": now,
         "judge": {"holdout": text.tonight.name, "percent": settings.corrupt_percent} if text.tonight else None,

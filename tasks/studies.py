@@ -112,5 +112,5 @@ def read_table(path: Path, limit: int = 200) -> list[dict[str, Any]]:
 
     if not path.is_file():
         return []
-    frame = pd.read_parquet(path).head(limit)
+    frame = pd.read_parquet(path, page_checksum_verification=True).head(limit)
     return [{str(k): (None if pd.isna(v) else v) for k, v in row.items()} for row in frame.to_dict("records")]

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.client.schemas.objects import State
 
 from gptcore.config import ExperimentConfig, UserError, write_yaml
-from gptcore.store import content_id, is_committed, read_json, write_json
+from gptcore.store import content_id, read_json, verified, write_json
 from gptloom.tasks.records.tracking import common_tags
 from gptloom.tasks.runtime.log import run_logger
 from gptloom.tasks.runtime.process import ProcessDied, run_device_process
@@ -51,14 +51,16 @@ def run_step(
 
 
 def done_before(directory: Path, request: str) -> dict[str, Any] | None:
-    """The result of this very step in an earlier attempt of the run, whose checkpoint is still there."""
+    """The result of this very step in an earlier attempt of the run, whose checkpoint is still there and whole."""
     if not (directory / DONE_FILE).exists():
         return None
     try:
         done = read_json(directory / DONE_FILE)
         result: dict[str, Any] = done["result"]
-        if done["request"] != request or not ("checkpoint" not in result or is_committed(Path(result["checkpoint"]))):
+        if done["request"] != request:
             return None
+        if "checkpoint" in result:
+            verified(Path(result["checkpoint"]))
     except (UserError, LookupError, TypeError) as error:
         run_logger().warning("%s is done again (%s)", directory.name, error)
         return None

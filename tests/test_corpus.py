@@ -21,7 +21,7 @@ import pytest
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus import build_corpus, download, locate_corpus, package_index, read_documents, read_records
 from gptcore.corpus.sections import cut_sections, hash_document, section_key
-from gptcore.store import is_committed, read_manifest
+from gptcore.store import is_committed, read_manifest, verified
 
 
 def prose(seed: int, n_bytes: int) -> str:
@@ -70,7 +70,7 @@ def test_no_text_is_lost_or_moved(tmp_path: Path, split: str) -> None:
         write(folder / f"{number}.txt", text)
     corpus = build(folder, tmp_path, split=split, val_fraction=0.2)
     assert whole_text(corpus) == "".join(originals)
-    manifest = read_manifest(corpus, verify=True)
+    manifest = verified(corpus)
     assert manifest["split"] == split
     assert manifest["bytes"] == len("".join(originals).encode())
     for side, records in texts(corpus).items():

@@ -27,7 +27,7 @@ import pytest
 
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus import build_corpus, containers, read_documents
-from gptcore.store import read_manifest
+from gptcore.store import read_manifest, verified
 
 RNG = random.Random(7)
 WORDS = ["".join(RNG.choices("abcdefghij", k=RNG.randint(2, 8))) for _ in range(300)]
@@ -196,7 +196,7 @@ def test_bad_file_is_skipped_and_counted_by_policy(tmp_path: Path, case: str) ->
     (source / "0.txt").write_bytes(prose(2))
     (source / name).write_bytes(content)
     corpus = build_corpus(DataConfig(source=str(source), invalid_text="skip"), tmp_path / "home")
-    manifest = read_manifest(corpus, verify=True)
+    manifest = verified(corpus)
     assert manifest["rules"].get("invalid", 0) + manifest["rules"].get("damaged", 0) >= 1
     assert manifest["skipped"] >= 1
     whole = "".join(text for split in ("train", "val") for text in read_documents(corpus, split))
@@ -349,7 +349,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         build_corpus(DataConfig(source=str(source)), tmp_path / "home")
     assert leftovers(tmp_path / "home") == []
     monkeypatch.undo()
-    assert read_manifest(build_corpus(DataConfig(source=str(source)), tmp_path / "home"), verify=True)
+    assert verified(build_corpus(DataConfig(source=str(source)), tmp_path / "home"))
 
 
 def test_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,14 +385,13 @@ def test_damaged_corpus_is_not_used(tmp_path: Path, damage: str) -> None:
         parquet.unlink()
     else:
         (parquet.parent / "COMMITTED").unlink()
-    if damage == "flip":  # of the same size: found where all is read, as `gptloom data verify` does
+    if damage == "flip":  # of the same size
         with pytest.raises(UserError, match=r"documents\.parquet: content differs"):
-            read_manifest(parquet.parent, verify=True)
-    else:
-        with pytest.raises(UserError, match=str(parquet.parent)):
-            list(read_documents(corpus, "train"))
-        assert build_corpus(DataConfig(source=str(source)), home) == corpus
-        assert read_manifest(parquet.parent, verify=True)
+            verified(parquet.parent)
+    with pytest.raises(UserError, match=str(parquet.parent)):
+        list(read_documents(corpus, "train"))
+    assert build_corpus(DataConfig(source=str(source)), home) == corpus
+    assert verified(parquet.parent)
 
 
 def refusal(source: Path | str, home: Path, **settings: Any) -> str:

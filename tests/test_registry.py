@@ -18,7 +18,7 @@ from prefect.logging import disable_run_logger
 from gptcore.checkpoint import Snapshot, load_model, save_checkpoint
 from gptcore.config import UserError, check_config
 from gptcore.models import build_model
-from gptcore.store import home_dir, read_manifest
+from gptcore.store import home_dir, verified
 from gptcore.vocab import CharVocab
 from gptloom.tasks.records import registry
 
@@ -113,8 +113,43 @@ def test_a_fetch_that_is_interrupted_leaves_no_torn_checkpoint(store: Store, mon
         with pytest.raises(KeyboardInterrupt):
             registry.checkpoint_of(made)
     fetched = registry.checkpoint_of(made)
-    assert read_manifest(fetched, verify=True)["files"].keys() >= {"model.safetensors", "tokenizer.json"}
+    assert verified(fetched)["files"].keys() >= {"model.safetensors", "tokenizer.json"}
     assert load_model(fetched)[1].state["step"] == 1
+
+
+def damage(directory: Path, how: str) -> None:
+    path = directory / "model.safetensors"
+    raw = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes(raw[:-1] if how == "cut" else raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
+def test_damaged_weights_are_taken_from_mlflow_or_refused(store: Store, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    """A marker says that a checkpoint was whole once. The alias moves to weights that are whole now, or not at all."""
+    first, second = store.register(), store.register()
+    registry.promote("toy/1")
+    registry.promote("toy/2")
+    damage(Path(first.facts["checkpoint"]), how)
+    with caplog.at_level("WARNING"):
+        assert registry.rollback("toy")[0].version == "1"
+    assert "model.safetensors" in caplog.text
+    fetched = registry.checkpoint_of(first)
+    assert fetched.is_relative_to(home_dir() / "registry")
+    assert load_model(fetched)[1].state["step"] == 1
+    damage(fetched, how)  # a copy is no better than what it was made of, and fetched once more
+    assert verified(registry.checkpoint_of(first))
+    damage(Path(second.facts["checkpoint"]), how)
+    copies = [path for path in (store.folder / "artifacts").rglob("model.safetensors") if second.run_id in str(path)]
+    assert copies, "MLflow has no copy of the weights"
+    for path in copies:
+        damage(path.parent, how)
+    with pytest.raises(
+        UserError, match=r"toy/2: its checkpoint is neither at .*model\.safetensors.* nor whole among the artifacts"
+    ):
+        registry.promote("toy/2")
+    assert registry.champion("toy").version == "1"
 
 
 def test_what_is_gone_is_said_and_the_champion_stays(store: Store) -> None:

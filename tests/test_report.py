@@ -23,6 +23,7 @@ from gptcore.journal import FILE_NAME, TAGS_FILE, Journal, read_journal
 from gptcore.report import comparison_table, figures, format_comparison, headline, read_run, wording, write_report
 from gptcore.report.record import read_step
 from gptcore.report.studies import study_frame, time_parts
+from gptcore.store import read_json
 
 VOCAB = 84
 UNIFORM = math.log(VOCAB)
@@ -40,7 +41,7 @@ REAL = Path()  # the directory of a real run
 
 def planted(step: str, **values: Any) -> dict[str, Any]:
     """The result of a real step with these values for its own."""
-    result: dict[str, Any] = json.loads((REAL / step / "result.json").read_text())
+    result: dict[str, Any] = read_json(REAL / step / "result.json")
     assert values.keys() <= result.keys(), f"no code writes {values.keys() - result.keys()}"
     return result | values
 
@@ -223,7 +224,7 @@ def test_headline_is_computed_from_the_numbers(whole_run: Path) -> None:
 
 
 def test_headline_does_not_praise_a_model_that_lost(whole_run: Path) -> None:
-    result = json.loads((whole_run / "floor" / "result.json").read_text())
+    result = read_json(whole_run / "floor" / "result.json")
     write_result(whole_run / "floor", result | {"val_bpb": 2.0})
     assert "0.337 above the bigram floor" in headline(whole_run)
 
@@ -253,7 +254,7 @@ def test_comparison_has_the_promised_columns_and_no_invented_numbers(whole_run: 
 
 def test_another_precision_is_not_called_other_tokens(whole_run: Path) -> None:
     """The study reads the whole split, as the evaluation does; it computes in fp32."""
-    result = json.loads((whole_run / "evaluate" / "result.json").read_text())
+    result = read_json(whole_run / "evaluate" / "result.json")
     write_result(whole_run / "evaluate", result | {"val_bpb": 2.339})
     html = write_report(whole_run).read_text()
     assert "int8 was compared with the unquantized model in fp32 on the same tokens: 2.3372 bits per byte there." in html
@@ -332,7 +333,7 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
 def test_broken_files_are_missing_numbers_not_crashes(whole_run: Path) -> None:
     (whole_run / "timing.json").write_text("{", encoding="utf-8")
     (whole_run / "floor" / "result.json").write_text("[1, 2", encoding="utf-8")
-    result = json.loads((whole_run / "rnn" / "result.json").read_text())
+    result = read_json(whole_run / "rnn" / "result.json")
     (whole_run / "rnn" / "result.json").write_text(
         json.dumps(result | {"val_bpb": math.nan, "seconds": None}), encoding="utf-8"
     )
@@ -345,14 +346,14 @@ def test_broken_files_are_missing_numbers_not_crashes(whole_run: Path) -> None:
 
 def test_loss_without_a_perplexity_has_a_page(whole_run: Path) -> None:
     """exp(800) is no number in 64 bits: the page ended in an OverflowError."""
-    result = json.loads((whole_run / "evaluate" / "result.json").read_text())
+    result = read_json(whole_run / "evaluate" / "result.json")
     write_result(whole_run / "evaluate", result | {"val_loss": 800.0, "val_ppl": None})
     assert "perplexity –" in visible(write_report(whole_run).read_text(encoding="utf-8"))
     assert comparison_table(whole_run).set_index("model")["val_ppl"].isna().loc["GPT"]
 
 
 def test_untrained_check_fails_when_the_first_guess_is_confident(whole_run: Path) -> None:
-    result = json.loads((whole_run / "train" / "result.json").read_text())
+    result = read_json(whole_run / "train" / "result.json")
     write_result(whole_run / "train", result | {"untrained_loss": UNIFORM + 0.2})
     text = visible(write_report(whole_run).read_text(encoding="utf-8"))
     assert "Fail. GPT:" in text

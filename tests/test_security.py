@@ -88,6 +88,7 @@ def seal(directory: Path) -> None:
         path = directory / name
         manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "COMMITTED").write_bytes(b"")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -231,6 +232,7 @@ def test_manifests_cannot_name_files_outside(model_dir: Path, tmp_path: Path, na
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 6, "sha256": hash_file(tmp_path / "outside")}
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "COMMITTED").write_bytes(b"")
     with pytest.raises(UserError, match="outside of itself"):
         read_manifest(copy)
     assert inside(copy, "state.json") == copy / "state.json"

@@ -25,7 +25,7 @@ from gptcore.corpus.chunks import list_chunks
 from gptcore.parallel import map_processes
 from gptcore.shards import ShardSet, ShardWriter, TokenView, format, map_shard, prepare, write_shards
 from gptcore.shards.encoding import _behind_ends
-from gptcore.store import MANIFEST, read_manifest, write_json
+from gptcore.store import MANIFEST, MARKER, read_manifest, write_json
 from gptcore.vocab import Vocab
 
 FINGERPRINT = "0123456789abcdef" * 4
@@ -405,7 +405,7 @@ def test_one_source_is_no_mixture(made: shards.Prepared) -> None:
 
 def test_verify_reads_everything(made: shards.Prepared) -> None:
     total = sum(path.stat().st_size for d in (made.shards, only_tokens(made.shards)) for path in d.iterdir())
-    manifests = sum((d / MANIFEST).stat().st_size for d in (made.shards, only_tokens(made.shards)))
+    manifests = sum((d / name).stat().st_size for d in (made.shards, only_tokens(made.shards)) for name in (MANIFEST, MARKER))
     assert ShardSet.open(made.shards).verify() == total - manifests
 
 
@@ -421,7 +421,7 @@ def test_a_flipped_bit_is_found(copied: Path, name: str) -> None:
 
 
 def forge(shard_dir: Path, name: str, content: bytes) -> None:
-    """Change a file of the ids and every manifest with it: what a hash does not show."""
+    """Change a file of the ids, every manifest with it and what the markers say: what a hash does not show."""
     tokens = only_tokens(shard_dir)
     (tokens / name).write_bytes(content)
     manifest = json.loads((tokens / MANIFEST).read_text(encoding="utf-8"))
@@ -430,6 +430,8 @@ def forge(shard_dir: Path, name: str, content: bytes) -> None:
     outer = json.loads((shard_dir / MANIFEST).read_text(encoding="utf-8"))
     outer["tokens"][0]["manifest_sha256"] = hashlib.sha256((tokens / MANIFEST).read_bytes()).hexdigest()
     write_json(shard_dir / MANIFEST, outer)
+    for directory in (tokens, shard_dir):
+        (directory / MARKER).write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -468,6 +470,7 @@ def test_ids_of_another_run_are_refused(copied: Path) -> None:
     tokens = only_tokens(copied)
     manifest = json.loads((tokens / MANIFEST).read_text(encoding="utf-8"))
     write_json(tokens / MANIFEST, manifest | {"segment": "another"})
+    (tokens / MARKER).write_bytes(b"")
     with pytest.raises(UserError, match=r"not the one .* was made with"):
         ShardSet.open(copied)
 
@@ -477,6 +480,7 @@ def test_another_version_is_refused(copied: Path, where: str) -> None:
     directory = copied if where == "shards" else only_tokens(copied)
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     write_json(directory / MANIFEST, manifest | {"format": 1})
+    (directory / MARKER).write_bytes(b"")
     with pytest.raises(UserError, match="format 1"):
         ShardSet.open(copied)
 

@@ -3,10 +3,26 @@
 import contextlib
 import json
 
+import numpy as np
 import pytest
 
+from gptcore import store
 from gptcore.config import UserError
-from gptcore.store import DamagedError, claim, commit_dir, content_id, is_committed, read_manifest
+from gptcore.store import (
+    CHECKSUM,
+    DamagedError,
+    claim,
+    commit_dir,
+    content_id,
+    is_committed,
+    read_arrays,
+    read_json,
+    read_manifest,
+    verified,
+    verify_file,
+    write_arrays,
+    write_json,
+)
 
 
 def commit(directory, text="hello"):
@@ -16,7 +32,7 @@ def commit(directory, text="hello"):
 
 
 def test_commit_lists_sizes_and_hashes(tmp_path):
-    manifest = read_manifest(commit(tmp_path / "x"), verify=True)
+    manifest = verified(commit(tmp_path / "x"))
     assert manifest["kind"] == "toy"
     assert manifest["files"]["a.txt"]["bytes"] == 5
 
@@ -44,12 +60,90 @@ def test_the_first_of_two_writers_wins(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize(("text", "verify"), [("hello!", False), ("hellO", True)])
-def test_a_changed_file_is_named(tmp_path, text, verify):
+@pytest.mark.parametrize(("text", "read"), [("hello!", read_manifest), ("hellO", verified)])
+def test_a_changed_file_is_named(tmp_path, text, read):
     directory = commit(tmp_path / "x")
     (directory / "a.txt").write_text(text)
     with pytest.raises(UserError, match=r"a\.txt"):
-        read_manifest(directory, verify=verify)
+        read(directory)
+
+
+def test_the_marker_covers_the_manifest(tmp_path):
+    """A manifest that a bit was flipped in would vouch for anything; an empty marker is what earlier versions wrote."""
+    directory = commit(tmp_path / "x")
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace("toy", "toz"))
+    with pytest.raises(DamagedError, match=r"manifest\.json: not what COMMITTED"):
+        read_manifest(directory)
+    (directory / "COMMITTED").write_bytes(b"")
+    assert read_manifest(directory)["kind"] == "toz"
+
+
+def test_a_file_is_read_once_in_a_process_and_again_when_it_changed(tmp_path, monkeypatch):
+    directory, read = commit(tmp_path / "x"), []
+    monkeypatch.setattr(store, "hash_file", lambda path, real=store.hash_file: read.append(path.name) or real(path))
+    monkeypatch.setattr(store, "_known", {})
+    verified(directory)
+    verified(directory)
+    assert read == ["a.txt"]
+    (directory / "a.txt").write_text("jello")
+    with pytest.raises(DamagedError, match=r"a\.txt: content differs"):
+        verified(directory)
+    verified(directory, [])
+
+
+def test_one_file_of_a_directory(tmp_path):
+    directory = commit(tmp_path / "x")
+    (tmp_path / "alone.txt").write_text("anything")
+    (directory / "later.txt").write_text("anything")
+    for path in (tmp_path / "alone.txt", directory / "later.txt", directory / "a.txt"):
+        verify_file(path)
+    (directory / "a.txt").write_text("jello")
+    with pytest.raises(DamagedError, match=r"a\.txt: content differs"):
+        verify_file(directory / "a.txt")
+    with pytest.raises(DamagedError, match=r"manifest\.json: does not list other\.txt"):
+        verified(directory, ["other.txt"])
+
+
+def test_what_json_holds_comes_back_and_nothing_else(tmp_path):
+    path = tmp_path / "state.json"
+    value = {"text": "naïve \u2028", "numbers": [1, 2.5, float("inf")], "nested": {"1": None}}
+    write_json(path, value)
+    assert read_json(path) == value
+    assert CHECKSUM in json.loads(path.read_text())
+    for old, new in [("2.5", "3.5"), (CHECKSUM, "checksul"), ('"text"', '"texu"'), ("sha256:", "sha356:")]:
+        write_json(path, value)
+        path.write_text(path.read_text().replace(old, new, 1))
+        with pytest.raises(DamagedError, match=r"state\.json: damaged.*\(checksum\)"):
+            read_json(path)
+    path.write_text('{"by hand": 1}')
+    assert read_json(path) == {"by hand": 1}
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("text", [b"", b"\0" * 9, b"[1]", b'{"a": 1', b"\xff{}", b"[" * 100_000], ids=repr)
+def test_json_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "state.json").write_bytes(text)
+    with pytest.raises(DamagedError, match=r"state\.json: damaged, it holds no JSON object"):
+        read_json(tmp_path / "state.json")
+
+
+def test_arrays_come_back_and_a_shorter_one_is_not_believed(tmp_path):
+    """The zip's own checksum is not looked at where a damaged header asks for fewer numbers than there are."""
+    path = tmp_path / "arrays.npz"
+    write_arrays(path, {"many": np.arange(300.0), "none": np.zeros((0, 2), dtype=np.uint64)})
+    found = read_arrays(path)
+    assert np.array_equal(found["many"], np.arange(300.0))
+    assert found["none"].shape == (0, 2)
+    np.savez(path, many=np.arange(200.0), checksum=np.load(path)["checksum"])
+    with pytest.raises(DamagedError, match=r"arrays\.npz: damaged.*\(checksum\)"):
+        read_arrays(path)
+    np.savez(path, many=np.arange(3))  # as an earlier version wrote it
+    assert read_arrays(path)["many"].tolist() == [0, 1, 2]
+    path.write_bytes(b"PK")
+    with pytest.raises(DamagedError, match=r"arrays\.npz: damaged"):
+        read_arrays(path)
 
 
 def test_content_id_does_not_depend_on_key_order():

@@ -16,7 +16,7 @@ from gptcore.journal import read_journal
 from gptcore.models import build_model
 from gptcore.report.record import read_step
 from gptcore.shards import ShardSet, prepare
-from gptcore.store import write_json
+from gptcore.store import read_json, write_json
 from gptcore.studies import engine, short
 from gptcore.studies.engine import find
 from gptcore.studies.sizes import baseline_config, floor_config
@@ -54,7 +54,7 @@ def run(study, trained, out):
     assert answer == {"studies": [study], "failed": {}}
     assert read_journal(out / study / "metrics.jsonl")[0][-1]["status"] == "FINISHED"
     result = json.loads((out / study / f"{study}.json").read_text())
-    assert result == json.loads((out / study / "result.json").read_text())
+    assert result == read_json(out / study / "result.json")
     assert result["study"] == study
     assert result["conclusion"]
     return result

@@ -18,6 +18,7 @@ from gptcore.errors import Stopped
 from gptcore.journal import read_journal
 from gptcore.report.study import table
 from gptcore.shards import ShardSet, prepare
+from gptcore.store import read_json
 from gptcore.studies import Bench, CellResult, Study, Summary, engine
 from gptcore.studies.__main__ import run_parts
 from gptcore.studies.engine import run_cells
@@ -346,6 +347,6 @@ def test_a_result_is_published_once(
     assert "`gptloom study toy`" in page
     assert "| a | 1 | 2 |" in page
     assert (docs / "toy" / "results.csv").is_file()
-    (out / "result.json").write_text(json.dumps({**json.loads((out / "result.json").read_text()), "not_run": 1}))
+    (out / "result.json").write_text(json.dumps(read_json(out / "result.json") | {"not_run": 1}))
     with pytest.raises(UserError, match="1 of 4 cells were not measured"):
         publish(out, docs, log, "toy")

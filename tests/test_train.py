@@ -28,6 +28,7 @@ from gptcore.nights.gate import compare
 from gptcore.nights.scores import Scores
 from gptcore.ranks import ALONE
 from gptcore.shards import ShardSet, prepare
+from gptcore.store import commit_dir, read_json, write_json
 from gptcore.train import accumulate_gradients, build_trainer, resume, train_loop, train_step
 from gptcore.train.run import run_training as process
 from gptcore.train.saving import _choose
@@ -349,8 +350,13 @@ def test_kept_are_the_newest_every_nth_and_the_best(config, shards, tmp_path):
     changed = with_changes(config, train={"save_interval": 1, "keep_checkpoints": 9, "max_steps": 9, "eval_interval": 9})
     run(changed, shards, tmp_path)
     folder = tmp_path / "checkpoints"
-    state = json.loads((folder / "step_000009" / "state.json").read_text())
-    (folder / "step_000009" / "state.json").write_text(json.dumps(state | {"best_step": 5}))
+    newest = folder / "step_000009"
+    manifest, state = read_json(newest / "manifest.json"), read_json(newest / "state.json")
+    with commit_dir(tmp_path / "best", manifest) as tmp:
+        shutil.copytree(newest, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json", "COMMITTED"))
+        write_json(tmp / "state.json", state | {"best_step": 5})
+    shutil.rmtree(newest)
+    (tmp_path / "best").rename(newest)
     prune_checkpoints(folder, 2, 4)
     assert [path.name for path in list_checkpoints(folder)] == [f"step_{n:06d}" for n in (4, 5, 8, 9)]
 

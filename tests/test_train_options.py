@@ -1,29 +1,35 @@
 """The training engine's options, each against a case one can do by hand, and its refusals before step 0."""
 
+import contextlib
 import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from gptcore.checkpoint import load_checkpoint
+from gptcore import store
+from gptcore.checkpoint import list_checkpoints, load_checkpoint
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, load_config, with_changes
 from gptcore.device import Device, choose_device, naming_refusals, set_determinism
 from gptcore.entry import StopFlag, recording
 from gptcore.errors import NonFinite
 from gptcore.journal import read_journal
 from gptcore.launch import find_cause
+from gptcore.ranks import ALONE
 from gptcore.shards import ShardSet, prepare
+from gptcore.store import DamagedError
 from gptcore.train import build_trainer, loop, preflight, resume, train_loop, train_step
 from gptcore.train import trainer as trainer_module
 from gptcore.train.finite import FiniteWatch, LossScale
-from gptcore.train.run import check_processes, open_shards
+from gptcore.train.run import check_processes, run_training
 from gptcore.train.trainer import build_forward, missing_compiler
 
 ROOT = Path(__file__).parent.parent
@@ -318,12 +324,44 @@ def test_shards_that_changed_under_a_run_are_refused(config, shards, tmp_path):
     with pytest.raises(UserError, match="its checkpoints were trained on shard set"):
         resume(build_trainer(config, ShardSet.open(prepare(other, tmp_path / "home").shards)), tmp_path / "out")
     copy = prepare(config, tmp_path / "home2").shards
-    ids = next(open_shards(copy).token_dirs[0].glob("train_*.bin"))
+    ids = next(ShardSet.open(copy).token_dirs[0].glob("train_*.bin"))
     with open(ids, "r+b") as file:
         file.seek(2000)
         file.write(b"\1")
     with pytest.raises(UserError, match=r"train_0+\.bin"):
-        open_shards(copy)
+        run(config, ShardSet.open(copy), tmp_path / "out2")
+
+
+def test_a_training_begins_before_its_shards_are_verified_and_saves_nothing_of_damaged_ones(
+    config, shards, tmp_path, monkeypatch
+):
+    """The step must not wait for a second a gigabyte; and no checkpoint may hold what was learnt from other text than was written."""
+    monkeypatch.setattr("gptcore.shards.shard_set.SMALL_BYTES", 0)
+    monkeypatch.setattr(StopFlag, "install", lambda _: None)
+    copy = ShardSet.open(prepare(config, tmp_path / "home").shards)
+    ids = next(copy.token_dirs[0].glob("train_*.bin"))
+    monkeypatch.setattr("gptcore.store._known", {})
+    config, may_hash = with_changes(config, train={"max_steps": 5, "save_interval": 5}), threading.Event()
+    slow = store.hash_file
+    monkeypatch.setattr(store, "hash_file", lambda path: (path != ids or may_hash.wait(60)) and slow(path))
+    steps = []
+    monkeypatch.setattr(loop, "train_step", lambda trainer, real=loop.train_step: steps.append(trainer.step) or real(trainer))
+    monkeypatch.setattr(loop, "check_finite", lambda trainer: trainer.step == 5 and may_hash.set())
+    for is_damaged in (False, True):
+        out = tmp_path / f"out-{is_damaged}"
+        may_hash.clear()
+        steps.clear()
+        if is_damaged:
+            raw = bytearray(ids.read_bytes())
+            raw[-2] ^= 1
+            ids.write_bytes(raw)
+        with pytest.raises(DamagedError) if is_damaged else contextlib.nullcontext():
+            run_training(config, copy, out, ALONE, None, None)
+        assert steps == [0, 1, 2, 3, 4], "the training waited"
+        assert [path.name for path in list_checkpoints(out / "checkpoints")] == ([] if is_damaged else ["step_000005"])
+        assert not [thread for thread in threading.enumerate() if thread.name == "verification"]
+    last = read_journal(out / "metrics.jsonl")[0][-1]
+    assert re.search(r"train_0+\.bin: content differs.* read from step 1 on; no checkpoint", json.dumps(last)), last
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.name)

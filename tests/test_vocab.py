@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gptcore.config import DataConfig, UserError, VocabConfig, check_config
 from gptcore.corpus import build_corpus, read_documents
 from gptcore.corpus.chunks import list_chunks
-from gptcore.store import read_manifest, write_json
+from gptcore.store import read_manifest, verified, write_json
 from gptcore.vocab import CharVocab, Vocab, build_vocab, learning, locate_vocab
 from gptcore.vocab.engines import ENGINES, default_engine, installed_version, open_engine
 
@@ -39,7 +39,7 @@ def vocab() -> CharVocab:
 @pytest.fixture(scope="module")
 def saved(vocab: CharVocab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vocab") / "tokenizer.json"
-    write_json(path, vocab.to_json())
+    write_json(path, vocab.to_json(), has_checksum=False)
     return path
 
 
@@ -62,7 +62,7 @@ def test_random_text_agrees_with_tokenizers(saved: Path) -> None:
     rng = random.Random(0)
     codes = [code for code in range(1, 0x110000, 370) if not 0xD800 <= code < 0xE000]
     vocab = CharVocab([chr(code) for code in codes])
-    write_json(saved.with_name("random.json"), vocab.to_json())
+    write_json(saved.with_name("random.json"), vocab.to_json(), has_checksum=False)
     reference = tokenizers.Tokenizer.from_file(str(saved.with_name("random.json")))
     text = "".join(chr(code + rng.choice((0, 0, 0, 1))) for code in rng.choices(codes, k=2000))
     ids = vocab.encode(text)
@@ -107,7 +107,7 @@ def test_load_checks_the_file(saved: Path, vocab: CharVocab, tmp_path: Path) -> 
     broken = tmp_path / "tokenizer.json"
     tree = json.loads(saved.read_text(encoding="utf-8"))
     for change in ({"ab": len(vocab.tokens)}, {"ab": 5}, {"<unk>": 0, "<|endoftext|>": 1}):
-        write_json(broken, tree | {"model": {"vocab": tree["model"]["vocab"] | change}})
+        write_json(broken, tree | {"model": {"vocab": tree["model"]["vocab"] | change}}, has_checksum=False)
         with pytest.raises(UserError, match="not a vocabulary of gptloom"):
             Vocab.load(broken)
     broken.write_text("{", encoding="utf-8")
@@ -125,7 +125,7 @@ def test_it_is_learnt_from_the_training_split_only(tmp_path: Path) -> None:
     assert directory == locate_vocab(VocabConfig(), corpus, tmp_path) == build_vocab(VocabConfig(), corpus, tmp_path)
     vocab = Vocab.load(directory)
     assert vocab.tokens == ["<|endoftext|>", "<unk>", "\n", "a", "b", "c"]
-    manifest = read_manifest(directory, verify=True)
+    manifest = verified(directory)
     assert (manifest["size"], manifest["fingerprint"]) == (6, vocab.fingerprint)
     assert (manifest["val_unknown"], manifest["val_characters"]) == (300, 360)
 
@@ -293,7 +293,7 @@ def test_the_file_names_its_engine(bpe_dir: Path, tmp_path: Path) -> None:
     name = default_engine().partition(" ")[0]
     for engine, strict_only in ((f"{name} 0.0.1", True), ("nosuchengine 1.0", False)):
         tree["model"]["gptloom"]["engine"] = engine
-        write_json(tmp_path / "tokenizer.json", tree)
+        write_json(tmp_path / "tokenizer.json", tree, has_checksum=False)
         vocab = Vocab.load(tmp_path)
         assert vocab.fingerprint != Vocab.load(bpe_dir).fingerprint
         with pytest.raises(UserError, match=f"made with {engine}"):

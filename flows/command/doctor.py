@@ -21,7 +21,7 @@ import psutil
 
 from gptcore.config import UserError, hide_password
 from gptcore.leftovers import find_leftovers
-from gptcore.store import MARKER, is_committed, read_json, read_manifest
+from gptcore.store import MARKER, is_committed, read_json, read_manifest, verified
 from gptloom import PACKAGE
 from gptloom.tasks.records.tracking import SERVERS_FILE, answers, read_servers
 from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dead, unfinished_runs
@@ -242,7 +242,7 @@ def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
                 raise UserError(f"{directory}: was not committed (no {MARKER} in it); its maker was killed")
             size = sum(facts["bytes"] for facts in read_json(directory / "manifest.json")["files"].values())
             budget -= size
-            read_manifest(directory, verify=budget >= 0)
+            (verified if budget >= 0 else read_manifest)(directory)
             hashed += budget >= 0
         except (UserError, KeyError, TypeError, AttributeError) as error:
             bad += 1

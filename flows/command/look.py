@@ -17,7 +17,7 @@ import numpy as np
 
 from gptcore import corpus, shards, vocab
 from gptcore.config import UserError, load_config
-from gptcore.store import home_dir, is_committed, read_manifest
+from gptcore.store import home_dir, is_committed, read_manifest, verified
 
 HEAD_RECORDS, HEAD_TOKENS, HEAD_CHARACTERS = 3, 64, 400
 COMMONEST = 20
@@ -129,7 +129,7 @@ def _verify_one(kind: str, directory: Path) -> int:
     if kind == "shards":
         return shards.ShardSet.open(directory).verify()
     parts = [directory, *(corpus.segment_dirs(directory) if kind == "corpus" else [])]
-    return sum(facts["bytes"] for part in parts for facts in read_manifest(part, verify=True)["files"].values())
+    return sum(facts["bytes"] for part in parts for facts in verified(part)["files"].values())
 
 
 def _print(text: str) -> None:

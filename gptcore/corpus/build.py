@@ -23,6 +23,7 @@ import numpy as np
 
 from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.corpus import package_index
+from gptcore.corpus.download import verify_download
 from gptcore.corpus.families import NO_DIGESTS, Family, Note
 from gptcore.corpus.ingest import Base, Pass
 from gptcore.corpus.pool import read_units
@@ -33,7 +34,7 @@ from gptcore.corpus.segments import FORMAT, SPLITS, add_up, corpus_dir_of, overl
 from gptcore.corpus.sources import SourceFile, list_files, plan_units, sign
 from gptcore.leftovers import hold, sweep
 from gptcore.parallel import count_cores
-from gptcore.store import commit_dir, is_committed, read_manifest
+from gptcore.store import commit_dir, is_committed, read_manifest, verified
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +181,11 @@ class Build:
     def _batches(self, files: list[tuple[int, SourceFile]]) -> tuple[Batches, int | None]:
         """How to go through the files' documents, as often as asked; with little text, from memory.
 
-        Also the number of distinct documents where that is known.
+        Also the number of distinct documents where that is known. Raises DamagedError for a download that is not what was fetched.
         """
+        for _, file in files:
+            if Path(file.path).is_relative_to(self.home / "data" / "downloads"):
+                verify_download(Path(file.path))
         size = sum(file.size for _, file in files)
         if size <= SMALL_BYTES:
             counts: dict[int, Counter[str]] = {number: Counter() for number, _ in files}
@@ -307,7 +311,7 @@ LEFT_OUT = ("empty", "short", "invalid", "damaged", "unsafe")
 def find_corpus(data: DataConfig, home: Path) -> Path | None:
     """The committed corpus of a source whose files are untouched since; None if there is something to read.
 
-    Looks at names, sizes and times only (an address is asked whether it changed).
+    Of the source it looks at names, sizes and times only (an address is asked whether it changed); the corpus is verified.
     """
     return Build(data, home, write=False).unchanged()
 
@@ -360,11 +364,11 @@ def commit(build: Build, located: Located) -> Path:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Committed, with all files at their size; a damaged one is removed, to be made again."""
+    """Committed, with every file as it was written; a damaged one is removed, to be made again."""
     if not is_committed(directory):
         return False
     try:
-        read_manifest(directory)
+        verified(directory)
     except UserError as error:
         logger.warning("%s; it is made again", str(error).partition(";")[0])
         shutil.rmtree(directory)

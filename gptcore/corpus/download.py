@@ -8,7 +8,6 @@ whether its copy changed (ETag, Last-Modified), and if it cannot be reached the 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -17,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.corpus.containers import Kind
-from gptcore.store import content_id, hash_file, write_json
+from gptcore.store import DamagedError, content_id, hash_file, read_json, write_json
 
 if TYPE_CHECKING:
     import requests
@@ -236,6 +235,18 @@ class _Fetch:
         _facts_path(self.part).unlink(missing_ok=True)
 
 
+def verify_download(path: Path) -> None:
+    """Before a file is read: one that was fetched earlier is what arrived then. Raises DamagedError; any other file is taken as it is."""
+    facts = _read_facts(path)
+    stored = path.resolve()
+    # The hub's library names a large file by its sha256.
+    expected = stored.name if stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", stored.name) else ""
+    if facts is not None:
+        expected = facts.sha256
+    if expected and hash_file(path) != expected:
+        raise DamagedError(f"{path}: not what was fetched (sha256); delete {stored} and run again to fetch it anew")
+
+
 def _facts_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
@@ -243,7 +254,7 @@ def _facts_path(path: Path) -> Path:
 def _read_facts(path: Path) -> Facts | None:
     """The facts of a file that is there; None for a file without them, which is nothing."""
     try:
-        known: dict[str, Any] = json.loads(_facts_path(path).read_text(encoding="utf-8"))
+        known = read_json(_facts_path(path))
         return Facts(**{field.name: known[field.name] for field in fields(Facts)}) if path.is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus.segments import FORMAT, segment_dirs
 from gptcore.corpus.sources import SourceFile
-from gptcore.store import content_id
+from gptcore.store import content_id, read_arrays, write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +64,14 @@ class Family:
         self.folder = home / "data" / "families" / content_id({"format": FORMAT, "settings": settings, "sources": sources})
 
     def newest(self) -> Path | None:
-        """The family's newest corpus that is still whole."""
+        """The family's newest corpus that is still whole; every byte of it is verified."""
         for ledger in reversed(self._ledgers()):
             directory = self.home / "data" / "corpora" / _corpus_of(ledger)
             try:
                 segment_dirs(directory)
-            except (UserError, OSError, ValueError, KeyError):
+            except (UserError, OSError, ValueError, KeyError) as error:
+                if directory.exists():
+                    logger.warning("%s; an older corpus, or none, is gone on from", str(error).partition(";")[0])
                 continue
             return directory
         return None
@@ -81,18 +82,18 @@ class Family:
         if path is None:
             return CorpusNotes()
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                head = json.loads(arrays["head"].tobytes())
-                if head["corpus"] != corpus.name:
-                    return CorpusNotes()
-                ends = np.cumsum(arrays["counts"])
-                parts = np.split(arrays["digests"].reshape(-1, 2), ends[:-1]) if len(ends) else []
-                signatures = map(tuple, arrays["signatures"].tolist())
-                rules = (head["rules"].get(name, {}) for name in head["names"])
-                notes = map(Note, signatures, parts, rules)
-                return CorpusNotes(dict(zip(head["names"], notes, strict=True)))
-        except Exception as error:  # zipfile, zlib and NumPy have many words for damage
-            logger.info("%s: not usable (%s); everything is read again", path, error)
+            arrays = read_arrays(path)
+            head = json.loads(arrays["head"].tobytes())
+            if head["corpus"] != corpus.name:
+                return CorpusNotes()
+            ends = np.cumsum(arrays["counts"])
+            parts = np.split(arrays["digests"].reshape(-1, 2), ends[:-1]) if len(ends) else []
+            signatures = map(tuple, arrays["signatures"].tolist())
+            rules = (head["rules"].get(name, {}) for name in head["names"])
+            notes = map(Note, signatures, parts, rules)
+            return CorpusNotes(dict(zip(head["names"], notes, strict=True)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s: not usable (%s); everything is read again", path, error)
             return CorpusNotes()
 
     def remember(self, corpus: Path, files: list[SourceFile], notes: list[Note], started: float) -> None:
@@ -105,15 +106,13 @@ class Family:
         keys = [file_key(file) for file in files]
         rules = {key: note.rules for key, note in zip(keys, notes, strict=True) if note.rules}
         head = json.dumps({"corpus": corpus.name, "names": keys, "rules": rules}).encode()
-        tmp = self.folder / f".{os.getpid()}.tmp.npz"
-        np.savez(
-            tmp,
-            head=np.frombuffer(head, dtype=np.uint8),
-            signatures=np.array(signatures, dtype=np.int64).reshape(-1, 5),
-            counts=np.array([len(note.digests) for note in notes], dtype=np.int64),
-            digests=np.concatenate([NO_DIGESTS, *(note.digests for note in notes)]),
-        )
-        tmp.replace(self.folder / f"{number:06d}-{corpus.name}.npz")
+        arrays: dict[str, np.ndarray] = {
+            "head": np.frombuffer(head, dtype=np.uint8),
+            "signatures": np.array(signatures, dtype=np.int64).reshape(-1, 5),
+            "counts": np.array([len(note.digests) for note in notes], dtype=np.int64),
+            "digests": np.concatenate([NO_DIGESTS, *(note.digests for note in notes)]),
+        }
+        write_arrays(self.folder / f"{number:06d}-{corpus.name}.npz", arrays)
         others = [ledger for ledger in before if _corpus_of(ledger) != corpus.name]
         for old in set(before) - set(others[1 - KEPT :]):  # an older look at the same corpus is never read again
             old.unlink(missing_ok=True)

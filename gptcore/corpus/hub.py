@@ -8,7 +8,6 @@ home/data/downloads/hub; with a full commit hash as revision, a complete copy is
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any
 
 from gptcore.config import DataConfig, UserError
 from gptcore.corpus.containers import Kind
-from gptcore.store import content_id, write_json
+from gptcore.store import DamagedError, content_id, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +66,10 @@ def _list(name: str, revision: str | None, folder: Path, data: DataConfig) -> di
     """{"commit", "licence", "files": {path: bytes}} of a revision; that of a commit is kept, for it cannot change."""
     kept = folder / f"listing-{content_id([_endpoint(), name, revision])}.json"
     if revision and COMMIT.fullmatch(revision) and kept.is_file():
-        listing: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return listing
+        try:
+            return read_json(kept)
+        except DamagedError as error:
+            logger.warning("%s; it is asked for again", error)
     from huggingface_hub import HfApi
 
     with _explained(f"hf://datasets/{name}"):

@@ -23,10 +23,12 @@ import numpy as np
 
 from gptcore.config import UserError
 from gptcore.corpus.overlap import NgramSketch, measure_overlap
-from gptcore.store import content_id, read_manifest
+from gptcore.errors import first_line
+from gptcore.store import DamagedError, content_id, read_manifest, verified
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT = 3  # a change of the files, or of what goes into them, makes new ids
 FILE_NAME = "documents.parquet"
@@ -47,11 +49,11 @@ class Record:
 
 
 def segment_dirs(directory: Path) -> list[Path]:
-    """The segments of a corpus directory, in order; a segment directory is its own. All checked to be whole.
+    """The segments of a corpus directory, in order; a segment directory is its own. Every file of them is verified.
 
     Raises UserError for a directory that is not committed, damaged, or lacks a segment.
     """
-    manifest = read_manifest(directory)
+    manifest = verified(directory)
     if manifest.get("kind") == "segment":
         return [directory]
     if manifest.get("kind") != "corpus" or manifest.get("format") != FORMAT:
@@ -60,7 +62,7 @@ def segment_dirs(directory: Path) -> list[Path]:
         )
     found = [directory.parent.parent / "segments" / name for name in manifest["segments"]]
     for segment in found:
-        read_manifest(segment)
+        verified(segment)
     return found
 
 
@@ -73,13 +75,12 @@ def read_batches(directory: Path, split: str | None, columns: list[str] | None =
         columns: Any of document, section, split, source, title, text, bytes, characters, digest.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     assert split in (*SPLITS, None), split
     columns = columns or COLUMNS
     before = 0
     for segment in segment_dirs(directory):
-        with pq.ParquetFile(segment / FILE_NAME) as file:
+        with open_parquet(segment / FILE_NAME) as file:
             wanted = [group for group in range(file.num_row_groups) if split in (None, split_of(file, group))]
             for group in wanted:
                 for batch in file.read_row_group(group, columns=columns, use_threads=False).to_batches():
@@ -139,6 +140,21 @@ def load_arrays(directory: Path, name: str) -> list[np.ndarray]:
     return [np.load(path, allow_pickle=False) for path in paths if path.exists()]
 
 
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Our own Parquet file; its pages carry checksums, which are compared. Raises DamagedError for what cannot be read, there or inside."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(
+            f"{path}: cannot be read ({first_line(error)}); delete {path.parent} and run again to remake it"
+        ) from None
+
+
 def split_of(file: Any, group: int) -> str:
     """The split of a row group of an open `pyarrow.parquet.ParquetFile`."""
     statistics = file.metadata.row_group(group).column(file.schema_arrow.names.index("split")).statistics
@@ -165,7 +181,11 @@ class SegmentWriter:
         columns |= {"text": pa.large_string(), "bytes": pa.int64(), "characters": pa.int64(), "digest": pa.binary(16)}
         self.schema = pa.schema(columns)
         options = {"compression": "zstd", "compression_level": 1, "data_page_size": 1 << 20}
-        options |= {"use_dictionary": ["split", "source", "title", "section"], "write_statistics": ["split"]}
+        options |= {
+            "write_page_checksum": True,
+            "use_dictionary": ["split", "source", "title", "section"],
+            "write_statistics": ["split"],
+        }
         self._file = pq.ParquetWriter(folder / FILE_NAME, self.schema, **options)
         self._pending: dict[str, list[pa.RecordBatch]] = {split: [] for split in SPLITS}
         self._bytes = dict.fromkeys(SPLITS, 0)

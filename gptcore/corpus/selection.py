@@ -18,6 +18,7 @@ def select_segments(corpus_dir: Path, names: list[str], home: Path) -> Path:
     base = read_manifest(corpus_dir)
     directory = corpus_dir_of(names, [source["weight"] for source in base["sources"]], home)
     if is_committed(directory):
+        read_manifest(directory)
         return directory
     folders = [home / "data" / "segments" / name for name in names]
     counts = add_up([read_manifest(folder) for folder in folders])

@@ -19,6 +19,7 @@ from gptcore.store import DamagedError, read_json, write_json
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+FILE_NAME = "ledger.json"
 NOTICEABLE = 0.01  # share by which a number must rise to be talked about
 
 
@@ -55,7 +56,7 @@ class Ledger:
     @classmethod
     def load(cls, folder: Path) -> Ledger:
         """An empty one where there is none. Raises DamagedError: without its memory a night would judge by text that was trained on."""
-        path = folder / "ledger.json"
+        path = folder / FILE_NAME
         if not path.exists():
             return cls()
         try:
@@ -71,7 +72,7 @@ class Ledger:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "ledger.json", asdict(self))
+        write_json(folder / FILE_NAME, asdict(self))
 
     @property
     def accepted(self) -> list[Generation]:

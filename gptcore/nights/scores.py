@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
-from gptcore.store import DamagedError
+from gptcore.store import DamagedError, read_arrays, write_arrays
+
+NAMES = ("nats", "bytes", "documents", "sources")
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,17 @@ def score_path(folder: Path, key: str, holdout: str) -> Path:
 
 
 def save_scores(path: Path, scores: Scores) -> None:
-    """Through a temporary name; .npz without pickled objects."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(tmp, nats=scores.nats, bytes=scores.bytes, documents=scores.documents, sources=scores.sources)
-    tmp.replace(path)
+    """As .npz with a checksum; `load_scores` reads it."""
+    write_arrays(path, {name: getattr(scores, name) for name in NAMES})
 
 
 def load_scores(path: Path) -> Scores:
-    """Raises DamagedError for a file that cannot be read."""
+    """Raises DamagedError for a file that cannot be read, or is not what was written."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Scores(**{name: arrays[name] for name in ("nats", "bytes", "documents", "sources")})
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise DamagedError(f"{path}: damaged ({error}); delete it, and the next night measures it again") from None
+        arrays = read_arrays(path)
+        return Scores(**{name: arrays[name] for name in NAMES})
+    except (DamagedError, KeyError):
+        raise DamagedError(f"{path}: damaged; delete it, and the next night measures it again") from None
 
 
 def pool(parts: list[Scores]) -> Scores:

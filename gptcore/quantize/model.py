@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from gptcore.batches import BatchSampler
-from gptcore.checkpoint import Snapshot, checkpoint_path, load_checkpoint, load_model, read_state, save_checkpoint
+from gptcore.checkpoint import (
+    Snapshot,
+    check_checkpoint,
+    checkpoint_path,
+    load_checkpoint,
+    load_model,
+    read_state,
+    save_checkpoint,
+)
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.models import LanguageModel
 from gptcore.models.quantized import QuantizedEmbedding, QuantizedLinear, empty_layer, fits_int4, layout_of
@@ -182,7 +190,7 @@ def quantize_checkpoint(
 
 
 def find_made(checkpoint: Path, method: Method, out: Path, shards: ShardSet | None, origin: str) -> Path | None:
-    """What `quantize_checkpoint` committed for the same `origin_id` earlier. Raises UserError as that does, before any work."""
+    """What `quantize_checkpoint` committed for the same `origin_id` earlier, verified. Raises UserError as that does, before any work."""
     if "quantization" in read_state(checkpoint):
         raise UserError(f"checkpoint {checkpoint}: quantized already; give the trained one it was made from")
     if method.algorithm != "nearest" and shards is None:
@@ -190,6 +198,7 @@ def find_made(checkpoint: Path, method: Method, out: Path, shards: ShardSet | No
     directory = checkpoint_path(out, read_manifest(checkpoint)["step"])
     if not is_committed(directory):
         return None
+    check_checkpoint(directory)
     if read_state(directory).get("origin") != origin:
         raise UserError(
             f"--out: {directory} is another checkpoint, or quantized in another way; give another --out, or delete it"

@@ -148,7 +148,7 @@ def write_tables(directory: Path, tables: Mapping[str, pd.DataFrame]) -> list[st
             if plain[column].map(type).nunique() > 1 and plain[column].dtype == object:
                 plain[column] = [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in plain[column]]
         plain.to_csv(folder / f"{name}.csv", index=False)
-        plain.to_parquet(folder / f"{name}.parquet", index=False)
+        plain.to_parquet(folder / f"{name}.parquet", index=False, write_page_checksum=True)
         names += [f"tables/{name}.csv", f"tables/{name}.parquet"]
     return names
 

@@ -10,9 +10,9 @@ together for one vocabulary:
 Writing reads Parquet (pyarrow); opening needs NumPy only.
 """
 
-from gptcore.shards.build import Prepared, is_complete, locate_shards, prepare, write_shards
+from gptcore.shards.build import Prepared, is_complete, locate_shards, open_whole, prepare, write_shards
 from gptcore.shards.format import ShardWriter, TokenView, map_shard
 from gptcore.shards.shard_set import ShardSet, Source, SplitTooSmall
 
 __all__ = ["Prepared", "ShardSet", "ShardWriter", "Source", "SplitTooSmall", "TokenView"]
-__all__ += ["is_complete", "locate_shards", "map_shard", "prepare", "write_shards"]
+__all__ += ["is_complete", "locate_shards", "map_shard", "open_whole", "prepare", "write_shards"]

@@ -16,7 +16,7 @@ from gptcore.config import ExperimentConfig, UserError
 from gptcore.parallel import ChunkMap, map_processes
 from gptcore.shards.encoding import write_tokens
 from gptcore.shards.shard_set import FORMAT, ShardSet, require_window
-from gptcore.store import commit_dir, content_id, hash_file, is_committed, read_manifest
+from gptcore.store import commit_dir, content_id, hash_file, is_committed, read_manifest, verified
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def is_complete(directory: Path) -> bool:
 def write_shards(corpus_dir: Path, vocab_dir: Path, home: Path, block_size: int, chunk_map: ChunkMap = map_processes) -> Path:
     """Encode what is not yet encoded of a corpus, and string it together in a committed directory; return that.
 
-    Early return when all of it is there. Raises SplitTooSmall if a split has fewer than `block_size` + 1 tokens: not one
+    Early return when all of it is there. Raises DamagedError when something of it is damaged, SplitTooSmall if a split has fewer than `block_size` + 1 tokens: not one
     window. For characters, and for bytes too few, before anything is written.
     """
     sizes = read_manifest(corpus_dir)["splits"]
@@ -60,8 +60,7 @@ def write_shards(corpus_dir: Path, vocab_dir: Path, home: Path, block_size: int,
     directory = locate_shards(corpus_dir, vocab_dir, home)
     if is_complete(directory):
         logger.info("shards %s: reused", directory.name)
-        ShardSet.open(directory).check_fits(block_size)
-        return directory
+        return open_whole(directory, block_size).directory
     parts = [write_tokens(segment, vocab_dir, home, chunk_map) for segment in corpus.segment_dirs(corpus_dir)]
     if is_committed(directory):  # some of its parts had been deleted
         return directory
@@ -72,6 +71,15 @@ def write_shards(corpus_dir: Path, vocab_dir: Path, home: Path, block_size: int,
         np.save(tmp / "token_bytes.npy", vocabulary.token_bytes, allow_pickle=False)
         shutil.copyfile(vocab_dir / vocab.FILE_NAME, tmp / vocab.FILE_NAME)
     return directory
+
+
+def open_whole(directory: Path, block_size: int) -> ShardSet:
+    """A shard set that is there, every file of it verified. Raises what `write_shards` raises."""
+    shard_set = ShardSet.open(directory)
+    shard_set.check_fits(block_size)
+    for part in shard_set.token_dirs:
+        verified(part)
+    return shard_set
 
 
 def prepare(config: ExperimentConfig, home: Path) -> Prepared:

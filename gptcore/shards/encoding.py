@@ -8,6 +8,7 @@ the ids of a chunk in files beside; this process strings them together in order,
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from gptcore import corpus, vocab
 from gptcore.corpus.chunks import Chunk, list_chunks, read_chunk
 from gptcore.parallel import ChunkMap, progress_bar
 from gptcore.shards.format import ShardWriter, check_range, token_dtype
-from gptcore.store import commit_dir, content_id, is_committed, read_manifest
+from gptcore.store import DamagedError, commit_dir, content_id, hash_file, is_committed, read_manifest, verified
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Part:
     path: str
     index: np.ndarray
     n_unknown: int
+    sha256: str  # of the file, which another machine may have written
 
 
 def locate_tokens(segment: Path, vocabulary: vocab.Vocab, home: Path) -> Path:
@@ -55,10 +57,11 @@ def locate_tokens(segment: Path, vocabulary: vocab.Vocab, home: Path) -> Path:
 
 
 def write_tokens(segment: Path, vocab_dir: Path, home: Path, chunk_map: ChunkMap) -> Path:
-    """Encode a segment into a committed directory; return it. Early return when it is there."""
+    """Encode a segment into a committed directory; return it. Early return when it is there. Raises DamagedError when that is damaged."""
     vocabulary = load_vocab(str(vocab_dir))
     directory = locate_tokens(segment, vocabulary, home)
     if is_committed(directory):
+        verified(directory)
         return directory
     vocabulary.require_engine()
     manifest: dict[str, Any] = {"kind": "tokens", "id": directory.name, "format": FORMAT, "segment": segment.name}
@@ -92,6 +95,7 @@ def encode_chunk(job: EncodeJob) -> Part:
     path = Path(job.out) / f"part_{job.number:06d}"
     rows: list[np.ndarray] = [np.empty((0, INDEX_COLUMNS), dtype=np.int64)]
     n_tokens = n_unknown = 0
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
         for some in read_chunk(job.chunk):
             ids, offsets = vocabulary.encode_batch(some.texts)
@@ -100,9 +104,10 @@ def encode_chunk(job: EncodeJob) -> Part:
             rows.append(np.stack([starts, some.documents, some.bytes, some.sources], axis=1))
             whole = _behind_ends(ids, offsets, vocabulary.eot_id, token_dtype(vocabulary.size))
             file.write(whole.data)
+            digest.update(whole.data)
             n_tokens += len(whole)
             n_unknown += vocabulary.count_unknown(ids)
-    return Part(str(path), np.concatenate(rows), n_unknown)
+    return Part(str(path), np.concatenate(rows), n_unknown, digest.hexdigest())
 
 
 @lru_cache(maxsize=2)
@@ -124,6 +129,8 @@ class _SplitWriter:
         part.index[:, 0] += self.shards.n_tokens
         self._rows.append(part.index)
         self._n_unknown += part.n_unknown
+        if hash_file(Path(part.path)) != part.sha256:
+            raise DamagedError(f"{part.path}: not the ids that were written; look at the disk, and run again")
         with open(part.path, "rb") as file:
             self.shards.append_raw(file)
         Path(part.path).unlink()

@@ -1,8 +1,10 @@
-"""A committed shard directory, opened: ids mapped and not read, every file against its manifest."""
+"""A committed shard directory, opened: ids mapped and not read, and verified before they are handed out."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from gptcore import corpus
 from gptcore.config import UserError
 from gptcore.shards.encoding import FORMAT as TOKENS_FORMAT
 from gptcore.shards.format import REMAKE, TokenView, map_shard
-from gptcore.store import hash_file, read_manifest
+from gptcore.shards.verification import Verification
+from gptcore.store import hash_file, read_manifest, verified
 
 FORMAT = 2
+SMALL_BYTES = 64 << 20  # training ids that are verified before they are used, in a twentieth of a second
 
 
 class SplitTooSmall(UserError):
@@ -47,16 +51,19 @@ class ShardSet:
         self.token_dirs = [directory / part["directory"] for part in manifest["tokens"]]
         self._segments = [self._check_segment(part) for part in manifest["tokens"]]
         self._tokens = {split: self._map_split(split) for split in corpus.SPLITS}
+        self.verification = Verification()  # of training ids, while `verified_behind` lasts
+        self._verified: set[str] = set()  # splits that are, or will be before anything is saved
 
     @classmethod
     def open(cls, directory: str | Path) -> ShardSet:
         """Check the manifests against the files' sizes and every header against its manifest; map, do not read, the ids.
 
-        Raises UserError naming the file that is missing, cut short, of another version or of another vocabulary.
+        Ids and index are verified when they are asked for, the rest now. Raises UserError naming the file that is missing, damaged, cut
+        short, of another version or of another vocabulary.
         """
         directory = Path(directory)
         try:
-            manifest = read_manifest(directory)
+            manifest = verified(directory)
             if manifest.get("kind") != "shards":
                 raise UserError(f"{directory}: holds {manifest.get('kind')!r}, not shards; give a directory below data/shards")
             if manifest["format"] != FORMAT:
@@ -66,14 +73,25 @@ class ShardSet:
             raise UserError(f"{directory / 'manifest.json'}: damaged; {REMAKE}") from None
 
     def tokens(self, split: str) -> np.ndarray | TokenView:
-        """All ids of a split, (n,) uint16 or uint32: a read-only memory map, or a view over several."""
+        """All ids of a split, (n,) uint16 or uint32: a read-only memory map, or a view over several.
+
+        Raises DamagedError naming the file that is not what was written.
+        """
+        if split not in self._verified:
+            for directory, segment in zip(self.token_dirs, self._segments, strict=True):
+                verified(directory, segment["shards"][split])
+            self._verified.add(split)
         return self._tokens[split]
 
     def index(self, split: str) -> np.ndarray:
-        """(records, 4) int64: first token (the record's `<|endoftext|>`), document number, bytes of text, source number."""
+        """(records, 4) int64: first token (the record's `<|endoftext|>`), document number, bytes of text, source number.
+
+        Raises DamagedError naming the file that is not what was written.
+        """
         rows = []
         token, document = 0, 0
         for directory, segment in zip(self.token_dirs, self._segments, strict=True):
+            verified(directory, [f"{split}_index.npy"])
             part = np.load(directory / f"{split}_index.npy", allow_pickle=False)
             rows.append(part + np.array([token, document, 0, 0]))
             token += segment["n_tokens"][split]
@@ -101,6 +119,20 @@ class ShardSet:
             for weight, pieces in zip(weights, parts, strict=True)
         ]
 
+    @contextmanager
+    def verified_behind(self) -> Iterator[Verification]:
+        """Inside, many training ids are handed out at once, while they are still being verified: see `Verification`."""
+        files = self._files("train")
+        is_small = sum(directory.joinpath(name).stat().st_size for directory, name in files) <= SMALL_BYTES
+        self.verification = Verification([] if is_small else files)
+        if not is_small:
+            self._verified.add("train")
+        try:
+            yield self.verification
+        finally:
+            self.verification.close()
+            self._verified.discard("train")
+
     def check_fits(self, block_size: int) -> None:
         """Raises UserError if a split does not hold one window of `block_size` + 1 tokens."""
         require_window(self.n_tokens, block_size)
@@ -112,7 +144,7 @@ class ShardSet:
         """
         n_bytes = 0
         for directory in (self.directory, *self.token_dirs):
-            n_bytes += sum(facts["bytes"] for facts in read_manifest(directory, verify=True)["files"].values())
+            n_bytes += sum(facts["bytes"] for facts in verified(directory)["files"].values())
         for split in corpus.SPLITS:
             starts, tokens = self.index(split)[:, 0], self.tokens(split)
             ends = 0
@@ -136,12 +168,13 @@ class ShardSet:
             raise UserError(f"{directory / 'manifest.json'}: not the one {self.directory} was made with; {REMAKE}")
         return manifest
 
+    def _files(self, split: str) -> list[tuple[Path, str]]:
+        """The files of a split's ids, in order."""
+        found = zip(self.token_dirs, self._segments, strict=True)
+        return [(directory, name) for directory, segment in found for name in segment["shards"][split]]
+
     def _map_split(self, split: str) -> np.ndarray | TokenView:
-        parts: list[np.ndarray] = [
-            map_shard(directory / name, self.fingerprint)
-            for directory, segment in zip(self.token_dirs, self._segments, strict=True)
-            for name in segment["shards"][split]
-        ]
+        parts: list[np.ndarray] = [map_shard(directory / name, self.fingerprint) for directory, name in self._files(split)]
         found = sum(len(part) for part in parts)
         if found != self.n_tokens[split]:
             raise UserError(

@@ -30,7 +30,7 @@ from gptcore.entry import StopFlag
 from gptcore.errors import Stopped, describe_error, exit_code
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.shards import ShardSet
-from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_json, read_manifest, write_json
+from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_json, verified, write_json
 from gptcore.studies import CELL_FILE, DONE, Bench, Cell, Study
 from gptcore.studies.training import Trained
 from gptcore.timing import format_seconds
@@ -261,7 +261,7 @@ def _keep(kept: Path, out: Path, record: dict[str, Any]) -> None:
 
 def _take(kept: Path, out: Path, journal: Journal, record: dict[str, Any]) -> dict[str, Any]:
     """A kept cell's numbers and files; its curves are told again to this run's journal, so that runs compare in MLflow."""
-    read_manifest(kept, verify=True)
+    verified(kept)
     old: dict[str, Any] = read_json(kept / CELL_FILE)
     for line in read_journal(kept / FILE_NAME)[0]:
         if line["kind"] == "metrics":

@@ -75,7 +75,7 @@ def measure(name: str, config: ExperimentConfig, shards: ShardSet, own: Trained,
             "seconds": time.perf_counter() - start,
         }
         journal.metrics(brief.metrics | {"study/seconds": result["seconds"]}, tokens_seen=0)
-        write_json(out / f"{name}.json", result)
+        write_json(out / f"{name}.json", result, has_checksum=False)
         write_json(out / RESULT, result)
         journal.artifact(f"{name}.json")
         for record in records:

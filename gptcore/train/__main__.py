@@ -16,9 +16,9 @@ from gptcore.config import ExperimentConfig, load_config
 from gptcore.entry import process_parser, run_process
 from gptcore.launch import launch
 from gptcore.ranks import joined_ranks
-from gptcore.shards import prepare
+from gptcore.shards import ShardSet, prepare
 from gptcore.store import content_id, home_dir
-from gptcore.train.run import check_processes, open_shards, run_training
+from gptcore.train.run import check_processes, run_training
 
 
 def default_out(config: ExperimentConfig) -> Path:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         elif args.shards is None:
             args.shards = prepare(config, home_dir()).shards
         ranks.wait()
-        shards = open_shards(args.shards or prepare(config, home_dir()).shards)
+        shards = ShardSet.open(args.shards or prepare(config, home_dir()).shards)
         out: Path = args.out or default_out(config)
         return {"run": args.run or out.resolve().name, **run_training(config, shards, out, ranks, args.run, args.parent)}
 

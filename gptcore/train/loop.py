@@ -47,7 +47,8 @@ class Best:
 def train_loop(trainer: Trainer, journal: Journal, out: Path, stop: StopFlag, memory: Memory | None = None) -> dict[str, Any]:
     """Until max_steps, max_tokens, minutes or patience end the run; its result as JSON-able numbers.
 
-    memory: what `resume` returned. Raises Stopped once `stop` is set: after the step under way, with a checkpoint on disk.
+    memory: what `resume` returned. Raises Stopped once `stop` is set: after the step under way, with a checkpoint on disk;
+    DamagedError for shards that are not what was written, with nothing learnt from them on disk.
     """
     trainer.started = time.perf_counter()
     train = trainer.config.train
@@ -130,6 +131,7 @@ class _Loop:
                 self.reporter.timer.mark()
                 # A full disk is told at the next step, not at the end.
                 self.writer.check()
+                trainer.shards.verification.check()
                 is_done = trainer.progress() >= 1
                 # A signal reaches one process sooner than another; all have to leave after the same step, or the rest waits for
                 # ever.
@@ -185,6 +187,8 @@ class _Loop:
         return is_over
 
     def _save(self) -> None:
+        # A checkpoint is believed later on: it holds nothing of text that was not verified.
+        self.trainer.shards.verification.settle()
         memory = {"best": asdict(self.best), "owes_evaluation": self.owes_evaluation, "losses": self.reporter.losses}
         save(self.trainer, self.writer, memory, self.best.step if self.train.select == "best" else None)
 

@@ -15,7 +15,7 @@ from gptcore.entry import StopFlag, recording
 from gptcore.journal import NoJournal
 from gptcore.ranks import Ranks
 from gptcore.shards import ShardSet
-from gptcore.store import MANIFEST, hash_file, read_manifest
+from gptcore.store import MANIFEST, hash_file
 from gptcore.train.gradient_check import FILE_NAME as GRADIENT_CHECK
 from gptcore.train.gradient_check import write_gradient_check
 from gptcore.train.loop import train_loop
@@ -24,18 +24,6 @@ from gptcore.train.saving import check_out, resume
 from gptcore.train.trainer import build_trainer
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "val")
-VERIFIED_BYTES = 1 << 30  # up to here the shards are hashed before they are trained on: about two seconds
-
-
-def open_shards(directory: Path) -> ShardSet:
-    """A shard set whose every byte is what its manifest says (sizes only, where it is large). Raises UserError."""
-    shards = ShardSet.open(directory)
-    if sum(shards.tokens(split).dtype.itemsize * shards.n_tokens[split] for split in SPLITS) <= VERIFIED_BYTES:
-        for part in (directory, *shards.token_dirs):
-            read_manifest(part, verify=True)
-    return shards
 
 
 def check_processes(train: TrainConfig) -> None:
@@ -58,9 +46,11 @@ def run_training(
     with contextlib.ExitStack() as stack:
         setting_up = stack.enter_context(contextlib.ExitStack())
         setting_up.enter_context(stop.interrupting())
+        verification = stack.enter_context(shards.verified_behind())
         trainer = build_trainer(config, shards, ranks)
         device = trainer.device
         journal = stack.enter_context(recording(out, name, parent)) if ranks.is_first else NoJournal()
+        stack.enter_context(verification.explaining())
         stack.enter_context(naming_refusals())
         for turn in range(ranks.count):  # one after the other: two trainings must not hold half of the GPUs each
             if turn == ranks.rank:
@@ -70,6 +60,7 @@ def run_training(
         if ranks.is_first:
             write_yaml(config, out / "config.yaml")
         memory = resume(trainer, out)
+        verification.since = trainer.step
         journal.tags(device.tags())
         facts = {"device": device.name, "precision": device.precision, "shards": shards.id, "ranks": ranks.count}
         journal.params(flatten(config) | {"parameters": trainer.model.count_parameters()} | facts)

@@ -16,6 +16,7 @@ from gptcore.checkpoint import (
     MODEL,
     OPTIMIZER,
     Snapshot,
+    check_checkpoint,
     checkpoint_path,
     copy_tensors,
     list_checkpoints,
@@ -29,7 +30,7 @@ from gptcore.config import ExperimentConfig, UserError, differences, load_writte
 from gptcore.leftovers import sweep
 from gptcore.ranks import fill
 from gptcore.shards import ShardSet
-from gptcore.store import is_committed
+from gptcore.store import is_committed, verify_file
 from gptcore.train.trainer import Trainer
 from gptcore.train.writer import CheckpointWriter, copy_to_host
 
@@ -113,6 +114,7 @@ def resume(trainer: Trainer, out: Path) -> Memory:
     if step < 0:
         return {}
     directory = checkpoint_path(checkpoints_of(out), step)
+    check_checkpoint(directory)  # each process what it reads itself; the first has just done so
     state = read_state(directory)
     # Going on with another config would be a run that no config describes.
     _check_same(load_written(directory / "config.yaml"), state, trainer.config, trainer.shards, out)
@@ -133,6 +135,7 @@ def check_out(out: Path, config: ExperimentConfig, shards: ShardSet) -> None:
     """Raises UserError when `out` holds checkpoints of another config or other shards, before anything is written there."""
     for directory in reversed(list_checkpoints(checkpoints_of(out))):
         try:
+            verify_file(directory / "config.yaml")
             before, state = load_written(directory / "config.yaml"), read_state(directory)
         except UserError:  # damaged, as `resume` will say
             continue

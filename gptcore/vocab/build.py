@@ -9,7 +9,7 @@ from typing import Any
 from gptcore import corpus
 from gptcore.config import UserError, VocabConfig
 from gptcore.parallel import ChunkMap, map_processes
-from gptcore.store import commit_dir, content_id, hash_file, is_committed, write_json
+from gptcore.store import commit_dir, content_id, hash_file, is_committed, verified, write_json
 from gptcore.vocab import learning
 from gptcore.vocab.engines import default_engine
 from gptcore.vocab.kinds import FILE_NAME, ByteVocab, CharVocab, Vocab, byte_pair_tree, read_tree, vocab_of
@@ -40,11 +40,12 @@ def locate_vocab(vocab: VocabConfig, corpus_dir: Path, home: Path) -> Path:
 def build_vocab(vocab: VocabConfig, corpus_dir: Path, home: Path, chunk_map: ChunkMap = map_processes) -> Path:
     """Learn the vocabulary from the training split, or take one in; return its committed directory. Early return when it is there.
 
-    Raises UserError for a `vocab.source` that is no lossless tokenizer, or with `vocab.unknown: error` for a character of
+    Raises DamagedError when it is there and damaged, UserError for a `vocab.source` that is no lossless tokenizer, or with `vocab.unknown: error` for a character of
     the validation text that training text lacks.
     """
     directory = locate_vocab(vocab, corpus_dir, home)
     if is_committed(directory):
+        verified(directory)
         logger.info("vocabulary %s: reused", directory.name)
         return directory
     manifest: dict[str, Any] = {"kind": "vocab", "id": directory.name, "format": FORMAT}
@@ -52,7 +53,7 @@ def build_vocab(vocab: VocabConfig, corpus_dir: Path, home: Path, chunk_map: Chu
     with commit_dir(directory, manifest) as tmp:
         built, facts = _make(vocab, corpus_dir, tmp, chunk_map)
         manifest |= {"size": built.size, "fingerprint": built.fingerprint, "engine": built.engine, **facts}
-        write_json(tmp / FILE_NAME, built.to_json())
+        write_json(tmp / FILE_NAME, built.to_json(), has_checksum=False)
     logger.info("vocabulary %s: %s, %d ids, %s", directory.name, built.kind, built.size, built.engine)
     return directory
 

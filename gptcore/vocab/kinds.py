@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gptcore.config import UserError
+from gptcore.store import verify_file
 from gptcore.vocab.engines import Encode, check_engine, open_engine
 
 FILE_NAME = "tokenizer.json"
@@ -240,9 +241,10 @@ def vocab_of(tree: dict[str, Any], origin: str) -> Vocab:
 
 
 def read_tree(path: str | Path) -> tuple[dict[str, Any], Path]:
-    """The content of a tokenizer.json, given itself or its directory. Raises UserError when that cannot be read."""
+    """The content of a tokenizer.json, given itself or its directory. Raises UserError when that cannot be read, or is damaged."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
+    verify_file(path)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -11,6 +11,7 @@ champions so far stand, oldest first, in the registered model's tag `gptloom.cha
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,8 +23,10 @@ from typing import Any
 from gptcore.config import UserError, hide_password
 from gptcore.errors import first_line
 from gptcore.markdown import markdown_table
-from gptcore.store import MANIFEST, MARKER, commit_dir, home_dir, is_committed, read_manifest
+from gptcore.store import MANIFEST, MARKER, DamagedError, commit_dir, home_dir, is_committed, verified
 from gptloom.tasks.records.tracking import is_answer, open_client, quoted, save_servable, tracking_uri
+
+log = logging.getLogger("gptloom.registry")
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS_TAG = "gptloom.champions"
@@ -64,7 +67,7 @@ def register(name: str, checkpoint: Path, mlflow_run_id: str, facts: Mapping[str
     facts: what a reader needs to know or to find (run, corpus, vocab, shards, val_bpb, …), kept as tags. card: Markdown,
     the version's description. Raises UserError when the checkpoint is not whole.
     """
-    read_manifest(checkpoint, verify=True)
+    verified(checkpoint)
     client = open_client()
     if _registered(name) is None:
         client.create_registered_model(name, description=f"Language models trained by the experiment `{name}`.")
@@ -208,7 +211,7 @@ def find(what: str, alias: str = CHAMPION) -> Version:
 
 
 def check_usable(version: Version) -> None:
-    """Raises UserError when the run behind a version is deleted, or its weights are nowhere."""
+    """Raises UserError when the run behind a version is deleted, or its weights are nowhere whole."""
     client = open_client()
     try:
         stage = client.get_run(version.run_id).info.lifecycle_stage
@@ -225,25 +228,45 @@ def check_usable(version: Version) -> None:
 
 
 def checkpoint_of(version: Version) -> Path:
-    """The version's checkpoint directory, whole, on this machine; fetched from MLflow where it is not. Raises UserError."""
-    local = Path(version.facts.get("checkpoint", ""))
-    if version.facts.get("checkpoint") and is_committed(local):
-        return local
+    """The version's checkpoint directory on this machine, every byte verified; fetched from MLflow where it is missing or damaged.
+
+    Raises UserError, which names what is damaged.
+    """
     fetched = home_dir() / "registry" / f"{version.name}-{version.version}-{version.run_id[:8]}"
-    if not is_committed(fetched):
+    stated = version.facts.get("checkpoint", "")
+    troubles = []
+    for place in ([Path(stated)] if stated else []) + [fetched]:
+        if not is_committed(place):
+            continue
         try:
-            with tempfile.TemporaryDirectory(prefix="gptloom-model-") as folder:
-                found = Path(open_client().download_artifacts(version.run_id, "model/artifacts", folder))
-                whole = next(found.rglob(MANIFEST)).parent
-                with commit_dir(fetched, read_manifest(whole, verify=True)) as tmp:
-                    # Its marker stays behind: a copy has one of its own, once it is whole.
-                    shutil.copytree(whole, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, MARKER))
-        except Exception as error:
-            raise UserError(
-                f"model {version.label}: its checkpoint is neither at {local} nor whole among the artifacts of run "
-                f"{version.run_id} ({first_line(error)}); {_way_out(version)}"
-            ) from None
+            verified(place)
+        except DamagedError as error:
+            troubles.append(str(error).partition(";")[0])
+        else:
+            return place
+    for trouble in troubles:
+        log.warning("model %s: %s; MLflow's copy is taken", version.label, trouble)
+    try:
+        _fetch(version, fetched)
+    except Exception as error:
+        why = f" ({'; '.join(troubles)})" if troubles else ""
+        raise UserError(
+            f"model {version.label}: its checkpoint is neither at {stated}{why} nor whole among the artifacts of run "
+            f"{version.run_id} ({first_line(error).partition(';')[0]}); {_way_out(version)}"
+        ) from None
     return fetched
+
+
+def _fetch(version: Version, place: Path) -> None:
+    """Commit MLflow's copy of a version's checkpoint as `place`, instead of what is there."""
+    with tempfile.TemporaryDirectory(prefix="gptloom-model-") as folder:
+        found = Path(open_client().download_artifacts(version.run_id, "model/artifacts", folder))
+        whole = next(found.rglob(MANIFEST)).parent
+        manifest = verified(whole)
+        shutil.rmtree(place, ignore_errors=True)
+        with commit_dir(place, manifest) as tmp:
+            # Its marker stays behind: a copy has one of its own, once it is whole.
+            shutil.copytree(whole, tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, MARKER))
 
 
 def model_card(title: str, rows: Mapping[str, Any], text: str = "") -> str:
