@@ -125,7 +125,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Path
     """A pipeline run's directory as the code writes it: text, training, bigram floor, evaluation, samples. Its processes are functions
     called in here, so it takes a second and no server; the studies are left to their own tests."""
     from gptcore import evaluate, generate
-    from gptcore.config import dump_yaml, load_config
+    from gptcore.config import load_config, write_yaml
     from gptcore.shards import prepare
     from gptcore.train import __main__ as train
     from gptloom.flows.run import PipelineRun
@@ -156,7 +156,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory, small_text: Path) -> Path
         patch.setattr("gptloom.tasks.records.tracking._git_commit", lambda: "0123abc")
         run = PipelineRun(config, home / "runs" / "real-1", "pipeline")
         run.journal.open(run.name)
-        (run.directory / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        write_yaml(config, run.directory / "config.yaml")
         data = prepare(config, home)
         run.describe_data(data.corpus)
         trained = train_model.fn(config, data.shards, run.name, run.directory / "train")

@@ -7,14 +7,18 @@ read as a command would. `make test` flips two bits a kind, the long form twenty
 
 from __future__ import annotations
 
+import http.server
 import json
 import logging
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from conftest import forms
 from gptcore import corpus, journal
 from gptcore.checkpoint import list_checkpoints, load_model, read_tensors
 from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config, load_written
+from gptcore.corpus.download import fetch_address, verify_download
 from gptcore.corpus.segments import load_arrays
 from gptcore.entry import StopFlag
 from gptcore.journal import NoJournal, read_journal
@@ -37,12 +42,14 @@ from gptcore.store import read_json, verified, write_json
 from gptcore.studies import engine, training
 from gptcore.vocab import Vocab, build_vocab
 from gptloom.flows.run import _earlier_seconds
+from gptloom.tasks.records import registry
 from gptloom.tasks.records.forwarding import read_tags
 from gptloom.tasks.training import done_before
 
 pytestmark = pytest.mark.integration
 
 SOURCES = ("one.txt", "two.txt")
+VERSION = "toy-1-01234567"  # a registered model, fetched
 
 
 @dataclass
@@ -120,9 +127,24 @@ def _filled(world: World, small_text: Path, folder: Path) -> World:
         [{"night": 1, "made": ["x"], "outcome": "promoted"}], [generation], [KnownModel("real-1", "1", str(checkpoint))]
     )
     ledger.save(home / "nightly" / "tiny")
+    # What was fetched, from the web and from MLflow.
+    with _serving(folder / "texts") as address:
+        fetch_address(f"{address}/{SOURCES[0]}", world.data, home)
+    shutil.copytree(checkpoint, home / "registry" / VERSION)
     home.rename(world.golden)
     world.restore()
     return world
+
+
+@contextmanager
+def _serving(folder: Path) -> Iterator[str]:
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 def _short(config: ExperimentConfig) -> ExperimentConfig:
@@ -201,6 +223,23 @@ def read_lines(world: World, path: Path) -> Any:
     return kept if len(kept) == len(whole) else None
 
 
+def read_download(world: World, path: Path) -> Any:
+    target = path.with_name(path.name.removesuffix(".json"))
+    verify_download(target)
+    return target.read_bytes()
+
+
+def _away() -> Any:
+    raise UserError("MLflow is away")
+
+
+def read_fetched(world: World, path: Path) -> Any:
+    """As `promote` does, with MLflow's copy gone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "open_client", _away)
+        return registry.checkpoint_of(registry.Version("toy", "1", VERSION.rpartition("-")[2], {}))
+
+
 Read = Callable[[World, Path], Any]
 KINDS: dict[str, tuple[tuple[str, ...], Read]] = {
     "corpus": (("data/corpora/*", "data/segments/*/manifest.json", "data/segments/*/COMMITTED"), read_corpus),
@@ -208,6 +247,8 @@ KINDS: dict[str, tuple[tuple[str, ...], Read]] = {
     "digests and sketches": (("data/segments/*/*.npy",), read_corpus),
     "cached data": (("data/[cstv]*",), read_again),
     "ledger of a source": (("data/families/*/*.npz",), read_again),
+    "download": (("data/downloads/*",), read_download),
+    "fetched model": ((f"registry/{VERSION}/*",), read_fetched),
     "vocabulary": (("data/vocabs/*",), read_vocabulary),
     "ids": (("data/tokens/*",), read_shards),
     "shards": (("data/shards/*",), read_shards),
