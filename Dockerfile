@@ -7,7 +7,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 gptloom \
-    && install -d -o gptloom -g gptloom /data
+    && install -d -m 700 -o gptloom -g gptloom /data
 
 WORKDIR /app
 # The packages first: this layer is rebuilt only when they change.

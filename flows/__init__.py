@@ -11,7 +11,7 @@ if "PREFECT__FLOW_RUN_ID" in os.environ:  # the process in which a worker runs a
     from gptloom.tasks.runtime.log import outlive_the_reader
 
     outlive_the_reader()
-    # Prefect puts the folder in which it starts a run before all others to import from. In a project of `gptloom init` that is
-    # experiments/, where no code lies (prefect.yaml); from there the run goes to the project's own folder, whose code is the user's.
+    # Prefect puts the folder in which it starts a run before all others to import from. That is experiments/, where no code lies
+    # (prefect.yaml); from there the run goes to the project's own folder, whose code is the user's, or another checkout's.
     if Path.cwd().name == "experiments" and is_project(Path.cwd().parent):
         os.chdir("..")

@@ -19,7 +19,7 @@ from gptcore.config.switches import SWITCHES
 from gptcore.config.train import DeviceName
 from gptcore.markdown import markdown_table
 from gptcore.store import home_dir
-from gptloom.flows.forms import Experiment, Overrides, titled
+from gptloom.flows.forms import Experiment, Overrides, titled, titled_text
 from gptloom.flows.pipeline import pipeline
 from gptloom.flows.run import STOPS, cancelled, prepare_data
 from gptloom.tasks.records.tracking import check_store, common_tags
@@ -27,7 +27,7 @@ from gptloom.tasks.runtime.log import run_logger
 from gptloom.tasks.runtime.process import run_device_process
 
 Minutes = Annotated[float, titled("Budget (minutes)", ge=1, le=100_000)]
-Corpus = Annotated[str, titled("Corpus")]
+Corpus = Annotated[str, titled_text("Corpus")]
 DeviceChoice = Annotated[DeviceName, titled("Device")]
 
 

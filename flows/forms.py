@@ -5,6 +5,7 @@ python -c "from gptloom.flows.forms import experiment_files; print(experiment_fi
 
 from __future__ import annotations
 
+import re
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
@@ -21,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
 
 from gptcore.config import ExperimentConfig, refuse_secret
+from gptcore.config.data import SECRET_FIELD
 from gptcore.config.switches import STUDIES, SWITCHES
 from gptloom import PACKAGE, find_project
 
@@ -31,10 +33,21 @@ def experiment_files() -> list[str]:
     return sorted(str(path.relative_to(project)) for path in (project / "experiments").glob("*.yaml"))
 
 
+# Checked by the server when a run is created, before it stores the form: an address with a login, or with a secret query field.
+# The letters twice, for a pattern has no flag in JSON.
+_ANY_CASE = re.sub(r"(?<!\\)[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", SECRET_FIELD)
+NO_SECRET: dict[str, Any] = {"pattern": rf"^(?![\s\S]*://(?:[^/?#\s]*@|[^#\s]*[?&]{_ANY_CASE}=[^&#\s]))"}
+
+
 def titled(title: str, **bounds: Any) -> Any:
     """A flow parameter's title in the form, and its bounds. Prefect itself titles a parameter by its name in the code, and takes the
     text below the title from the flow's docstring."""
     return Field(json_schema_extra={"title": title}, **bounds)
+
+
+def titled_text(title: str, **bounds: Any) -> Any:
+    """`titled` for text: no secret may stand in it, for Prefect shows and keeps it in clear."""
+    return Field(json_schema_extra={"title": title} | NO_SECRET, **bounds)
 
 
 def one_of(names: list[str], title: str) -> WithJsonSchema:
@@ -43,7 +56,7 @@ def one_of(names: list[str], title: str) -> WithJsonSchema:
         {
             "anyOf": [
                 {"type": "string", "enum": names, "title": title},
-                {"type": "string", "minLength": 1, "title": "Another file"},
+                {"type": "string", "minLength": 1, "title": "Another file"} | NO_SECRET,
             ]
         }
     )
@@ -62,9 +75,6 @@ def _without_nulls(schema: dict[str, Any]) -> None:
         if "anyOf" not in field and field.get("default", ...) is None:
             del field["default"]
 
-
-# Checked by the server when a run is created, before it stores the form.
-NO_LOGIN: dict[str, Any] = {"pattern": r"^(?!.*://[^/?#\s]*@)"}
 
 # What the form shows beside its list of other fields: its own name for a field → the field. Title, text, bounds and choices of
 # each are those of the configuration's class.
@@ -85,10 +95,12 @@ def _form_field(where: str) -> tuple[Any, Any]:
     kind: Any = field.annotation
     if get_origin(kind) in (Union, UnionType):
         kind = get_args(kind)[0]
+    is_text = kind is str
     for bound in field.metadata:
         kind = Annotated[kind, bound]
-    extra = NO_LOGIN if where == "data.source" else None
-    shown = Field(None, title=field.title, description=f"{where}: {field.description}", json_schema_extra=extra)
+    shown = Field(
+        None, title=field.title, description=f"{where}: {field.description}", json_schema_extra=NO_SECRET if is_text else None
+    )
     return kind | (None if kind is bool else Unset), shown
 
 
@@ -108,7 +120,7 @@ class Overrides(ShownFields):
         default_factory=list,
         title="Other fields",
         description="Any other field as section.field=value, e.g. train.warmup_steps=50.",
-        json_schema_extra={"items": {"type": "string"} | NO_LOGIN},
+        json_schema_extra={"items": {"type": "string"} | NO_SECRET},
     )
 
     @field_validator("data_source", "more", check_fields=False)

@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from gptcore.errors import error_of
 from gptcore.leftovers import sweep
 from gptcore.store import home_dir
-from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
+from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled_text
 from gptloom.flows.run import STOPS, cancelled, load_run, named_by_experiment, new_run_name, open_run, prepare_data, settings_of
 from gptloom.tasks.evaluation import evaluate_model
 from gptloom.tasks.records.runs import run_named
@@ -25,7 +25,7 @@ from gptloom.tasks.runtime.launcher import warm_up
 from gptloom.tasks.studies import measure_short, rnn_baseline
 from gptloom.tasks.training import train_floor, train_model
 
-Resume = Annotated[str, titled("Resume a run")]
+Resume = Annotated[str, titled_text("Resume a run")]
 
 
 @flow(name="pipeline", flow_run_name=named_by_experiment(), persist_result=False, result_serializer="json")

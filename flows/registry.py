@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from gptloom.flows.forms import titled
+from gptloom.flows.forms import titled_text
 
-Model = Annotated[str, titled("Model", min_length=1)]
-Reason = Annotated[str, titled("Why")]
+Model = Annotated[str, titled_text("Model", min_length=1)]
+Reason = Annotated[str, titled_text("Why")]
 
 
 @flow(name="promote", flow_run_name="promote {model}", persist_result=False)

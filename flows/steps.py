@@ -14,15 +14,15 @@ from prefect.runtime import flow_run
 
 from gptcore.config import load_written, with_changes
 from gptcore.store import home_dir
-from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled
+from gptloom.flows.forms import NO_OVERRIDES, Changes, Experiment, titled_text
 from gptloom.flows.run import STOPS, cancelled, named_by_experiment, new_run_name, open_run, prepare_data, settings_of
 from gptloom.tasks.data import short_source
 from gptloom.tasks.evaluation import evaluate_model
 from gptloom.tasks.records.tracking import NOTE_TAG, check_store, run_page
 from gptloom.tasks.training import train_model
 
-AnyModel = Annotated[str, titled("Model", min_length=1)]
-Source = Annotated[str, titled("Source of text")]
+AnyModel = Annotated[str, titled_text("Model", min_length=1)]
+Source = Annotated[str, titled_text("Source of text")]
 
 
 @flow(name="train", flow_run_name=named_by_experiment("train"), persist_result=False, result_serializer="json")

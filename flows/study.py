@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gptcore.config import ExperimentConfig, with_changes
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
 from gptcore.store import home_dir
-from gptloom.flows.forms import StudyName, titled
+from gptloom.flows.forms import NO_SECRET, StudyName, titled
 from gptloom.flows.run import STOPS, cancelled, new_run_name, open_run, prepare_data
 from gptloom.tasks.records.tracking import NOTE_TAG, check_store
 from gptloom.tasks.studies import report_study, run_part
@@ -36,6 +36,7 @@ class StudyForm(BaseModel):
         title="Other fields",
         description="Any other field as section.field=value: of the base experiment (train.max_steps=100), of the study's "
         "options (options.repeats=5), of the study file (study.baseline=fp32).",
+        json_schema_extra={"items": {"type": "string"} | NO_SECRET},
     )
 
     def as_list(self) -> list[str]:

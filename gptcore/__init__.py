@@ -8,6 +8,12 @@ files config, store, journal, entry, device and timing.
 __version__ = "0.1.0"
 
 import os
+import sys
+
+# `python -m gptcore.…` looks for whatever it imports in the folder it is called in first, where a user's own random.py may lie.
+_is_command = sys.argv[:1] == ["-m"] and any(word.startswith("gptcore.") for word in sys.orig_argv)
+if _is_command and sys.path[0] == os.getcwd() and not os.path.samefile(sys.path[0], os.path.dirname(__path__[0])):
+    del sys.path[0]
 
 # Part of the key of every kept study result: raised when the same config begins to give other numbers.
 NUMERICS_VERSION = 2

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,25 @@ class ClaimedError(UserError):
 def home_dir() -> Path:
     """Where all state lives: $GPTLOOM_HOME, by default ./.gptloom; absolute."""
     return Path(os.environ.get("GPTLOOM_HOME") or ".gptloom").expanduser().resolve()
+
+
+def make_home() -> Path:
+    """GPTLOOM_HOME, made if need be: then for its owner alone, whatever the umask. Raises UserError when it cannot be made."""
+    home = home_dir()
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            home.mkdir(mode=0o700)
+        except FileExistsError:
+            if not home.is_dir():
+                raise
+        else:
+            home.chmod(0o700)
+    except OSError as error:
+        raise UserError(
+            f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
+        ) from None
+    return home
 
 
 def keep_private() -> None:
@@ -321,6 +341,22 @@ def _replace_text(path: Path, text: str) -> None:
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tmp.write_text(text, encoding="utf-8")
     tmp.replace(path)
+
+
+def write_once(path: Path, content: bytes) -> bool:
+    """Write a file whole or not at all, with mode 0600; False when there is one already, which stays as it is."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mkstemp's mode is 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(name, path)  # unlike a rename this fails where there is one
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(name)
+    return True
 
 
 def link_or_copy(file: Path, target: Path) -> None:

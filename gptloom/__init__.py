@@ -13,10 +13,10 @@ NO_PROJECT = "is no gptloom project: `gptloom init DIR` lays one down, call this
 
 
 def find_project() -> Path | None:
-    """The folder whose prefect.yaml and experiments/ count: the working folder if it is a project, else the checkout that we run
-    from; None outside of both."""
-    checkout = (PACKAGE / "prefect.yaml").resolve().parent
-    for folder in (Path.cwd(), checkout):
+    """The folder whose prefect.yaml and experiments/ count: the working folder if it is a project, or that above it in a project's
+    experiments/, else the checkout that we run from; None outside of all."""
+    checkout, here = (PACKAGE / "prefect.yaml").resolve().parent, Path.cwd()
+    for folder in (here, *([here.parent] if here.name == "experiments" else []), checkout):
         if folder != PACKAGE and is_project(folder):
             return folder
     return None

@@ -5,6 +5,7 @@ flows/nightly.py calls them in order; each takes and returns paths and small val
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
-from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig, load_written, with_changes, write_yaml
+from gptcore.config import (
+    DataConfig,
+    ExperimentConfig,
+    UserError,
+    VocabConfig,
+    hide_password,
+    load_written,
+    with_changes,
+    write_yaml,
+)
 from gptcore.errors import first_line
 from gptcore.nights.ledger import Generation, Ledger
 from gptcore.nights.settings import NightlySettings
@@ -311,27 +321,29 @@ def notify(night: dict[str, Any], settings: NightlySettings, name: str) -> int:
     subject = f"gptloom {name}: {night['outcome']}"
     body = f"{night['reason']}\nchampion: {night['champion'] or 'none'}; run: {night['run']}; report: {night.get('report', '')}"
     sent = 0
-    for target in settings.notify:
+    for receiver in settings.notify:
         try:
-            _send(target, subject, body)
+            _send(receiver, subject, body)
             sent += 1
         except Exception as error:
-            shown = target.partition("://")[0] if "://" in target else target  # an address may hold a password
-            run_logger().warning("no message through %s: %s", shown, first_line(error))
+            run_logger().warning("no message through %s: %s", receiver, hide_password(first_line(error)))
     return sent
 
 
-def _send(target: str, subject: str, body: str) -> None:
-    if "://" in target:
+def _send(receiver: str, subject: str, body: str) -> None:
+    """receiver: an environment variable that holds Apprise URLs, or a Prefect block."""
+    if "/" not in receiver:
         import apprise
 
         client = apprise.Apprise()
-        if not client.add(target):
-            raise ValueError("no address that Apprise knows")
+        if not os.environ.get(receiver):
+            raise ValueError("the environment of this process has no such variable")
+        if not client.add(os.environ[receiver]):
+            raise ValueError("it holds no address that Apprise knows")
         if not client.notify(body=body, title=subject):
             raise OSError("the receiver did not take it")
         return
     from prefect.blocks.core import Block
 
-    block: Any = Block.load(target)
+    block: Any = Block.load(receiver)
     block.notify(body=body, subject=subject)

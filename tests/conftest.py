@@ -199,6 +199,11 @@ def users_environment(home: Path) -> dict[str, str]:
     return kept | {"GPTLOOM_HOME": str(home)}
 
 
+def log_in(home: Path) -> None:
+    """From now on this process says the login of that home, where it asks Prefect by prefect_api.request."""
+    os.environ["PREFECT_API_AUTH_STRING"] = (home / "login").read_text().strip()
+
+
 def require(binary: str, reason: str) -> str:
     """The path of a program that a test needs; without it the test is skipped, or fails where CI promised the program."""
     path = shutil.which(binary)

@@ -179,7 +179,7 @@ def test_up_and_down_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "down", lambda *args: calls.append(args) or 3)
     assert cli.main(["up", "--mlflow-port", "5001"]) == 0
     assert cli.main(["down"]) == 3
-    assert calls == [("127.0.0.1", 4200, 5001), ()]
+    assert calls == [("127.0.0.1", 4200, 5001, True), ()]
 
 
 def test_old_python_gets_a_sentence() -> None:

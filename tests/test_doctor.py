@@ -107,6 +107,14 @@ def test_home_open_to_others(home: Path, committed: Path) -> None:
     assert of(home, "permissions")[0].status == OK
 
 
+def test_login_open_to_others(home: Path, committed: Path) -> None:
+    (home / "login").write_text("gptloom:secret")
+    for mode, expected in ((0o644, FAIL), (0o640, FAIL), (0o600, OK)):
+        (home / "login").chmod(mode)
+        assert of(home, "permissions")[-1].status == expected
+        assert "secret" not in of(home, "permissions")[-1].message
+
+
 def test_damaged_store(home: Path, committed: Path) -> None:
     path = home / "mlflow.db"
     with sqlite3.connect(path) as database:

@@ -152,7 +152,9 @@ def test_ledger_and_scores_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect_server: None) -> None:
+def test_messages_arrive_and_trouble_with_them_costs_nothing(
+    home: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gptloom.flows.nightly import nightly
     from gptloom.tasks.nightly import notify
 
@@ -170,7 +172,9 @@ def test_messages_arrive_and_trouble_with_them_costs_nothing(home: Path, prefect
     server = HTTPServer(("127.0.0.1", 0), Receiver)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     night = {"outcome": "promoted", "reason": "better", "champion": "3", "run": "words-1"}
-    settings = NightlySettings(notify=["nonsense://x", f"json://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setenv("NONSENSE", "nonsense://x")
+    monkeypatch.setenv("RECEIVER", f"json://127.0.0.1:{server.server_port}/")
+    settings = NightlySettings(notify=["NONSENSE", "NOT_SET", "RECEIVER"])
     with disable_run_logger():
         assert notify.fn(night, settings, "words") == 1
         assert notify.fn(night | {"outcome": "kept"}, settings, "words") == 0

@@ -33,10 +33,13 @@ from gptcore.checkpoint import FORMAT, load_model
 from gptcore.config import UserError, dump_yaml, flatten, load_config
 from gptcore.device import _open_lock
 from gptcore.models import build_model
+from gptcore.nights.settings import NightlySettings
 from gptcore.store import commit_dir, hash_file, inside, keep_private, read_manifest
 from gptcore.vocab import CharVocab
-from gptloom.flows.forms import NO_LOGIN, Overrides
+from gptloom.flows.forms import NO_SECRET, Overrides
 from gptloom.flows.servers.listening import check_host
+from gptloom.flows.servers.stack import child_environment
+from gptloom.tasks.records.login import find_login, take_login
 from gptloom.tasks.runtime.liveness import device_locks
 
 CONFIG = {"model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8}}
@@ -308,7 +311,7 @@ def test_a_secret_in_an_address_is_refused_unspoken(tmp_path: Path, source: str)
         with pytest.raises(ValueError) as refused_form:
             Overrides(**field)  # type: ignore[arg-type]
         assert "ter2" not in str(refused_form.value)
-        assert re.search(NO_LOGIN["pattern"], source) is None or "?" in source  # the server knows logins only
+        assert re.search(NO_SECRET["pattern"], source) is None  # as the server looks at it
 
 
 @pytest.mark.parametrize(
@@ -320,7 +323,7 @@ def test_harmless_addresses_are_left_alone(tmp_path: Path, source: str) -> None:
     path.write_text("")
     if not source.startswith("package:"):
         assert flatten(load_config(path, [f"data.source={source}"]))["data.source"] == source
-    assert re.search(NO_LOGIN["pattern"], source)
+    assert re.search(NO_SECRET["pattern"], source)
 
 
 class _Private(BaseHTTPRequestHandler):
@@ -447,18 +450,67 @@ def test_the_device_lock_is_everybodys(tmp_path: Path, monkeypatch: pytest.Monke
         _open_lock(tmp_path / "link.lock")
 
 
-@pytest.mark.parametrize("auth", [None, "", "admin", "admin:", ":secret"])
-def test_other_hosts_need_a_whole_login(monkeypatch: pytest.MonkeyPatch, auth: str | None) -> None:
-    """Prefect runs code for whoever reaches it; an empty password is none."""
-    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
-    if auth is not None:
-        monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", auth)
-    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+@pytest.mark.parametrize("auth", ["admin", "admin:", ":secret", "admin:sec ret", "admin:secret\n"])
+def test_a_login_is_a_whole_one(home: Path, monkeypatch: pytest.MonkeyPatch, auth: str) -> None:
+    """Prefect runs code for whoever reaches it; an empty password is none. From the environment and from the home."""
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", auth)
+    with pytest.raises(UserError, match="USER:PASSWORD"):
+        take_login()
+    monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")
+    home.mkdir()
+    (home / "login").write_text(f"\n{auth}")
+    if auth.strip() != "admin:secret":  # the line's end belongs to the file
         with pytest.raises(UserError, match="USER:PASSWORD"):
-            check_host(host)
-    check_host("127.0.0.1")
+            take_login()
+
+
+def test_a_home_has_one_login(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many processes at once, that of the first; the environment's instead, where it has one."""
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "")
+    assert find_login() is None
+    call = [sys.executable, "-c", "from gptloom.tasks.records.login import take_login; print(take_login())"]
+    asked = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    (login,) = {process.communicate(timeout=60)[0].strip() for process in asked}
+    assert login == find_login() == (home / "login").read_text().strip()
+    assert stat.S_IMODE((home / "login").stat().st_mode) == 0o600
+    assert [path.name for path in home.iterdir()] == ["login"]
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "admin:secret")
-    check_host("0.0.0.0")
+    assert take_login() == "admin:secret"
+
+
+def test_other_hosts_need_a_login() -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(UserError, match="--no-auth"):
+            check_host(host, asks_login=False)
+        check_host(host, asks_login=True)
+    check_host("127.0.0.1", asks_login=False)
+
+
+def test_without_a_login_no_process_is_told_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with half a login would refuse its own workers."""
+    names = (
+        "PREFECT_SERVER_API_AUTH_STRING",
+        "PREFECT_API_AUTH_STRING",
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+    )
+    for name in names:
+        monkeypatch.setenv(name, "somebody:else")
+    where = (home, home, "http://127.0.0.1:4200", "http://127.0.0.1:5000")
+    assert not set(names) & child_environment(*where, None).keys()
+    told = child_environment(*where, "me:pass:word")
+    assert [told[name] for name in names] == ["me:pass:word", "me:pass:word", "me", "pass:word"]
+
+
+@pytest.mark.parametrize(
+    "receiver", ["json://host/token", "mailto://me:pw@host", "xoxb-1-token", "xoxbtoken", "a b", "x/y/z", ""]
+)
+def test_a_receivers_address_is_refused_unspoken(receiver: str) -> None:
+    """Prefect keeps a flow's settings in clear: they name a variable or a block, which hold the address."""
+    with pytest.raises(ValueError, match="environment variable") as refused:
+        NightlySettings(notify=["FINE", receiver])
+    assert not receiver or receiver not in str(refused.value).replace("slack://", "")
+    assert NightlySettings(notify=["NIGHT_RECEIVERS", "slack-webhook/my-team"]).notify
 
 
 def test_compose_has_no_secret_on_a_command_line() -> None:

@@ -153,7 +153,8 @@ def test_deployments_point_at_what_exists():
         deployment["name"] for deployment in deployments
     }
     for deployment in deployments:
-        path, name = deployment["entrypoint"].split(":")
+        module, name = deployment["entrypoint"].split(":")
+        path = f"{module.removeprefix('gptloom.').replace('.', '/')}.py"
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), deployment["name"]
         parameters = deployment["parameters"]
         file = parameters.get("experiment") or (

@@ -47,6 +47,17 @@ def test_a_step(tmp_path: Path, forks: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert child.wait() == EXIT_USER, (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("options", [["-m"], ["-u", "-m"], ["-P", "-m"]])
+def test_the_library_called_by_hand(options: list[str]) -> None:
+    """Without -P, Python puts the working folder first; a gptcore there is whose the call is, anything else is not."""
+    for name in NAMES[1:]:
+        Path(name).unlink()
+        Path(name).parent.rmdir()
+    called = subprocess.run([sys.executable, *options, "gptcore.config", "nowhere.yaml"], capture_output=True, text=True)
+    assert "random.py was imported" not in called.stderr
+    assert called.returncode == EXIT_USER, called.stderr
+
+
 @pytest.mark.integration
 def test_a_part_of_a_study(tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

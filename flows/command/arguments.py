@@ -130,6 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Start the servers and a worker, register the deployments, print the URLs; Ctrl-C or `gptloom down` stops all of it.",
     )
     up.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    up.add_argument(
+        "--no-auth", action="store_true", help="ask for no login: any web page and any local user can then run code as you"
+    )
     up.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: %(default)s)")
     up.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: %(default)s)")
 

@@ -23,6 +23,7 @@ from gptcore.config import UserError, hide_password
 from gptcore.leftovers import find_leftovers
 from gptcore.store import MARKER, is_committed, read_json, read_manifest, verified
 from gptloom import PACKAGE
+from gptloom.tasks.records.login import FILE_NAME as LOGIN_FILE
 from gptloom.tasks.records.tracking import SERVERS_FILE, answers, read_servers
 from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dead, unfinished_runs
 
@@ -175,6 +176,10 @@ def check_permissions(home: Path) -> Iterator[Check]:
         yield Check("permissions", WARN, f"{home} belongs to another user", "use a GPTLOOM_HOME of your own")
     else:
         yield Check("permissions", OK, f"{home} is closed to others")
+    login = home / LOGIN_FILE
+    if login.exists() and stat.S_IMODE(login.stat().st_mode) & (stat.S_IRWXG | stat.S_IRWXO):
+        message = f"others may read {login}, and whoever does can run code as you"
+        yield Check("permissions", FAIL, message, f"`gptloom down`, delete {login}; the next `gptloom up` makes another")
 
 
 # --- servers and stores ------------------------------------------------------------------------------------------------

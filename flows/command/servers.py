@@ -15,7 +15,7 @@ def start_servers(args: argparse.Namespace, _result: dict[str, Any]) -> int:
     prepare_home()
     from gptloom.flows.servers import stack
 
-    return stack.up(args.host, args.prefect_port, args.mlflow_port)
+    return stack.up(args.host, args.prefect_port, args.mlflow_port, not args.no_auth)
 
 
 def stop_servers(_args: argparse.Namespace, _result: dict[str, Any]) -> int:

@@ -20,10 +20,12 @@ from pathlib import Path
 from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.entry import python_environment
 from gptcore.errors import EXIT_BUG, WRITABLE, exit_code
-from gptcore.store import home_dir
+from gptcore.store import home_dir, make_home
 from gptloom import NO_PROJECT, find_project
-from gptloom.flows.servers.databases import place_databases
+from gptloom.flows.servers.databases import place_databases, prefect_database
+from gptloom.flows.servers.prefect_api import check_login
 from gptloom.flows.servers.reaper import MARK_VARIABLE
+from gptloom.tasks.records.login import CLIENT_VARIABLE, SERVER_VARIABLE, find_login, take_login
 from gptloom.tasks.records.tracking import answers, read_servers
 
 START_S, STOP_S = 120.0, 5.0  # a first start may make a database on a slow disk
@@ -45,13 +47,7 @@ def check_source(data: DataConfig) -> None:
 
 def prepare_home() -> Path:
     """GPTLOOM_HOME, made if need be, with empty databases where it has none. Raises UserError when it cannot be made."""
-    home = home_dir()
-    try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"GPTLOOM_HOME={home}: cannot be made ({error.strerror}); point GPTLOOM_HOME at a folder you can write to"
-        ) from None
+    home = make_home()
     if not os.access(home, os.W_OK | os.X_OK):
         raise UserError(f"GPTLOOM_HOME={home}: cannot be written to; {WRITABLE}")
     place_databases(home)
@@ -79,17 +75,22 @@ def use_servers() -> None:
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
+    ours = read_servers().get("prefect_api_url")
     if theirs := os.environ.get("PREFECT_API_URL"):
         if not answers(f"{theirs}/health"):
             raise UserError(
                 f"PREFECT_API_URL={hide_password(theirs)}: no Prefect server answers there; start it, or unset the variable to use a temporary one"
             )
-    elif (ours := read_servers().get("prefect_api_url")) and answers(f"{ours}/health"):
+    elif ours and answers(f"{ours}/health"):
         defaults["PREFECT_API_URL"] = str(ours)
-    if login := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):  # what our server asks for, we have to say
-        defaults["PREFECT_API_AUTH_STRING"] = login
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if ours and os.environ.get("PREFECT_API_URL") == ours:
+        if login := find_login():  # no other server is told this home's login
+            os.environ[CLIENT_VARIABLE] = login
+        check_login(ours)
+    elif given := os.environ.get(SERVER_VARIABLE):
+        os.environ.setdefault(CLIENT_VARIABLE, given)
 
 
 def prepare_servers() -> Path:
@@ -113,12 +114,15 @@ def launch_prefect_server() -> None:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    login = take_login()
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     # The marks of Prefect's own temporary server: fewer background services, and no pages for a browser.
     marks = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+    # It runs code for whoever reaches it: no web page and no other user of this machine may.
+    guard = {SERVER_VARIABLE: login, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}"}
     # uvicorn puts its working folder before all others to import from: not the user's.
-    environment = python_environment() | marks | {MARK_VARIABLE: mark}
+    environment = python_environment() | prefect_database(home_dir()) | marks | guard | {MARK_VARIABLE: mark}
     server = subprocess.Popen(command, env=environment, cwd=home_dir(), start_new_session=True)
     _servers.append(server)
     reaper = subprocess.Popen(
@@ -132,6 +136,7 @@ def launch_prefect_server() -> None:
     _reapers.append(reaper)
     atexit.register(_stop_prefect_server)  # what is registered first, before Prefect's own, runs last
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    os.environ[CLIENT_VARIABLE] = login
     os.environ["PREFECT_UI_URL"] = ""  # else Prefect prints links to pages that this server does not have
 
 

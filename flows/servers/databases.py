@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gptcore.entry import python_environment
+from gptcore.store import write_once
+from gptloom.tasks.records.tracking import check_store, mlflow_database, sqlite_url
 
 FOLDER = Path(sys.prefix) / "share" / "gptloom"
 PLACES = {"prefect": Path("prefect/prefect.db"), "mlflow": Path("mlflow.db")}  # below GPTLOOM_HOME
@@ -28,6 +30,14 @@ ELSEWHERE = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}  # w
 def prepared(package: str) -> Path:
     """Where the empty database of the installed version of a package is, once it was made."""
     return FOLDER / f"{package}-{version(package)}.db"
+
+
+def prefect_database(home: Path) -> dict[str, str]:
+    """Where Prefect's server has its database, where it would not find that itself: into its URL it pastes PREFECT_HOME as it is."""
+    path = home / PLACES["prefect"]
+    url = sqlite_url(path, "sqlite+aiosqlite")
+    is_told = any(name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")) for name in os.environ)
+    return {} if is_told or url.endswith(str(path)) else {"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
 
 
 def place_databases(home: Path) -> list[str]:
@@ -45,25 +55,9 @@ def place_databases(home: Path) -> list[str]:
         except OSError:  # not prepared, or not for us: the server makes its own
             continue
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _commit(template, target):
+        if write_once(target, template):
             placed.append(package)
     return placed
-
-
-def _commit(content: bytes, target: Path) -> bool:
-    """Write a file whole or not at all, with mode 0600; False when somebody else's is there first."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")  # mkstemp's mode is 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(name, target)  # unlike a rename this fails where there is one
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(name)
-    return True
 
 
 def make_databases() -> list[Path]:
@@ -93,9 +87,7 @@ def _make_prefect(database: Path) -> None:
 
 
 def _make_mlflow(database: Path) -> None:
-    from gptloom.tasks.records.tracking import check_store
-
-    check_store(f"sqlite:///{database}")
+    check_store(mlflow_database(database.parent))
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         # MLflow makes its experiment 0 at the first use, with a place for files that fits whoever uses it.
         connection.execute("DELETE FROM experiments")

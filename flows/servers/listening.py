@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import os
 import socket
 
 from gptcore.config import UserError
-from gptloom.flows.servers.prefect_api import AUTH_VARIABLE
 
 
-def check_host(host: str) -> None:
+def check_host(host: str, *, asks_login: bool) -> None:
     """Raises UserError for an address that others reach, unless they must log in."""
-    user, _, password = os.environ.get(AUTH_VARIABLE, "").partition(":")
-    if not is_loopback(host) and not (user and password):
-        raise UserError(
-            f"--host {host}: everyone who reaches it could run code here; set {AUTH_VARIABLE}=USER:PASSWORD first, or keep 127.0.0.1"
-        )
+    if not is_loopback(host) and not asks_login:
+        raise UserError(f"--host {host} --no-auth: everyone who reaches it could run code here; leave out one of the two")
 
 
 def is_loopback(host: str) -> bool:

@@ -14,16 +14,21 @@ import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
+from urllib.error import HTTPError
+
+from gptcore.config import UserError
+from gptloom.tasks.records.login import CLIENT_VARIABLE, SERVER_VARIABLE
 
 log = logging.getLogger(__name__)
 
-AUTH_VARIABLE = "PREFECT_SERVER_API_AUTH_STRING"
-
 
 def request(url: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
-    """GET, or POST with a body, or what `method` says. Raises OSError (urllib's errors are) when the server does not answer with success."""
+    """GET, or POST with a body, or what `method` says, with the login of Prefect's clients (PREFECT_API_AUTH_STRING).
+
+    Raises OSError (urllib's errors are) when the server does not answer with success.
+    """
     headers = {"Content-Type": "application/json"}
-    if auth := os.environ.get(AUTH_VARIABLE):
+    if auth := os.environ.get(CLIENT_VARIABLE):
         headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
     message = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers, method=method)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's proxy
@@ -38,6 +43,19 @@ def answers(url: str) -> bool:
     except (OSError, HTTPException):  # HTTPException: something listens there that does not speak HTTP
         return False
     return True
+
+
+def check_login(api: str) -> None:
+    """Raises UserError when our server at `api` refuses the login that we say; what else is wrong with it others will find."""
+    try:
+        request(f"{api}/version")
+    except HTTPError as error:
+        if error.code == 401:
+            raise UserError(
+                f"Prefect at {api} refuses this home's login; set {SERVER_VARIABLE} as it was for `gptloom up`, or start that again"
+            ) from None
+    except (OSError, HTTPException):
+        pass
 
 
 def cancel_flow_runs(prefect_url: str, pools: list[str], seconds: float) -> None:

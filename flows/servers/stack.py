@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,11 +33,15 @@ from gptcore.entry import python_environment
 from gptcore.locks import read_holder, sign_lock, try_lock
 from gptcore.store import home_dir, write_json
 from gptloom import NO_PROJECT, find_project
+from gptloom.flows.servers.databases import prefect_database
 from gptloom.flows.servers.listening import check_host, check_port, is_loopback
 from gptloom.flows.servers.pools import POOLS, prepare_pool
-from gptloom.flows.servers.prefect_api import AUTH_VARIABLE, answers, cancel_flow_runs, request, wait_for
+from gptloom.flows.servers.prefect_api import answers, cancel_flow_runs, request, wait_for
 from gptloom.flows.servers.reaper import MARK_VARIABLE
-from gptloom.tasks.records.tracking import SERVERS_FILE, UP_LOCK
+from gptloom.tasks.records.guard import ENTER, MLFLOW_APP
+from gptloom.tasks.records.login import FILE_NAME as LOGIN_FILE
+from gptloom.tasks.records.login import SERVER_VARIABLE, VARIABLES, client_environment, take_login
+from gptloom.tasks.records.tracking import SERVERS_FILE, UP_LOCK, mlflow_database
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +64,13 @@ class _StartFailed(Exception):
     """A server or worker did not come up, or ended by itself; the message holds its log's last lines."""
 
 
-def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) -> int:
+def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000, asks_login: bool = True) -> int:
     """Start everything, stay until stopped. Returns 0 when stopped on request, 1 when something failed.
 
     Raises UserError for a host that would expose an unprotected server, a port in use, or a second `up` for this home.
     """
     _log_to_stderr()
-    check_host(host)
+    check_host(host, asks_login=asks_login)
     if prefect_port == mlflow_port:
         raise UserError(f"--prefect-port and --mlflow-port are both {prefect_port}; choose two")
     project = find_project()
@@ -77,7 +82,12 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000) 
     try:
         check_port(host, prefect_port, "Prefect", "--prefect-port")
         check_port(LOOPBACK, mlflow_port, "MLflow", "--mlflow-port")
-        return _Stack(home, project, host, prefect_port, mlflow_port).run()
+        if asks_login and not entry_points(group="mlflow.app", name=MLFLOW_APP):
+            raise UserError("gptloom was installed before its code was renewed; install it again (in a checkout: make up)")
+        login = take_login() if asks_login else None
+        if login is not None:  # for what this process itself asks Prefect
+            os.environ.update(client_environment(login))
+        return _Stack(home, project, host, prefect_port, mlflow_port, login).run()
     finally:
         os.close(lock)
 
@@ -110,8 +120,9 @@ def stop() -> dict[str, Any]:
 class _Stack:
     """The processes of one `up`, in the order they start."""
 
-    def __init__(self, home: Path, project: Path, host: str, prefect_port: int, mlflow_port: int) -> None:
+    def __init__(self, home: Path, project: Path, host: str, prefect_port: int, mlflow_port: int, login: str | None) -> None:
         self.home = home
+        self.login = login
         self.project = project
         self.logs = home / "servers"
         self.host = host
@@ -167,11 +178,12 @@ class _Stack:
             "--workers",
             "1",
             "--backend-store-uri",
-            f"sqlite:///{self.home}/mlflow.db",
+            mlflow_database(self.home),
             "--artifacts-destination",
             str(self.home / "mlartifacts"),
             "--uvicorn-opts",
             "--log-level warning",
+            *(("--app-name", MLFLOW_APP) if self.login else ()),
         )
         self._wait_until(lambda: answers(f"{self.prefect_url}/api/health"), "prefect")
         self._wait_until(lambda: answers(f"{self.mlflow_url}/health"), "mlflow")
@@ -196,7 +208,7 @@ class _Stack:
                 "--name",
                 f"{pool}-{socket.gethostname()}",
             )
-        self._command("deploy", "--no-prompt", "deploy", "--all")
+        self._command("deploy", "--no-prompt", "deploy", "--all", "--prefect-file", str(self.project / "prefect.yaml"))
         for pool in self.pools:
             self._wait_until(lambda pool=pool: self._worker_is_online(pool), f"worker-{pool}")  # type: ignore[misc]
 
@@ -219,12 +231,27 @@ class _Stack:
         print(f"Prefect  {self.prefect_url}   start runs: Deployments, then Run; the nightly schedule is on")
         print(f"MLflow   {self.mlflow_url}   every run's numbers and files")
         print(f"workers  {', '.join(self.pools)}   logs: {self.logs}")
+        self._announce_login()
         for pool in POOLS:
             if pool not in self.pools:
                 print(f"pool {pool}: no worker, since no NVIDIA GPU was found here; what is sent to it waits")
         print("`gptloom run` in another terminal uses these servers. Ctrl-C here, or `gptloom down`, stops them.", flush=True)
         if not is_loopback(self.host):
-            log.warning("MLflow has no login and stays on %s; reach it through an SSH tunnel", LOOPBACK)
+            log.warning("MLflow stays on %s; reach it through an SSH tunnel", LOOPBACK)
+
+    def _announce_login(self) -> None:
+        """The login for the browser: on a terminal itself, for a log where it stands."""
+        if self.login is None:
+            log.warning(
+                "--no-auth: any web page that is open in a browser here, and any user of this machine, can run code as you"
+            )
+        elif os.environ.get(SERVER_VARIABLE):
+            print(f"login    the value of {SERVER_VARIABLE}, for both")
+        elif sys.stdout.isatty():
+            print(f"login    Prefect's page asks once for: {self.login}")
+            print(f"         MLflow's page with it: http://{self.login}@{self.mlflow_url.removeprefix('http://')}{ENTER}")
+        else:
+            print(f"login    both pages ask for it; it stands in {self.home / LOGIN_FILE}")
 
     def _watch(self) -> NoReturn:
         while True:
@@ -294,8 +321,8 @@ class _Stack:
         return child
 
     def _command(self, name: str, *arguments: str) -> None:
-        """A `prefect` command in the project's folder that ends; its output is its log."""
-        child = self._spawn(name, "-m", "prefect", *arguments, cwd=self.project)
+        """A `prefect` command that ends; its output is its log. It imports from where it is started, hence where no code lies."""
+        child = self._spawn(name, "-m", "prefect", *arguments, cwd=self.project / "experiments")
         del self.children[name]
         deadline = time.monotonic() + COMMAND_S
         while child.poll() is None and time.monotonic() < deadline:
@@ -306,7 +333,8 @@ class _Stack:
             raise _StartFailed(f"prefect {' '.join(arguments)} {reason}\n{self._tail(name)}")
 
     def _environment(self) -> dict[str, str]:
-        env = child_environment(self.home, self.project, self.prefect_url, self.mlflow_url) | {MARK_VARIABLE: self.mark}
+        env = child_environment(self.home, self.project, self.prefect_url, self.mlflow_url, self.login)
+        env[MARK_VARIABLE] = self.mark
         if not is_loopback(self.host):  # what a browser elsewhere calls
             name = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
             env["PREFECT_SERVER_UI_API_URL"] = f"http://{name}:{self.ports[0]}/api"
@@ -337,9 +365,9 @@ class _Stack:
         return "\n".join([f"the end of {self._log_path(name)}:", *(f"  {line}" for line in lines)])
 
 
-def child_environment(home: Path, project: Path, prefect_url: str, mlflow_url: str) -> dict[str, str]:
-    """What servers, workers and through them flow runs find in their environment."""
-    env = {key: value for key, value in python_environment().items() if key != "PREFECT_PROFILE"}
+def child_environment(home: Path, project: Path, prefect_url: str, mlflow_url: str, login: str | None) -> dict[str, str]:
+    """What servers, workers and through them flow runs find in their environment. login: None where nobody is asked for one."""
+    env = {key: value for key, value in python_environment().items() if key not in ("PREFECT_PROFILE", *VARIABLES)}
     port = prefect_url.rpartition(":")[2]
     env |= {
         "GPTLOOM_HOME": str(home),
@@ -352,6 +380,7 @@ def child_environment(home: Path, project: Path, prefect_url: str, mlflow_url: s
         "PREFECT_CLIENT_MAX_RETRIES": "7",  # in all four minutes of patience with a server that is being restarted
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # Prefect's smallest: a dead run is noticed soon
         "MLFLOW_TRACKING_URI": mlflow_url,
+        **prefect_database(home),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight helper processes, 2 GB, for features not used here
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
@@ -359,8 +388,8 @@ def child_environment(home: Path, project: Path, prefect_url: str, mlflow_url: s
     }
     for name in ("NO_PROXY", "no_proxy"):
         env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
-    if env.get(AUTH_VARIABLE):
-        env["PREFECT_API_AUTH_STRING"] = env[AUTH_VARIABLE]
+    if login is not None:
+        env |= {SERVER_VARIABLE: login} | client_environment(login)
     return env
 
 

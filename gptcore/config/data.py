@@ -13,8 +13,8 @@ from gptcore.config.base import Section
 FORMATS = ("txt", "md", "html", "jsonl", "csv", "parquet")
 
 # Query fields that let whoever reads them in: presigned addresses and tokens.
-_SECRET_FIELD = r"(?:[^=&#\s]*(?:token|secret|signature|password|passwd|api-?_?key|credential)[^=&#\s]*|sig|key|auth|pw)"
-SECRET_QUERY = re.compile(rf"(?<=[?&]){_SECRET_FIELD}=[^&#\s]+", re.IGNORECASE)
+SECRET_FIELD = r"(?:[^=&#\s]*(?:token|secret|signature|password|passwd|api-?_?key|credential)[^=&#\s]*|sig|key|auth|pw)"
+SECRET_QUERY = re.compile(rf"(?<=[?&]){SECRET_FIELD}=[^&#\s]+", re.IGNORECASE)
 LOGIN = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 
 

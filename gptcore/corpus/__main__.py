@@ -2,7 +2,7 @@
 
 from gptcore.corpus import build_corpus
 from gptcore.entry import read_experiment, run_process
-from gptcore.store import home_dir, read_manifest
+from gptcore.store import make_home, read_manifest
 
 if __name__ == "__main__":
-    raise SystemExit(run_process(lambda argv: read_manifest(build_corpus(read_experiment(argv).data, home_dir()))))
+    raise SystemExit(run_process(lambda argv: read_manifest(build_corpus(read_experiment(argv).data, make_home()))))

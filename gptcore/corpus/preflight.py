@@ -90,14 +90,14 @@ def estimate_files(files: list[SourceFile], data: DataConfig, home: Path) -> Est
     n_documents = int(documents * len(files) / looked)
     processes = data.processes or count_cores()
     compressed = text_bytes * (stored / max(sampled, 1))
-    home.mkdir(parents=True, exist_ok=True)
+    disk = next(path for path in (home, *home.parents) if path.exists())  # a look makes nothing
     return Estimate(
         files=len(files),
         source_bytes=sum(file.size for file in files),
         documents=n_documents,
         text_bytes=text_bytes,
         disk_bytes=int(compressed + 2 * text_bytes),
-        disk_free=shutil.disk_usage(home).free,
+        disk_free=shutil.disk_usage(disk).free,
         memory_bytes=DOCUMENT_MEMORY * n_documents + PROCESS_MEMORY * (processes + 1),
         memory_free=_memory_free(),
         seconds=seconds * text_bytes / max(sampled, 1) / max(processes * 0.7, 1),

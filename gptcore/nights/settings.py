@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Outcome = Literal["promoted", "kept", "skipped", "refused", "failed"]
+# An environment variable, or a Prefect block: a name where an address, with the secret in it, would be kept in clear.
+RECEIVER = r"^(?:[A-Z][A-Z0-9_]*|[a-z0-9-]+/[a-z0-9-]+)$"
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -17,7 +20,8 @@ def _setting(default: Any, title: str, description: str, **bounds: Any) -> Any:
 class NightlySettings(BaseModel):
     """When tonight's model replaces the champion, what is kept, and who is told."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # What is refused may hold a secret: the error does not repeat it.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     min_effect: float = _setting(
         0.002,
@@ -68,8 +72,20 @@ class NightlySettings(BaseModel):
     notify: list[str] = Field(
         default_factory=list,
         title="Notify",
-        description="Apprise URLs (mailto://…, slack://…, json://…) or Prefect notification blocks as TYPE/NAME.",
+        description="Names of environment variables that hold Apprise URLs (mailto://…, slack://…, json://…), or Prefect notification "
+        "blocks as TYPE/NAME.",
+        json_schema_extra={"items": {"type": "string", "pattern": RECEIVER}},
     )
     notify_on: list[Outcome] = _setting(
         ["promoted", "refused", "failed", "skipped"], "Notify on", "Outcomes that are worth a message."
     )
+
+    @field_validator("notify")
+    @classmethod
+    def _only_names(cls, receivers: list[str]) -> list[str]:
+        if not all(re.fullmatch(RECEIVER, receiver) for receiver in receivers):
+            raise ValueError(
+                "an address of a receiver holds a secret, and settings are kept and shown in clear; put it into an environment variable of "
+                "the worker (NIGHT_RECEIVERS='slack://…' gptloom up) and give that variable's name, or a Prefect block as TYPE/NAME"
+            )
+        return receivers

@@ -6,11 +6,11 @@ from typing import Any
 from gptcore.entry import read_experiment, run_process
 from gptcore.shards import ShardSet, prepare
 from gptcore.shards.build import COUNTS
-from gptcore.store import home_dir
+from gptcore.store import make_home
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    prepared = prepare(read_experiment(argv), home_dir())
+    prepared = prepare(read_experiment(argv), make_home())
     manifest = ShardSet.open(prepared.shards).manifest
     where = {name: str(directory) for name, directory in asdict(prepared).items()}
     return where | {key: manifest[key] for key in ("vocab_size", *COUNTS)}

@@ -25,7 +25,7 @@ from gptcore.config.switches import STUDIES
 from gptcore.entry import PARENT_VARIABLE, process_parser, python_environment, run_process
 from gptcore.errors import EXIT_STOPPED, Stopped
 from gptcore.shards import ShardSet, prepare
-from gptcore.store import home_dir
+from gptcore.store import make_home
 from gptcore.studies.engine import check_options, count_parts, run_cells
 from gptcore.studies.finish import finish
 
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         return run_part(plan, args.part, args.shards, args.out, args.run, args.parent)
     check_options(plan)
     start = time.monotonic()
-    out: Path = args.out or home_dir() / "runs" / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    out: Path = args.out or make_home() / "runs" / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     study = write_plan(plan, out)
-    shards = args.shards or prepare(longest(plan), home_dir()).shards
+    shards = args.shards or prepare(longest(plan), make_home()).shards
     run, parts = args.run or out.name, count_parts(plan)
     if parts == 1:
         run_cells(plan, ShardSet.open(shards), out / "cells" / "0", run, args.parent)

@@ -30,7 +30,17 @@ from gptcore.entry import StopFlag
 from gptcore.errors import Stopped, describe_error, exit_code
 from gptcore.journal import FILE_NAME, Journal, read_journal
 from gptcore.shards import ShardSet
-from gptcore.store import commit_dir, content_id, home_dir, is_committed, link_or_copy, read_json, verified, write_json
+from gptcore.store import (
+    commit_dir,
+    content_id,
+    home_dir,
+    is_committed,
+    link_or_copy,
+    make_home,
+    read_json,
+    verified,
+    write_json,
+)
 from gptcore.studies import CELL_FILE, DONE, Bench, Cell, Study
 from gptcore.studies.training import Trained
 from gptcore.timing import format_seconds
@@ -190,7 +200,7 @@ def run_cell(
         record |= {"device": device.name, "precision": device.precision, "key": key}
         journal.tags({**device.tags(), "gptloom.study": plan.name, "gptloom.arm": cell.arm, "gptloom.seed": str(cell.seed)})
         journal.params(flatten(cell.config) | flatten(cell.options, "options.") | {"study": plan.name, "arm": cell.arm})
-        kept = home_dir() / "studies" / "cells" / key
+        kept = make_home() / "studies" / "cells" / key
         if own is None and is_committed(kept):  # a key knows nothing of weights that another process trained
             record |= _take(kept, out, journal, record)
         elif stop:

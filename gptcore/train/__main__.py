@@ -17,13 +17,13 @@ from gptcore.entry import process_parser, run_process
 from gptcore.launch import launch
 from gptcore.ranks import joined_ranks
 from gptcore.shards import ShardSet, prepare
-from gptcore.store import content_id, home_dir
+from gptcore.store import content_id, make_home
 from gptcore.train.run import check_processes, run_training
 
 
 def default_out(config: ExperimentConfig) -> Path:
     """One directory a config: the same call finds its own checkpoints again."""
-    return home_dir() / "runs" / f"{config.name}-{content_id(config.model_dump(mode='json'))[:8]}" / "train"
+    return make_home() / "runs" / f"{config.name}-{content_id(config.model_dump(mode='json'))[:8]}" / "train"
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -38,9 +38,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         if not ranks.is_first:
             logging.getLogger().setLevel(logging.WARNING)
         elif args.shards is None:
-            args.shards = prepare(config, home_dir()).shards
+            args.shards = prepare(config, make_home()).shards
         ranks.wait()
-        shards = ShardSet.open(args.shards or prepare(config, home_dir()).shards)
+        shards = ShardSet.open(args.shards or prepare(config, make_home()).shards)
         out: Path = args.out or default_out(config)
         return {"run": args.run or out.resolve().name, **run_training(config, shards, out, ranks, args.run, args.parent)}
 

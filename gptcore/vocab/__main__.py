@@ -4,12 +4,12 @@ from typing import Any
 
 from gptcore.corpus import build_corpus
 from gptcore.entry import read_experiment, run_process
-from gptcore.store import home_dir, read_manifest
+from gptcore.store import make_home, read_manifest
 from gptcore.vocab import build_vocab
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    config, home = read_experiment(argv), home_dir()
+    config, home = read_experiment(argv), make_home()
     return read_manifest(build_vocab(config.vocab, build_corpus(config.data, home), home))
 
 

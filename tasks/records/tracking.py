@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from gptcore.config import UserError, hide_password
 from gptcore.errors import first_line
 from gptcore.locks import is_held
-from gptcore.store import home_dir, read_json
+from gptcore.store import home_dir, make_home, read_json
+from gptloom.tasks.records.login import MLFLOW_VARIABLES, SERVER_VARIABLE, find_login, mlflow_environment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,7 +72,20 @@ def tracking_uri() -> str:
     server = read_servers().get("mlflow_url")
     if server and answers(f"{server}/health"):
         return str(server)
-    return f"sqlite:///{home_dir() / 'mlflow.db'}"
+    return mlflow_database(home_dir())
+
+
+def sqlite_url(path: Path, scheme: str = "sqlite") -> str:
+    """SQLAlchemy's URL of a database file (absolute), whatever letters its path holds."""
+    return f"{scheme}:///{str(path).replace('%', '%25').replace('?', '%3F')}"
+
+
+def mlflow_database(home: Path) -> str:
+    """The URL of MLflow's database in a home."""
+    path = home / "mlflow.db"
+    url = sqlite_url(path)
+    # MLflow makes the folder that a sqlite:/// names, letter by letter; with another scheme it makes none.
+    return url if url.endswith(str(path)) else sqlite_url(path, "sqlite+pysqlite")
 
 
 def check_store(uri: str | None = None) -> str:
@@ -80,8 +94,8 @@ def check_store(uri: str | None = None) -> str:
     Raises UserError within seconds when a server does not answer or a database cannot be opened.
     """
     uri = uri or tracking_uri()
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if uri == mlflow_database(home_dir()):
+        make_home()
     try:
         connect(uri).search_experiments(max_results=1)
     except ModuleNotFoundError as error:
@@ -89,6 +103,11 @@ def check_store(uri: str | None = None) -> str:
             f"MLFLOW_TRACKING_URI={hide_password(uri)}: needs {error.name}, which is not installed; for PostgreSQL: pip install 'gptloom[postgres]'"
         ) from None
     except Exception as error:
+        if is_store_trouble(error) and getattr(error, "error_code", "") == "UNAUTHENTICATED":
+            variable = SERVER_VARIABLE if uri == read_servers().get("mlflow_url") else " and ".join(MLFLOW_VARIABLES)
+            raise UserError(
+                f"MLflow at {hide_password(uri)} refuses this login; set {variable} as that server was told"
+            ) from None
         raise UserError(
             f"MLflow at {hide_password(uri)} does not answer ({hide_password(first_line(error))}); start that server, or correct or unset MLFLOW_TRACKING_URI "
             "(without it records go to a local SQLite file)"
@@ -228,7 +247,10 @@ def end_run(run_id: str, status: str, reason: str) -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that gives up after seconds (MLflow's own default is four minutes per call) and sends no telemetry."""
+    """A client that gives up after seconds (MLflow's own default is four minutes per call) and sends no telemetry. The server of
+    `gptloom up` is told the home's login, any other what the environment says."""
+    if uri == read_servers().get("mlflow_url") and (login := find_login()):
+        os.environ.update(mlflow_environment(login))
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
