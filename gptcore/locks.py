@@ -10,6 +10,8 @@ import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 LOOK_S = 0.05
@@ -35,6 +37,19 @@ def take_lock(fd: int, patience_s: float | None = None) -> bool:
             return False
         time.sleep(LOOK_S)
     return True
+
+
+@contextmanager
+def held_beside(path: Path, patience_s: float) -> Iterator[None]:
+    """Hold a lock file beside `path` while the block lasts: whoever makes it is waited for, so many seconds. For two starts at once."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            take_lock(fd, patience_s)
+        yield
+    finally:
+        os.close(fd)
 
 
 def is_held(path: Path) -> bool:

@@ -98,6 +98,9 @@ def test_unreachable_servers_are_named(
     [
         (UserError("data.source=x: no"), 2),
         (OSError(28, "No space left on device", "shard.bin"), 2),
+        (OSError(24, "Too many open files", "shard.bin"), 2),
+        (OSError(30, "Read-only file system", "shard.bin"), 2),
+        (PermissionError(13, "Permission denied", "shard.bin"), 2),
         (Stopped("stopped at step 3"), 75),
         (KeyboardInterrupt(), 75),
         (CancelledRun("stopped by the user"), 75),

@@ -1,8 +1,20 @@
 """The config tree refuses what it does not know and names the way out."""
 
+from pathlib import Path
+
 import pytest
 
-from gptcore.config import UserError, check_config, dump_yaml, flatten, load_config, with_changes, with_overrides
+from gptcore.config import (
+    UserError,
+    check_config,
+    dump_yaml,
+    flatten,
+    load_config,
+    load_written,
+    with_changes,
+    with_overrides,
+    write_yaml,
+)
 
 
 def write(tmp_path, text, name="toy.yaml"):
@@ -91,3 +103,24 @@ def test_one_rule_for_changes_of_a_config(change) -> None:
     assert with_changes(before, train={"minutes": None}).train.max_steps == 70
     with pytest.raises(UserError, match=r"^here: unknown section 'modl'"):
         with_changes(before, "here", modl={})
+
+
+def test_settings_that_were_written_are_read_back_or_refused(tmp_path: Path) -> None:
+    """Cut short, flipped or empty they would be another experiment, under the same name."""
+    config, path = load_config(write(tmp_path, "train: {lr: 0.01}")), tmp_path / "config.yaml"
+    write_yaml(config, path)
+    assert load_written(path) == config
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 97):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert load_written(path) == config, bit
+        except UserError as error:
+            assert str(path) in str(error)  # noqa: PT017 (either is well)
+    for length in (0, 9, 80, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"config\.yaml: damaged"):
+            load_written(path)
+    assert list(tmp_path.glob(".*")) == []

@@ -179,3 +179,29 @@ def test_rollback_passes_over_a_champion_that_is_gone(store: Store) -> None:
         registry.promote("toy")
     store.client.delete_run(made[1].run_id)
     assert [v.version for v in registry.rollback("toy")] == ["1", "3"]
+
+
+def test_a_champion_that_cannot_be_read_is_not_one_that_never_was(store: Store) -> None:
+    """A night would promote its model without comparison."""
+    assert registry.champion("toy") is None
+    store.register()
+    registry.promote("toy")
+    store.client.set_registered_model_tag("toy", registry.CHAMPIONS_TAG, '["1"')
+    for read in (registry.champion, registry.champions, registry.rollback):
+        with pytest.raises(UserError, match=r"model 'toy'.*gptloom\.champions is damaged"):
+            read("toy")
+    store.client.set_registered_model_tag("toy", registry.CHAMPIONS_TAG, '["1"]')
+    store.register()
+    store.client.delete_model_version("toy", "1")
+    with pytest.raises(UserError, match=r"its champion is gone.*versions 1.*gptloom promote toy/VERSION"):
+        registry.champion("toy")
+    assert registry.promote("toy/2")[1] is None
+    assert registry.champion("toy").version == "2"
+
+
+def test_names_with_quotes(store: Store) -> None:
+    for name in ("it's", 'a "toy"', 'it\'s "one"'):
+        with pytest.raises(UserError, match="registry is empty"):
+            registry.promote(name)
+    store.client.create_registered_model("it's")
+    assert registry.versions("it's") == []

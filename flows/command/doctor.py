@@ -5,6 +5,7 @@ The last line on stdout is JSON: {"checks": [{"name", "status", "message", "reme
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -19,16 +20,20 @@ from pathlib import Path
 
 import psutil
 
-from gptcore.config import UserError, hide_password
+from gptcore.config import UserError, hide_password, load_written
+from gptcore.journal import FILE_NAME, TAGS_FILE, describe_damage
 from gptcore.leftovers import find_leftovers
-from gptcore.store import MARKER, is_committed, read_json, read_manifest, verified
+from gptcore.nights.ledger import Ledger
+from gptcore.store import MARKER, DamagedError, is_committed, read_json, read_manifest, verified
 from gptloom import PACKAGE
 from gptloom.tasks.records.login import FILE_NAME as LOGIN_FILE
+from gptloom.tasks.records.runs import SETTINGS, is_run
 from gptloom.tasks.records.tracking import SERVERS_FILE, answers, read_servers
 from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dead, unfinished_runs
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 LITTLE_GIB, FULL_GIB = 10.0, 1.0  # free disk: below the first a warning, below the second a failure
+CHECKED_BYTES = 1 << 26  # without --full: indexes of larger databases are not checked; about three seconds
 HASHED_BYTES = 1 << 30  # without --full: so much is hashed, newest first; about two seconds
 # Downloads and a family's ledger are kept in another way.
 COMMITTED_KINDS = ("corpora", "segments", "vocabs", "tokens", "shards", "checkpoints")
@@ -58,10 +63,11 @@ def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
         ("disk", lambda: check_disk(home)),
         ("permissions", lambda: check_permissions(home)),
         ("servers", lambda: check_servers(home)),
-        ("stores", lambda: check_stores(home)),
+        ("stores", lambda: check_stores(home, full)),
         ("data", lambda: check_files(home, "data/*/*", full)),
         ("checkpoints", lambda: check_files(home, "runs/*/*/checkpoints/*", full)),
         ("runs", lambda: check_runs(home)),
+        ("records", lambda: check_records(home)),
     ]
     for name, check in checks:
         try:
@@ -208,19 +214,21 @@ def check_servers(home: Path) -> Iterator[Check]:
         yield Check("servers", WARN, "`gptloom up` was killed", "`gptloom down` tidies up, then `gptloom up`")
 
 
-def check_stores(home: Path) -> Iterator[Check]:
-    """Both SQLite files, by their own quick check, without writing."""
-    for path in (home / "mlflow.db", home / "prefect" / "prefect.db"):
+def check_stores(home: Path, full: bool) -> Iterator[Check]:
+    """The servers' SQLite files, by their own check of every page and index (of pages alone where they are large), without writing."""
+    for path in (*home.glob("*.db"), home / "prefect" / "prefect.db"):
         if not path.exists():
             continue
-        name = path.stem
+        name, size = path.stem, path.stat().st_size
+        is_quick = size > CHECKED_BYTES and not full
         try:
-            with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10) as database:
-                answer = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
+            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10)) as database:
+                answer = str(database.execute(f"PRAGMA {'quick_check' if is_quick else 'integrity_check'}(1)").fetchone()[0])
         except sqlite3.Error as error:
             answer = str(error)
         if answer == "ok":
-            yield Check(f"{name} store", OK, f"{path} is whole, {path.stat().st_size / 2**20:.1f} MiB")
+            how = " (its indexes: --full)" if is_quick else ""
+            yield Check(f"{name} store", OK, f"{path} is whole, {size / 2**20:.1f} MiB{how}")
         else:
             remedy = f"`gptloom down`, move {path} away"
             if name == "mlflow":
@@ -275,6 +283,40 @@ def check_runs(home: Path) -> Iterator[Check]:
         yield Check("runs", WARN, f"died without a word: {', '.join(dead[:5])}{more}", remedy)
     if not snapshot.orphans and not dead:
         yield Check("runs", OK, f"{len(runs)} under way, none dead")
+
+
+def check_records(home: Path) -> Iterator[Check]:
+    """What runs and nights remember, file by file: one that is damaged hides no other."""
+    runs = [path for path in sorted((home / "runs").glob("*/")) if is_run(path)]
+    files = [path for run in runs for path in sorted(run.rglob("*")) if path.name in RECORDS]
+    # A run writes its settings first; a journal without them is older, or somebody took them away.
+    files += [run / SETTINGS for run in runs if not (run / SETTINGS).exists()]
+    files += sorted((home / "nightly").glob("*/ledger.json"))
+    bad = 0
+    for path in files:
+        try:
+            RECORDS[path.name](path)
+        except (UserError, OSError) as error:
+            bad += 1
+            problem, _, remedy = str(error).partition("; ")
+            yield Check("records", WARN, problem, remedy or f"put a copy of {path} back")
+    if not bad:
+        yield Check("records", OK, f"{len(files)} files of {len(runs)} runs whole" if files else "none yet")
+
+
+def _check_journal(path: Path) -> None:
+    if damage := describe_damage(path):
+        raise DamagedError(
+            f"{path}: {damage}; the rest is used; a copy put back brings them back, and `gptloom sync` tells MLflow"
+        )
+
+
+RECORDS: dict[str, Callable[[Path], object]] = {
+    FILE_NAME: _check_journal,
+    SETTINGS: load_written,
+    "ledger.json": lambda path: Ledger.load(path.parent),
+    **dict.fromkeys((TAGS_FILE, "timing.json", "result.json", "done.json", "cell.json"), read_json),
+}
 
 
 def _version(name: str) -> str | None:

@@ -20,15 +20,17 @@ from pathlib import Path
 from gptcore.config import DataConfig, UserError, hide_password
 from gptcore.entry import python_environment
 from gptcore.errors import EXIT_BUG, WRITABLE, exit_code
+from gptcore.locks import held_beside
 from gptcore.store import home_dir, make_home
 from gptloom import NO_PROJECT, find_project
-from gptloom.flows.servers.databases import place_databases, prefect_database
+from gptloom.flows.servers.databases import PLACES, place_databases, prefect_database
 from gptloom.flows.servers.prefect_api import check_login
 from gptloom.flows.servers.reaper import MARK_VARIABLE
 from gptloom.tasks.records.login import CLIENT_VARIABLE, SERVER_VARIABLE, find_login, take_login
 from gptloom.tasks.records.tracking import answers, read_servers
 
 START_S, STOP_S = 120.0, 5.0  # a first start may make a database on a slow disk
+_making = contextlib.ExitStack()  # while the first server of a home makes its tables, another one waits
 _servers: list[subprocess.Popen[bytes]] = []  # the temporary one, if any
 _reapers: list[subprocess.Popen[bytes]] = []  # their pipes close when we end
 
@@ -110,6 +112,10 @@ def launch_prefect_server() -> None:
     """
     if os.environ.get("PREFECT_API_URL"):
         return
+    database = home_dir() / PLACES["prefect"]
+    _making.enter_context(held_beside(database, START_S))
+    if database.exists():
+        _making.close()
     mark = uuid.uuid4().hex
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -152,6 +158,7 @@ def start_prefect_server() -> None:
                     f"Prefect's temporary server {how} (above is what it said); try again, or start servers with `gptloom up`"
                 )
             time.sleep(0.05)
+    _making.close()
 
 
 def _stop_prefect_server() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from gptloom.flows.servers.prefect_api import answers, request
+from gptloom.flows.servers.prefect_api import exists, request
 
 POOLS = ("cpu", "gpu")
 SLOTS = 2
@@ -31,13 +31,13 @@ def prepare_pool(api: str, pool: str, *, has_worker: bool) -> None:
     Limits that someone changed in the UI stay as they are. Raises OSError when Prefect does not answer.
     """
     url = f"{api}/work_pools/{pool}"
-    if not answers(url):
+    if not exists(url):
         request(
             f"{api}/work_pools/",
             {"name": pool, "type": "process", "concurrency_limit": SLOTS, "base_job_template": template(api)},
         )
         for name, settings in QUEUES.items():
-            if answers(f"{url}/queues/{name}"):  # `default` comes with the pool
+            if exists(f"{url}/queues/{name}"):  # `default` comes with the pool
                 request(f"{url}/queues/{name}", settings, method="PATCH")
             else:
                 request(f"{url}/queues", {"name": name, **settings})

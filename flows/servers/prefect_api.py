@@ -12,6 +12,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable
+from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
@@ -21,10 +22,13 @@ from gptloom.tasks.records.login import CLIENT_VARIABLE, SERVER_VARIABLE
 
 log = logging.getLogger(__name__)
 
+BUSY_S, BUSY_PAUSE_S = 30.0, 0.5
 
-def request(url: str, body: dict[str, Any] | None = None, method: str | None = None) -> Any:
+
+def request(url: str, body: dict[str, Any] | None = None, method: str | None = None, *, patience_s: float = BUSY_S) -> Any:
     """GET, or POST with a body, or what `method` says, with the login of Prefect's clients (PREFECT_API_AUTH_STRING).
 
+    patience_s: how long a server is asked again that answers 503, as Prefect's does while its SQLite file is locked; it has done nothing then.
     Raises OSError (urllib's errors are) when the server does not answer with success.
     """
     headers = {"Content-Type": "application/json"}
@@ -32,15 +36,35 @@ def request(url: str, body: dict[str, Any] | None = None, method: str | None = N
         headers["Authorization"] = "Basic " + base64.b64encode(auth.encode()).decode()
     message = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers, method=method)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's proxy
-    with direct.open(message, timeout=10) as response:
-        text = response.read()
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with direct.open(message, timeout=10) as response:
+                text = response.read()
+            break
+        except HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                raise
+            time.sleep(BUSY_PAUSE_S)
     return json.loads(text) if text.startswith((b"{", b"[")) else None
 
 
 def answers(url: str) -> bool:
+    """Does a server answer here with success, now?"""
+    try:
+        request(url, patience_s=0)
+    except (OSError, HTTPException):  # HTTPException: something listens there that does not speak HTTP
+        return False
+    return True
+
+
+def exists(url: str) -> bool:
+    """Is there what this URL names? Raises OSError when the server does not say."""
     try:
         request(url)
-    except (OSError, HTTPException):  # HTTPException: something listens there that does not speak HTTP
+    except HTTPError as error:
+        if error.code != HTTPStatus.NOT_FOUND:
+            raise
         return False
     return True
 

@@ -23,6 +23,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -30,10 +31,10 @@ from typing import Any, NoReturn
 
 from gptcore.config import UserError
 from gptcore.entry import python_environment
-from gptcore.locks import read_holder, sign_lock, try_lock
+from gptcore.locks import held_beside, read_holder, sign_lock, try_lock
 from gptcore.store import home_dir, write_json
 from gptloom import NO_PROJECT, find_project
-from gptloom.flows.servers.databases import prefect_database
+from gptloom.flows.servers.databases import PLACES, prefect_database
 from gptloom.flows.servers.listening import check_host, check_port, is_loopback
 from gptloom.flows.servers.pools import POOLS, prepare_pool
 from gptloom.flows.servers.prefect_api import answers, cancel_flow_runs, request, wait_for
@@ -164,6 +165,14 @@ class _Stack:
             env=python_environment(),
             start_new_session=True,
         )
+        # A verb that starts on the same new home waits for the tables.
+        with ExitStack() as making:
+            for place in PLACES.values():
+                making.enter_context(held_beside(self.home / place, HEALTHY_S))
+            self._start_servers()
+        self._start_workers()
+
+    def _start_servers(self) -> None:
         prefect_port, mlflow_port = self.ports
         self._spawn("prefect", "-m", "prefect", "server", "start", "--host", self.host, "--port", str(prefect_port))
         self._spawn(
@@ -187,6 +196,8 @@ class _Stack:
         )
         self._wait_until(lambda: answers(f"{self.prefect_url}/api/health"), "prefect")
         self._wait_until(lambda: answers(f"{self.mlflow_url}/health"), "mlflow")
+
+    def _start_workers(self) -> None:
         log.info("registering the deployments of prefect.yaml")
         # Both pools always: a deployment needs its pool, and a GPU may be added later.
         try:

@@ -149,7 +149,7 @@ class VocabConfig(Section):
     kind: Literal["char", "byte", "bpe"] = "char"
     """char: one id per character of the training split; byte: one per byte; bpe: byte-level byte pairs learnt from the training
     split."""
-    size: int | None = Field(None, ge=3, le=1 << 24)
+    size: int | None = Field(None, ge=3, le=1 << 20)
     """bpe: how many ids to learn (empty: 32000); char: at most so many, the commonest characters first."""
     coverage: float = Field(1.0, gt=0.5, le=1)
     """char: share of the training text whose characters get ids of their own; the rest becomes <unk>."""

@@ -25,7 +25,9 @@ SPECIALS = (END_OF_TEXT, UNKNOWN)
 CODE_POINTS = 0x110000
 REPLACEMENT = "\ufffd"  # what an unknown character decodes to
 BYTES = 256
-MAX_IDS = 1 << 24  # as in vocab.size
+MAX_IDS = 1 << 20  # as in vocab.size
+MAX_FILE_BYTES, MAX_FILE_COMMAS = 1 << 27, 3 * MAX_IDS  # of a tokenizer.json: so many tokens, each with a merge of two
+TOO_MANY = f"a vocabulary of more than {MAX_IDS:,} tokens; give a smaller one"
 NOTE = "gptloom"  # our key in the file's `model`
 
 
@@ -246,13 +248,26 @@ def read_tree(path: str | Path) -> tuple[dict[str, Any], Path]:
     path = path / FILE_NAME if path.is_dir() else path
     verify_file(path)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        # Before it is parsed: a file of millions of entries takes gigabytes then.
+        if len(content) > MAX_FILE_BYTES or content.count(b",") > MAX_FILE_COMMAS:
+            raise UserError(f"{path}: {TOO_MANY}")
+        tree = json.loads(content.decode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a tokenizer.json or its directory") from None
+    except UserError:
+        raise
     except (ValueError, RecursionError):
         tree = None
-    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or not tree["model"].get("vocab"):
+    if (
+        not isinstance(tree, dict)
+        or not isinstance(tree.get("model"), dict)
+        or not isinstance(tree["model"].get("vocab"), (dict, list))
+    ):
         raise UserError(f"{path}: not a tokenizer.json; give one that `tokenizers` can open, or its directory")
+    if len(tree["model"]["vocab"]) > MAX_IDS:
+        raise UserError(f"{path}: {TOO_MANY}")
     return tree, path
 
 

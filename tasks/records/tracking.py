@@ -15,13 +15,14 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.config import UserError, hide_password
 from gptcore.errors import first_line
-from gptcore.locks import is_held
+from gptcore.locks import held_beside, is_held
 from gptcore.store import home_dir, make_home, read_json
 from gptloom.tasks.records.login import MLFLOW_VARIABLES, SERVER_VARIABLE, find_login, mlflow_environment
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SERVERS_FILE, UP_LOCK = "servers.json", "servers/up.lock"  # below GPTLOOM_HOME
+MAKING_S = 120.0  # to make all tables, on a slow disk
 RUN_TAG = "gptloom.run"
 REASON_TAG = "gptloom.reason"
 NOTE_TAG = "mlflow.note.content"  # what MLflow's pages show as a description
@@ -94,10 +96,13 @@ def check_store(uri: str | None = None) -> str:
     Raises UserError within seconds when a server does not answer or a database cannot be opened.
     """
     uri = uri or tracking_uri()
-    if uri == mlflow_database(home_dir()):
+    is_ours = uri == mlflow_database(home_dir())
+    if is_ours:
         make_home()
     try:
-        connect(uri).search_experiments(max_results=1)
+        # Its tables are made at the first use; of two processes that make them, one fails.
+        with held_beside(home_dir() / "mlflow.db", MAKING_S) if is_ours else nullcontext():
+            connect(uri).search_experiments(max_results=1)
     except ModuleNotFoundError as error:
         raise UserError(
             f"MLFLOW_TRACKING_URI={hide_password(uri)}: needs {error.name}, which is not installed; for PostgreSQL: pip install 'gptloom[postgres]'"
