@@ -22,6 +22,11 @@ def find_project() -> Path | None:
     return None
 
 
+def is_checkout(project: Path) -> bool:
+    """Does a project bring its own code, as this repository does?"""
+    return (project / "gptloom" / "__init__.py").is_file()
+
+
 def is_project(folder: Path) -> bool:
     file = folder / "prefect.yaml"
     return file.is_file() and "name: gptloom" in file.read_text(encoding="utf-8", errors="replace").splitlines()

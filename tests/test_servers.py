@@ -162,19 +162,10 @@ def running_stack(home: Path, **where: Any) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """In a home whose name means something else in an address, started in another clone, of which nothing may be imported."""
-    home, clone = tmp_path_factory.mktemp("up") / "a home?x=%41#1", tmp_path_factory.mktemp("clone")
+    """In a home whose name means something else in an address."""
+    home = tmp_path_factory.mktemp("up") / "a home?x=%41#1"
     home.mkdir(mode=0o700)
-    shutil.copytree(ROOT / "experiments", clone / "experiments")
-    shutil.copyfile(ROOT / "prefect.yaml", clone / "prefect.yaml")
-    for file in (
-        "random.py",
-        "sitecustomize.py",
-        *(f"{name}/__init__.py" for name in ("gptcore", "gptloom", "flows", "tasks")),
-    ):
-        (clone / file).parent.mkdir(exist_ok=True)
-        (clone / file).write_text("raise SystemExit(f'{__file__} was imported')\n")
-    with running_stack(home, folder=clone, program=(sys.executable, "-P", "-m", "gptloom.flows.command.cli")) as stack:
+    with running_stack(home) as stack:
         yield stack
 
 
@@ -242,6 +233,18 @@ def test_second_up_for_one_home_is_refused(stack):
     assert second.returncode == 2
     assert str(stack.process.pid) in second.stderr
     assert stack.state.exists()
+
+
+def test_another_checkout_is_refused(stack, tmp_path):
+    """Its flows would run with this one's library, or the other way round, without a word."""
+    for file in ("prefect.yaml", "experiments/smoke.yaml", "gptloom/__init__.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / file, tmp_path / file)
+    installed = (sys.executable, "-P", "-m", "gptloom.flows.command.cli")
+    result = Stack(tmp_path / "home", free_port(), free_port(), tmp_path, installed).call("up")
+    assert result.returncode == 2
+    assert str(tmp_path) in result.stderr
+    assert str(ROOT) in result.stderr
 
 
 def test_other_hosts_need_a_login(stack, tmp_path):

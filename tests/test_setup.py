@@ -153,8 +153,7 @@ def test_deployments_point_at_what_exists():
         deployment["name"] for deployment in deployments
     }
     for deployment in deployments:
-        module, name = deployment["entrypoint"].split(":")
-        path = f"{module.removeprefix('gptloom.').replace('.', '/')}.py"
+        path, name = deployment["entrypoint"].split(":")
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), deployment["name"]
         parameters = deployment["parameters"]
         file = parameters.get("experiment") or (

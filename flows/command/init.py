@@ -2,8 +2,8 @@
 
     gptloom init my-models && cd my-models && gptloom up
 
-What it lays down are the checkout's own files, which the package brings. Only the Dockerfile reads otherwise: no code lies beside it, so
-it installs the package.
+What it lays down are the checkout's own files, which the package brings. Only what names the code reads otherwise, for no code lies
+beside it: prefect.yaml names modules instead of files, and the Dockerfile installs the package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptcore.config import UserError
 from gptcore.errors import EXIT_OK
 from gptloom import PACKAGE
 
-AS_THEY_ARE = (".dockerignore", ".env.example", "constraints.txt", "docker-compose.yml", "prefect.yaml")
+AS_THEY_ARE = (".dockerignore", ".env.example", "constraints.txt", "docker-compose.yml")
 INSTALL = re.compile(r"^# The packages first.*?(?=^COPY \. \.$)", re.MULTILINE | re.DOTALL)
 INSTALL_PACKAGE = """\
 # gptloom and what it needs first: from a wheel file beside this one, else from the package index.
@@ -77,6 +77,12 @@ def write_project(folder: Path) -> None:
             copy = folder / path.relative_to(PACKAGE)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+    deployments = (PACKAGE / "prefect.yaml").read_text(encoding="utf-8")
+    deployments = re.sub(r"(?<=entrypoint: )flows/(\w+)\.py:", r"gptloom.flows.\1:", deployments)
+    deployments = deployments.replace(
+        '"{{ $GPTLOOM_ROOT }}"', '"{{ $GPTLOOM_ROOT }}/experiments"'
+    )  # flows/__init__.py says why
+    (folder / "prefect.yaml").write_text(deployments, encoding="utf-8")
     dockerfile = (PACKAGE / "Dockerfile").read_text(encoding="utf-8")
     dockerfile = INSTALL.sub(lambda _: INSTALL_PACKAGE.format(version=version("gptloom")), dockerfile)
     (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")

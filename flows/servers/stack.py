@@ -33,7 +33,7 @@ from gptcore.config import UserError
 from gptcore.entry import python_environment
 from gptcore.locks import held_beside, read_holder, sign_lock, try_lock
 from gptcore.store import home_dir, write_json
-from gptloom import NO_PROJECT, find_project
+from gptloom import NO_PROJECT, PACKAGE, find_project, is_checkout
 from gptloom.flows.servers.databases import PLACES, prefect_database
 from gptloom.flows.servers.listening import check_host, check_port, is_loopback
 from gptloom.flows.servers.pools import POOLS, prepare_pool
@@ -68,7 +68,8 @@ class _StartFailed(Exception):
 def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000, asks_login: bool = True) -> int:
     """Start everything, stay until stopped. Returns 0 when stopped on request, 1 when something failed.
 
-    Raises UserError for a host that would expose an unprotected server, a port in use, or a second `up` for this home.
+    Raises UserError for a host that would expose an unprotected server, a port in use, another checkout's folder, or a second `up` for this
+    home.
     """
     _log_to_stderr()
     check_host(host, asks_login=asks_login)
@@ -77,6 +78,11 @@ def up(host: str = LOOPBACK, prefect_port: int = 4200, mlflow_port: int = 5000, 
     project = find_project()
     if project is None:
         raise UserError(f"{Path.cwd()} {NO_PROJECT}")
+    if is_checkout(project) and not project.samefile(PACKAGE.parent):
+        raise UserError(
+            f"{project} is another checkout of gptloom than the one that is installed here ({PACKAGE.parent}): its flow runs would mix "
+            "both; start it with its own .venv/bin/gptloom, or call this from another folder"
+        )
     home = home_dir()
     lock = _take_lock(home)
     (home / SERVERS_FILE).unlink(missing_ok=True)  # of one that was killed
@@ -332,8 +338,9 @@ class _Stack:
         return child
 
     def _command(self, name: str, *arguments: str) -> None:
-        """A `prefect` command that ends; its output is its log. It imports from where it is started, hence where no code lies."""
-        child = self._spawn(name, "-m", "prefect", *arguments, cwd=self.project / "experiments")
+        """A `prefect` command that ends; its output is its log. It imports from where it is started: our own code, or where none lies."""
+        folder = self.project if is_checkout(self.project) else self.project / "experiments"
+        child = self._spawn(name, "-m", "prefect", *arguments, cwd=folder)
         del self.children[name]
         deadline = time.monotonic() + COMMAND_S
         while child.poll() is None and time.monotonic() < deadline:
