@@ -7,12 +7,15 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from gptloom.flows.servers import databases
 from gptloom.flows.servers.databases import place_databases, prepared
+from gptloom.flows.servers.pools import prepare_pool
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,3 +83,27 @@ def test_prepared_ones_are_empty_and_current(home: Path, tmp_path: Path, monkeyp
     )
     assert done.stdout.split() == ["Default"], done.stderr
     assert "Creating initial MLflow database tables" not in done.stderr
+
+
+def test_pools_are_made_through_a_busy_database() -> None:
+    """Prefect answers 503 while its SQLite file is locked: neither a pool that is missing nor a start that failed."""
+    asked: list[str] = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(503 if len(asked) % 2 else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_PATCH = do_POST = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        prepare_pool(f"http://127.0.0.1:{server.server_port}/api", "cpu", has_worker=True)
+        server.shutdown()
+    assert asked == ["GET /api/work_pools/cpu"] * 2 + ["PATCH /api/work_pools/cpu"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -176,3 +177,18 @@ def test_a_check_that_breaks_is_a_failed_check(home: Path, monkeypatch: pytest.M
     checks = list(doctor.examine(home))
     assert [check.status for check in checks if check.name == "compiler"] == [FAIL]
     assert checks[-1].name == "runs"
+
+
+def test_store_whose_index_lacks_rows(home: Path, committed: Path) -> None:
+    """Its pages are all well, and a search by that index finds less than there is."""
+    path = home / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.executescript(
+            "create table t (a); create index i on t (a); insert into t values (1), (2), (3); pragma writable_schema = on"
+        )
+        database.execute("create index empty on t (a) where a > 9")
+        root = dict(database.execute("select name, rootpage from sqlite_master"))
+        database.execute("update sqlite_master set rootpage = ? where name = 'i'", (root["empty"],))
+        database.execute("update sqlite_master set rootpage = ? where name = 'empty'", (root["i"],))
+    (check,) = of(home, "mlflow store")
+    assert (check.status, str(path) in check.message, "index" in check.message) == (FAIL, True, True)
