@@ -176,7 +176,7 @@ def test_a_check_that_breaks_is_a_failed_check(home: Path, monkeypatch: pytest.M
     monkeypatch.setattr(doctor, "check_compiler", lambda: [].pop())
     checks = list(doctor.examine(home))
     assert [check.status for check in checks if check.name == "compiler"] == [FAIL]
-    assert checks[-1].name == "runs"
+    assert checks[-1].name == "records"
 
 
 def test_store_whose_index_lacks_rows(home: Path, committed: Path) -> None:
