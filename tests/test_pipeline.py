@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from pydantic import BaseModel, ValidationError
 
+from gptcore.checkpoint import FORMAT
 from gptcore.config import ExperimentConfig, UserError, load_config
 from gptcore.store import commit_dir
 from gptloom.flows.forms import SHOWN, Overrides
@@ -297,7 +298,7 @@ def test_page_names_a_command_that_generates(monkeypatch: pytest.MonkeyPatch, tm
 
     (line,) = (text for text in (ROOT / "README.md").read_text().splitlines() if "-m gptcore.generate CHECKPOINT" in text)
     checkpoint = tmp_path / "step_000001"
-    with commit_dir(checkpoint, {}) as tmp:
+    with commit_dir(checkpoint, {"kind": "checkpoint", "format": FORMAT}) as tmp:
         (tmp / "config.yaml").write_text("name: toy\n")
     monkeypatch.setattr(generate, "write_samples", lambda *args: {"told": args[1:3], "samples": []})
     words = shlex.split(line.partition("gptcore.generate ")[2].replace("CHECKPOINT", str(checkpoint)))
