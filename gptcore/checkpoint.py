@@ -8,8 +8,8 @@ memory: taking it holds the training up, writing it does not have to (gptcore/tr
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -87,8 +87,13 @@ def prune_checkpoints(folder: Path, last: int, every: int = 0) -> None:
     # More than one: the newest may be damaged, or the training may have gone astray before it was saved.
     kept = set(sorted(found)[-last:])
     for step in tuple(kept):
-        with contextlib.suppress(OSError, ValueError):  # a damaged one knows of no best one
+        try:
             kept.add(read_state(found[step])["best_step"] or step)
+        except ValueError:  # a damaged one knows of no best one
+            continue
+        except OSError as error:
+            log.warning("no checkpoint is deleted: which is the best one cannot be read (%s)", error)
+            return
     for step, path in found.items():
         if step not in kept and not (every and step % every == 0):
             # Renamed first: a kill in the middle must not leave a checkpoint that looks whole.
@@ -101,8 +106,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_directories(folder: Path) -> list[Path]:
-    """All that is named as a checkpoint is, whole or not, oldest first; another name (`step_000500_good`) is the user's affair."""
-    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
+    """All that is named as a checkpoint is, whole or not, oldest first; another name (`step_000500_good`) is the user's affair.
+
+    Raises OSError for a folder that cannot be looked at: that it holds none is nothing to conclude from that.
+    """
+    try:
+        names = os.listdir(folder)  # `glob` would see nothing
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((folder / name for name in names if re.fullmatch(r"step_\d{6,}", name)), key=step_of)
 
 
 def step_of(directory: Path) -> int:
@@ -110,7 +122,10 @@ def step_of(directory: Path) -> int:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is what its manifest says, and what is wrong with each newer one."""
+    """The newest checkpoint whose every byte is what its manifest says, and what is wrong with each newer one.
+
+    Raises OSError for one that cannot be read: it may be whole.
+    """
     skipped = []
     # From the newest on: what is not whole costs the steps since the one before, not the run.
     for directory in reversed(step_directories(folder)):
@@ -124,7 +139,9 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Raises UserError when it is not there or from another format, DamagedError when it is not whole. Every byte is verified."""
+    """Raises UserError when it is not there or from another format, DamagedError when it is not whole, OSError when it cannot
+    be read. Every byte is verified.
+    """
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory}: no such directory; give the path of a step_NNNNNN directory of a run")
     manifest = verified(directory)

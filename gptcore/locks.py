@@ -57,7 +57,7 @@ def is_held(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return not try_lock(file.fileno(), is_shared=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
         return True

@@ -9,14 +9,19 @@ The marker holds the manifest's sha256, the manifest those of all files. Whoever
 in this process: `verified` reads a directory's files once, in order, and remembers for as long as the process lives; `read_manifest`
 is for who wants facts of the manifest alone. Files without a manifest carry a checksum inside (`write_json`, `write_arrays`). What was
 written before there were checksums is still read.
+
+Damage is what the bytes say: a file that is missing, of another size, of other content. A file that the machine does not let us read
+(rights, a failing disk, too many open files) may be whole: that stays an OSError, upon which nobody renames, deletes or makes again.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,6 +46,9 @@ HASHERS = 2  # threads that hash the files of a directory: more would wait for t
 PIECE_BYTES = 1 << 20
 PUT_BACK = "put a copy of it back, or delete it to begin anew"
 THREADED_BYTES = 16 << 20  # less is hashed before a second thread has begun
+
+# What the system answers where there is no such file; with any other number it refused to look, or to read.
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
 # The sha256 of files that this process has read, by device, inode, size and times of change: the name may change, the bytes may not.
 _known: dict[tuple[int, ...], str] = {}
@@ -89,16 +97,43 @@ def content_id(value: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, read in pieces, as 64 hex digits."""
+    """sha256 of a file, read in pieces, as 64 hex digits. Raises OSError, with its name."""
     digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(piece):
-            digest.update(piece[:size])
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(piece):
+                digest.update(piece[:size])
+    except OSError as error:
+        raise_refused(error, path)
+        raise
     return digest.hexdigest()
 
 
+def raise_refused(error: OSError, path: Path) -> None:
+    """Raise `error` anew, with the file's name, where the machine refused to read: that says nothing about the bytes.
+
+    Comes back where there is no such file, or where a library says in its own words, without a number, that it is damaged.
+    """
+    if error.errno is not None and error.errno not in NO_FILE:
+        # What read() raises has no name, and whoever is told wants one.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def is_committed(directory: Path) -> bool:
-    return (directory / MARKER).is_file()
+    """Raises OSError where the machine does not let us look."""
+    return _size_of(directory / MARKER) is not None
+
+
+def _size_of(path: Path) -> int | None:
+    """Bytes of a file, None where there is none. Raises OSError where the machine does not let us look."""
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise_refused(error, path)
+        return None
+    except ValueError:  # a null byte, or half a surrogate pair: no file is called so
+        return None
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else None
 
 
 @contextmanager
@@ -174,7 +209,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a committed directory, compared with its marker, and its files with the sizes it states. Their bytes are not
     read: for that there is `verified`.
 
-    Raises DamagedError, a UserError, naming the file that is missing or changed.
+    Raises DamagedError, a UserError, naming the file that is missing or changed; OSError where one cannot be read.
     """
     if not directory.is_dir():
         raise DamagedError(f"{directory}: no such directory; correct the path, or run again to make it")
@@ -185,17 +220,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     path = directory / MANIFEST
     try:
-        stated, raw = (directory / MARKER).read_bytes(), path.read_bytes()
+        stated, raw = _read(directory / MARKER), _read(path)
         manifest = _parse(raw)
         files = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise DamagedError(f"{path}: missing or damaged; {_remake(directory)}") from None
     # An earlier version's marker is empty.
     if stated and stated != f"{hashlib.sha256(raw).hexdigest()}\n".encode():
         raise DamagedError(f"{path}: not what {MARKER} beside it says (sha256); {_remake(directory)}")
     for name, (size, _) in files.items():
         path = inside(directory, name)
-        if not path.is_file() or path.stat().st_size != size:
+        if _size_of(path) != size:
             raise DamagedError(f"{path}: missing or of another size than its manifest says; {_remake(directory)}")
     return manifest
 
@@ -204,7 +239,7 @@ def verified(directory: Path, names: Iterable[str] | None = None) -> dict[str, A
     """The manifest of a committed directory whose files are, byte by byte, what it says: all of them, or those `names`.
 
     A file is read once in a process, in pieces, and again only when it has changed since. Raises DamagedError, a UserError, naming
-    the first file that is missing or changed.
+    the first file that is missing or changed; OSError where one cannot be read.
     """
     manifest = read_manifest(directory)
     files = manifest["files"]
@@ -218,8 +253,8 @@ def verified(directory: Path, names: Iterable[str] | None = None) -> dict[str, A
                 found = list(pool.map(_known_hash, paths))
         else:
             found = [_known_hash(path) for path in paths]
-    except OSError as error:
-        raise DamagedError(f"{error.filename}: cannot be read ({error.strerror}); mend that, or {_remake(directory)}") from None
+    except FileNotFoundError as error:  # since a moment ago
+        raise DamagedError(f"{error.filename}: missing; {_remake(directory)}") from None
     for name, path, sha256 in zip(chosen, paths, found, strict=True):
         if sha256 != files[name]["sha256"]:
             raise DamagedError(f"{path}: content differs from its manifest (sha256); {_remake(directory)}")
@@ -244,6 +279,15 @@ def _known_hash(path: Path) -> str:
     return _known[key]
 
 
+def _read(path: Path) -> bytes:
+    """A file's bytes. Raises FileNotFoundError where there is no file, another OSError, with its name, where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise_refused(error, path)
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+
+
 def _remake(directory: Path) -> str:
     return f"delete {directory} and run again to remake it"
 
@@ -251,7 +295,11 @@ def _remake(directory: Path) -> str:
 def inside(directory: Path, name: str) -> Path:
     """`directory/name` for a name that a file states. Raises DamagedError for one that leads out, by `..`, a root or a link."""
     path = directory / name
-    if "\0" in name or not path.resolve().is_relative_to(directory.resolve()):
+    try:
+        is_inside = path.resolve().is_relative_to(directory.resolve())
+    except ValueError:  # a null byte, or half a surrogate pair
+        is_inside = False
+    if not is_inside:
         raise DamagedError(f"{directory}: names a file outside of itself, {name[:80]!r}; it is damaged or was tampered with")
     return path
 
@@ -259,11 +307,12 @@ def inside(directory: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, without its checksum; one that a person or an earlier version wrote has none.
 
-    Raises UserError when it is missing, DamagedError when it holds anything else or is not what was written.
+    Raises UserError when it is missing, DamagedError when it holds anything else or is not what was written, OSError when it cannot be
+    read.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
+        raw = _read(path)
+    except FileNotFoundError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         value = _parse(raw)
@@ -287,7 +336,9 @@ def write_json(path: Path, value: Any, *, has_checksum: bool = True) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote. Raises DamagedError for a file that cannot be read, or whose content is another."""
+    """What `write_arrays` wrote. Raises DamagedError for a file that is missing, or whose content is another; OSError where it cannot be
+    read.
+    """
     import numpy as np
 
     try:
@@ -296,6 +347,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         stated = arrays.pop(CHECKSUM, None)  # an earlier version wrote none
         is_whole = stated is None or stated.tobytes() == _digest(arrays)
     except Exception as error:  # zipfile, zlib, tokenize and NumPy have many words for damage
+        if isinstance(error, OSError):
+            raise_refused(error, path)
         raise DamagedError(f"{path}: damaged ({type(error).__name__}: {error}); {PUT_BACK}") from None
     if not is_whole:
         raise DamagedError(f"{path}: damaged, its content is not what was written (checksum); {PUT_BACK}")

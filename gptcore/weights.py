@@ -17,6 +17,7 @@ from torch import Tensor
 from gptcore.config import ExperimentConfig, UserError
 from gptcore.models.build import MODELS, build_model
 from gptcore.models.quantized import with_layout
+from gptcore.store import raise_refused
 
 MAX_VOCAB = 1 << 24
 WAY_OUT = "it is damaged or was tampered with; use another checkpoint"
@@ -68,4 +69,6 @@ def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
             return {name: (list(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
     except (SafetensorError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError):
+            raise_refused(error, path)
         raise UserError(f"{path}: not a whole safetensors file ({error}); {WAY_OUT}") from None

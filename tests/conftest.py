@@ -75,6 +75,25 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """`refuse(path, number)`: from now on the system answers the opening of that file so, and nothing is remembered of its bytes."""
+    from gptcore import store
+
+    def start(path: Path, number: int) -> None:
+        def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(file, int) and os.fspath(file) == str(path):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(file, *args, **kwargs)
+
+        real = open
+        monkeypatch.setattr(store, "_known", {})
+        monkeypatch.setattr("builtins.open", opened)
+        monkeypatch.setattr("io.open", opened)
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def _migrated_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One SQLite file with MLflow's tables: making them takes over a second, copying the file nothing."""

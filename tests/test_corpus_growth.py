@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,20 @@ def test_damaged_ledger_costs_time_only(tmp_path: Path, content: bytes | None) -
     assert corpus.find_corpus(data, home) is None
     assert corpus.build_corpus(data, home) == first
     assert corpus.find_corpus(data, home) == first
+
+
+@pytest.mark.parametrize("pattern", ["segments/*/documents.parquet", "segments/*/manifest.json", "corpora/*/manifest.json"])
+def test_text_that_cannot_be_read_stays(tmp_path: Path, refuse: Callable[[Path, int], None], pattern: str) -> None:
+    """A segment on a disk that failed for a moment was deleted, to be made again."""
+    home, data = tmp_path / "home", DataConfig(source=str(tmp_path / "source"))
+    fill(tmp_path / "source", range(12))
+    corpus.build_corpus(data, home)
+    (path,) = (home / "data").glob(pattern)
+    for damage in (errno.EIO, errno.EMFILE):
+        refuse(path, damage)
+        with pytest.raises(OSError, match=path.name):
+            corpus.build_corpus(data, home)
+        assert path.exists()
 
 
 @pytest.mark.usefixtures("trusting")

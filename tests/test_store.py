@@ -1,6 +1,7 @@
 """Committed directories are whole or absent."""
 
 import contextlib
+import errno
 import json
 
 import numpy as np
@@ -90,6 +91,63 @@ def test_a_file_is_read_once_in_a_process_and_again_when_it_changed(tmp_path, mo
     with pytest.raises(DamagedError, match=r"a\.txt: content differs"):
         verified(directory)
     verified(directory, [])
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["a.txt", "manifest.json", "COMMITTED"])
+def test_what_cannot_be_read_is_not_damaged(tmp_path, refuse, name, number):
+    """Whoever deletes what is damaged, or makes it again, would have deleted a file that is whole."""
+    directory = commit(tmp_path / "x")
+    refuse(directory / name, number)
+    with pytest.raises(OSError) as raised:
+        verified(directory)
+    assert (raised.value.errno, raised.value.filename) == (number, str(directory / name))
+
+
+@pytest.mark.parametrize("read", [read_json, read_arrays])
+def test_state_that_cannot_be_read_is_not_damaged(tmp_path, refuse, read):
+    write_json(tmp_path / "state", {})
+    refuse(tmp_path / "state", errno.EIO)
+    with pytest.raises(OSError, match="state"):
+        read(tmp_path / "state")
+
+
+def test_a_failing_disk_names_the_file(tmp_path, monkeypatch):
+    """The number comes from read(), which knows no name."""
+
+    class Failing:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def readinto(self, piece):
+            raise OSError(errno.EIO, "Input/output error")
+
+    directory = commit(tmp_path / "x")
+    monkeypatch.setattr(store, "_known", {})
+    monkeypatch.setattr(store, "open", lambda *args, **kwargs: Failing(), raising=False)
+    with pytest.raises(OSError, match=r"a\.txt"):
+        verified(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("x", "1e999"), ("\\ud800", "1"), ("n" * 5000, "1")], ids=["inf", "surrogate", "long"]
+)
+def test_a_manifest_that_nothing_vouches_for_is_named(tmp_path, name, size):
+    """An earlier version's marker is empty."""
+    directory = commit(tmp_path / "x")
+    (directory / "COMMITTED").write_bytes(b"")
+    (directory / "manifest.json").write_text(f'{{"files": {{"{name}": {{"bytes": {size}, "sha256": ""}}}}}}')
+    with pytest.raises(DamagedError):
+        read_manifest(directory)
+
+
+def test_what_is_no_file_is_not_committed_and_not_at_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert not is_committed(tmp_path / ("n" * 5000))
+    assert not store.is_claimed(tmp_path / "file")
 
 
 def test_one_file_of_a_directory(tmp_path):

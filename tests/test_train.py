@@ -1,5 +1,6 @@
 """The trainer: it learns, its batches are exact, it resumes to the bit, it stops before a bad step."""
 
+import errno
 import json
 import math
 import os
@@ -342,6 +343,32 @@ def test_a_damaged_checkpoint_is_skipped_and_said(config, shards, tmp_path, capl
     assert again["val_loss"] == whole["val_loss"]
     names = sorted(path.name for path in newest.parent.iterdir())
     assert names == ["damaged_step_000006", "step_000003", "step_000006"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_checkpoint_that_cannot_be_read_stays_and_nothing_begins_anew(config, shards, tmp_path, refuse, number):
+    """It was put aside as damaged, and days of training began at step 0."""
+    from gptcore.checkpoint import prune_checkpoints
+
+    newest = Path(run(config, shards, tmp_path)["checkpoint"])
+    before = sorted(newest.parent.rglob("*"))
+    refuse(newest / "model.safetensors", number)
+    with pytest.raises(OSError, match=r"step_000006/model\.safetensors"):
+        run(config, shards, tmp_path)
+    refuse(newest / "state.json", number)
+    prune_checkpoints(newest.parent, last=1)
+    assert sorted(newest.parent.rglob("*")) == before
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_looked_at_is_not_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "scandir", lambda path=".": _refused(path))
+    monkeypatch.setattr(os, "listdir", lambda path=".": _refused(path))
+    with pytest.raises(OSError, match="checkpoints"):
+        newest_whole(tmp_path / "checkpoints")
+
+
+def _refused(path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
 def test_kept_are_the_newest_every_nth_and_the_best(config, shards, tmp_path):

@@ -34,7 +34,7 @@ from gptcore.corpus.segments import FORMAT, SPLITS, add_up, corpus_dir_of, overl
 from gptcore.corpus.sources import SourceFile, list_files, plan_units, sign
 from gptcore.leftovers import hold, sweep
 from gptcore.parallel import count_cores
-from gptcore.store import commit_dir, is_committed, read_manifest, verified
+from gptcore.store import DamagedError, commit_dir, is_committed, read_manifest, verified
 
 logger = logging.getLogger(__name__)
 
@@ -364,12 +364,12 @@ def commit(build: Build, located: Located) -> Path:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Committed, with every file as it was written; a damaged one is removed, to be made again."""
+    """Committed, with every file as it was written; a damaged one is removed, to be made again. Raises OSError for one that cannot be read."""
     if not is_committed(directory):
         return False
     try:
         verified(directory)
-    except UserError as error:
+    except DamagedError as error:
         logger.warning("%s; it is made again", str(error).partition(";")[0])
         shutil.rmtree(directory)
         return False

@@ -256,5 +256,5 @@ def _read_facts(path: Path) -> Facts | None:
     try:
         known = read_json(_facts_path(path))
         return Facts(**{field.name: known[field.name] for field in fields(Facts)}) if path.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gptcore.config import DataConfig, UserError
+from gptcore.config import DataConfig
 from gptcore.corpus.segments import FORMAT, segment_dirs
 from gptcore.corpus.sources import SourceFile
 from gptcore.store import content_id, read_arrays, write_arrays
@@ -64,12 +64,12 @@ class Family:
         self.folder = home / "data" / "families" / content_id({"format": FORMAT, "settings": settings, "sources": sources})
 
     def newest(self) -> Path | None:
-        """The family's newest corpus that is still whole; every byte of it is verified."""
+        """The family's newest corpus that is still whole; every byte of it is verified. Raises OSError for one that cannot be read."""
         for ledger in reversed(self._ledgers()):
             directory = self.home / "data" / "corpora" / _corpus_of(ledger)
             try:
                 segment_dirs(directory)
-            except (UserError, OSError, ValueError, KeyError) as error:
+            except (ValueError, KeyError) as error:
                 if directory.exists():
                     logger.warning("%s; an older corpus, or none, is gone on from", str(error).partition(";")[0])
                 continue

@@ -24,7 +24,7 @@ import numpy as np
 from gptcore.config import UserError
 from gptcore.corpus.overlap import NgramSketch, measure_overlap
 from gptcore.errors import first_line
-from gptcore.store import DamagedError, content_id, read_manifest, verified
+from gptcore.store import DamagedError, content_id, raise_refused, read_manifest, verified
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,7 +142,9 @@ def load_arrays(directory: Path, name: str) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """Our own Parquet file; its pages carry checksums, which are compared. Raises DamagedError for what cannot be read, there or inside."""
+    """Our own Parquet file; its pages carry checksums, which are compared. Raises DamagedError for what is none, there or inside, OSError for
+    what cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -150,6 +152,8 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError):
+            raise_refused(error, path)
         raise DamagedError(
             f"{path}: cannot be read ({first_line(error)}); delete {path.parent} and run again to remake it"
         ) from None

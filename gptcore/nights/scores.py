@@ -42,7 +42,7 @@ def save_scores(path: Path, scores: Scores) -> None:
 
 
 def load_scores(path: Path) -> Scores:
-    """Raises DamagedError for a file that cannot be read, or is not what was written."""
+    """Raises DamagedError for a file that is not what was written, OSError for one that cannot be read."""
     try:
         arrays = read_arrays(path)
         return Scores(**{name: arrays[name] for name in NAMES})

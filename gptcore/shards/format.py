@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gptcore.config import UserError
+from gptcore.store import raise_refused
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -36,7 +37,8 @@ def map_shard(path: Path, fingerprint: str) -> np.memmap:
             raw = file.read(HEADER_BYTES)
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its permissions, or {REMAKE}") from None
+        raise_refused(error, path)
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMAKE}") from None
     header = np.frombuffer(raw[: len(raw) // 4 * 4], dtype="<i4") if raw else np.empty(0, dtype="<i4")
     dtype = {kind: dtype for dtype, kind in KINDS.items()}.get(tuple(header[:2].tolist()))
     if dtype is None or len(header) != HEADER_INTS:

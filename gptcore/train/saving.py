@@ -108,7 +108,7 @@ def resume(trainer: Trainer, out: Path) -> Memory:
     """Continue from the newest whole checkpoint of this run, if there is one; the loop's memory in it, else {}.
 
     Works with another number of processes, spread or not, and another micro-batch than before. Tensors are read one by one into their places.
-    Raises UserError when the checkpoint is of another config or other shards.
+    Raises UserError when the checkpoint is of another config or other shards, OSError when it cannot be read.
     """
     step = int(trainer.ranks.from_first(float(_choose(out) if trainer.ranks.is_first else 0)))
     if step < 0:
@@ -156,7 +156,10 @@ def _check_same(before: ExperimentConfig, state: dict[str, Any], config: Experim
 
 
 def _choose(out: Path) -> int:
-    """The step to go on from, -1 for none; torn leftovers are deleted, damaged checkpoints put aside, and both are said."""
+    """The step to go on from, -1 for none; torn leftovers are deleted, damaged checkpoints put aside, and both are said.
+
+    Raises OSError, with all as it was, where a checkpoint cannot be read.
+    """
     folder = checkpoints_of(out)
     for torn in sweep(folder, new_s=0.0):
         log.info("deleted %s, which a killed process left unfinished", torn)

@@ -236,11 +236,14 @@ def checkpoint_of(version: Version) -> Path:
     stated = version.facts.get("checkpoint", "")
     troubles = []
     for place in ([Path(stated)] if stated else []) + [fetched]:
-        if not is_committed(place):
-            continue
         try:
+            if not is_committed(place):
+                continue
             verified(place)
-        except DamagedError as error:
+        except (DamagedError, OSError) as error:
+            # Ours is written over below, and what cannot be read may be whole.
+            if isinstance(error, OSError) and place == fetched:
+                raise
             troubles.append(str(error).partition(";")[0])
         else:
             return place
