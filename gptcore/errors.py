@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -17,7 +19,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT was obeyed: a checkpoint is on disk."""
+    """SIGTERM or SIGINT was obeyed. The message names the checkpoint to go on from, or says why there is none of this step."""
 
 
 class NonFinite(Exception):
@@ -28,6 +30,8 @@ class DeviceMemoryError(Exception):
     """The device's memory does not hold even one sequence."""
 
 
+NAMELESS = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)  # these come without a file, from a read or a socket
+READABLE = "make it readable for you (every folder above it too)"
 WRITABLE = "make it writable for you, or point GPTLOOM_HOME at a folder that is"
 FILES = "allow more with `ulimit -n 4096`, or close other programs"
 SURROUNDINGS = {  # what the machine refuses, and what its user can do about it
@@ -36,6 +40,7 @@ SURROUNDINGS = {  # what the machine refuses, and what its user can do about it
     errno.EROFS: WRITABLE,
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
+    errno.ESTALE: "the file system was mounted anew, or its server restarted: mount it again and repeat this",
     errno.EIO: "the disk may be failing: copy what matters, then `gptloom doctor --full`",
 }
 
@@ -46,7 +51,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 def is_of_surroundings(error: BaseException) -> bool:
     """Did the machine refuse a file, and not our own code fail?"""
-    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in SURROUNDINGS and error.filename is not None)
+    if not isinstance(error, OSError):
+        return False
+    return is_disk_full(error) or error.errno in (SURROUNDINGS if error.filename is not None else NAMELESS)
 
 
 def exit_code(error: BaseException) -> int:
@@ -73,10 +80,24 @@ def describe_error(error: BaseException) -> str:
         where = f" while writing {name}" if name else ""
         return f"no space left on the disk{where}; free some, or point GPTLOOM_HOME at another disk"
     if isinstance(error, OSError) and is_of_surroundings(error):
-        return f"{error.filename}: {(error.strerror or '').lower()}; {SURROUNDINGS[error.errno or 0]}"
+        number = error.errno or 0
+        is_closed = number in (errno.EACCES, errno.EPERM) and _is_closed(error.filename)
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return f"{what}{(error.strerror or os.strerror(number)).lower()}; {READABLE if is_closed else SURROUNDINGS[number]}"
     if isinstance(error, (UserError, Stopped, NonFinite, DeviceMemoryError)):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _is_closed(name: str | bytes | int) -> bool:
+    """Can a file not even be read, or not be reached? The error does not say what it was opened for."""
+    if isinstance(name, int):  # an open file
+        return False
+    path = Path(os.fsdecode(name))
+    if os.path.lexists(path):
+        return not os.access(path, os.R_OK)
+    # Below a closed folder nothing seems to exist; into an open one something was to be written.
+    return not os.access(next((above for above in path.parents if os.path.lexists(above)), path), os.X_OK)
 
 
 def first_line(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def is_held(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return not try_lock(file.fileno(), is_shared=True)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):  # where no file can be, nobody holds one
         return False
     except OSError:
         return True
@@ -74,7 +74,7 @@ def read_holder(path: Path) -> int | None:
     try:
         with open(path, encoding="utf-8") as file:
             return None if try_lock(file.fileno(), is_shared=True) else int(file.read() or 0) or None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

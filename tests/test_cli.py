@@ -19,9 +19,11 @@ import pytest
 from prefect.exceptions import CancelledRun
 
 from gptcore.config import ExperimentConfig, UserError
-from gptcore.errors import DeviceMemoryError, NonFinite, Stopped
-from gptloom.flows.command import arguments, cli
+from gptcore.errors import DeviceMemoryError, NonFinite, Stopped, describe_error, exit_code
+from gptcore.locks import is_held, read_holder
+from gptloom.flows.command import arguments, cli, surroundings
 from gptloom.flows.command.surroundings import quiet_expected_errors
+from gptloom.tasks.records.login import CLIENT_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 SMOKE = "name: smoke\n"
@@ -224,3 +226,47 @@ def test_expected_errors_are_kept_out_of_the_terminal() -> None:
     assert "yours" not in stream.getvalue()
     assert "the disk" not in stream.getvalue()
     assert "ZeroDivisionError: ours" in stream.getvalue()
+
+
+def test_what_the_machine_refuses_is_one_sentence_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may not read a file is not helped by making it writable; a read that fails names no file."""
+    file, folder = tmp_path / "a.txt", tmp_path / "closed"
+    file.touch()
+    folder.mkdir()
+    allowed = os.W_OK
+    monkeypatch.setattr(os, "access", lambda path, mode: mode & allowed == mode)  # root may do everything
+    for path in (file, folder, folder / "b.txt"):
+        error = PermissionError(13, "Permission denied", str(path))
+        assert describe_error(error).startswith(f"{path}: permission denied; make it readable")
+    allowed = os.R_OK | os.X_OK
+    for path in (file, folder, folder / "b.txt"):
+        assert "; make it writable" in describe_error(PermissionError(13, "Permission denied", str(path)))
+    for number in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE):
+        error = OSError(number, os.strerror(number))
+        assert (exit_code(error), describe_error(error).startswith(f"{error.strerror.lower()}; ")) == (2, True)
+    assert exit_code(PermissionError(1, "Operation not permitted")) == 1, "of a process or a port, and no file"
+
+
+def test_where_no_file_can_be_nobody_holds_one(tmp_path: Path) -> None:
+    """A file in a run's place was said to be at work."""
+    (tmp_path / "run").touch()
+    assert not is_held(tmp_path / "run" / "metrics.jsonl")
+    assert read_holder(tmp_path / "run" / ".lock") is None
+
+
+def test_second_temporary_server_waits_for_the_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the database is there: two that start on it write the same block types, and one of them fails."""
+    home.joinpath("prefect").mkdir(parents=True)
+    home.joinpath("prefect", "prefect.db").touch()
+    for name in ("PREFECT_API_URL", "PREFECT_UI_URL", CLIENT_VARIABLE):
+        monkeypatch.setenv(name, "")  # to be put back
+    monkeypatch.setattr(surroundings.subprocess, "Popen", lambda *_, **__: None)
+    monkeypatch.setattr(surroundings.atexit, "register", lambda _: None)
+    monkeypatch.setattr(surroundings, "_servers", [])
+    monkeypatch.setattr(surroundings, "_reapers", [])
+    surroundings.launch_prefect_server()
+    lock = home / "prefect" / ".prefect.db.lock"
+    assert is_held(lock)
+    surroundings._servers.clear()  # it answers
+    surroundings.start_prefect_server()
+    assert not is_held(lock)

@@ -11,6 +11,7 @@ from gptcore.config import (
     flatten,
     load_config,
     load_written,
+    reading,
     with_changes,
     with_overrides,
     write_yaml,
@@ -124,3 +125,20 @@ def test_settings_that_were_written_are_read_back_or_refused(tmp_path: Path) -> 
         with pytest.raises(UserError, match=r"config\.yaml: damaged"):
             load_written(path)
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_settings_larger_than_what_they_were_made_from_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of many sources is several times as long with every default stated; an input of that length stays refused."""
+    monkeypatch.setattr(reading, "MAX_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_VALUES", 200)
+    sources = ", ".join(f"{{source: a{number}}}" for number in range(40))
+    config, path = load_config(write(tmp_path, f"data: {{source: [{sources}]}}")), tmp_path / "config.yaml"
+    write_yaml(config, path)
+    assert load_written(path) == config
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.partition("\n")[2], encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.yaml: more than"):
+        load_written(path)
+    path.write_text(text + "#" * 16_000, encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.yaml: more than 16,000 characters"):
+        load_written(path)

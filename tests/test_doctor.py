@@ -179,6 +179,59 @@ def test_a_check_that_breaks_is_a_failed_check(home: Path, monkeypatch: pytest.M
     assert checks[-1].name == "records"
 
 
+def test_closed_directory_hides_no_other(home: Path, committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that root made with another umask: it is named as it is, and the damaged one beside it too."""
+    (committed / "train_000000.bin").write_bytes(b"12345679")
+    closed = home / "data" / "vocabs" / "4567"
+    closed.mkdir(parents=True)
+    real = os.scandir
+
+    def refuse(path: Path | str = ".") -> object:
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(closed))
+    first, second = of(home, "data")
+    assert (first.status, f"{closed}: permission denied" in first.message, "readable" in first.remedy) == (FAIL, True, True)
+    assert (second.status, str(committed) in second.message) == (FAIL, True)
+
+
+def test_every_committed_directory_is_looked_at(home: Path) -> None:
+    """Those of nights, studies and the registry too."""
+    trainings = ("runs/night/arms/a", "studies/trainings/0123")
+    places = [*(f"{training}/checkpoints/step_000002" for training in trainings), "studies/cells/0123", "registry/toy/1"]
+    for place in places:
+        with commit_dir(home / place, {}) as tmp:
+            (tmp / "weights").write_bytes(b"12345678")
+    (check,) = of(home, "checkpoints", full=True)
+    assert (check.status, check.message[:20]) == (OK, "4 directories whole ")
+    for place in places:
+        (home / place / "weights").write_bytes(b"12345679")
+    found = " ".join(check.message for check in of(home, "checkpoints", full=True) if check.status == FAIL)
+    assert [place for place in places if place not in found] == []
+
+
+def test_journal_that_may_not_be_read_hides_no_dead_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        journal = Journal(home / "runs" / name)
+        journal.open(name)
+        os.close(journal._fd)
+        journal._fd = -1
+    real = doctor.unfinished_run
+
+    def refuse(directory: Path) -> object:
+        if directory.name == "a":
+            raise PermissionError(13, "Permission denied", str(directory / "journal.jsonl"))
+        return real(directory)
+
+    monkeypatch.setattr(doctor, "unfinished_run", refuse)
+    first, second = of(home, "runs")
+    assert (first.status, "runs/a/journal.jsonl: permission denied" in first.message) == (FAIL, True)
+    assert (second.status, "died without a word: b" in second.message) == (WARN, True)
+
+
 def test_store_whose_index_lacks_rows(home: Path, committed: Path) -> None:
     """Its pages are all well, and a search by that index finds less than there is."""
     path = home / "mlflow.db"

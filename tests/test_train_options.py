@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from gptcore.checkpoint import list_checkpoints, load_checkpoint
 from gptcore.config import ExperimentConfig, UserError, check_config, dump_yaml, load_config, with_changes
 from gptcore.device import Device, choose_device, naming_refusals, set_determinism
 from gptcore.entry import StopFlag, recording
-from gptcore.errors import NonFinite
+from gptcore.errors import NonFinite, Stopped
 from gptcore.journal import read_journal
 from gptcore.launch import find_cause
 from gptcore.ranks import ALONE
@@ -433,3 +434,39 @@ def test_of_several_failures_the_cause_is_told():
     assert cause(2, 2) == 0
     assert cause(-15, 1) == 1
     assert cause(75, 76) == 1
+
+
+@pytest.mark.parametrize("when", ["in a step", "while the last step is saved"])
+def test_a_stop_does_not_wait_for_the_whole_verification(config, shards, tmp_path, monkeypatch, when):
+    """Half a minute after SIGTERM comes SIGKILL; and what is not verified is not saved."""
+    monkeypatch.setattr("gptcore.shards.shard_set.SMALL_BYTES", 0)
+    monkeypatch.setattr("gptcore.shards.verification.STOP_S", 0.1)
+    monkeypatch.setattr("gptcore.shards.verification.CLOSE_S", 0.1)
+    monkeypatch.setattr("gptcore.store._known", {})
+    flags, may_hash, real = [], threading.Event(), (store.hash_file, loop.train_step)
+    monkeypatch.setattr(StopFlag, "install", lambda self: flags.append(self))
+    shards = ShardSet.open(shards.directory)
+    ids = next(shards.token_dirs[0].glob("train_*.bin"))
+    monkeypatch.setattr(store, "hash_file", lambda path: (path != ids or may_hash.wait(60)) and real[0](path))
+
+    def stop_at(step):
+        if step == {"in a step": 2, "while the last step is saved": 4}[when]:
+            flags[0]._handle(15, None)
+
+    if when == "in a step":
+        monkeypatch.setattr(loop, "train_step", lambda trainer: stop_at(trainer.step) or real[1](trainer))
+    else:
+        monkeypatch.setattr(loop, "check_finite", lambda trainer: stop_at(trainer.step - 1))
+    config = with_changes(config, train={"max_steps": 5, "save_interval": 5})
+    began = time.monotonic()
+    try:
+        with pytest.raises(Stopped, match=r"^stopped at step [35], which is not saved: its text was still being verified"):
+            run_training(config, shards, tmp_path / "out", ALONE, None, None)
+        assert time.monotonic() - began < 30
+    finally:
+        may_hash.set()
+    assert list_checkpoints(tmp_path / "out" / "checkpoints") == []
+
+
+def test_messages_name_token_files_as_they_lie(shards):
+    assert all(".." not in path.parts for path in shards.token_dirs)

@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from gptcore.config import UserError, hide_password, load_written
+from gptcore.errors import describe_error, is_of_surroundings
 from gptcore.journal import FILE_NAME, TAGS_FILE, describe_damage
 from gptcore.leftovers import find_leftovers
 from gptcore.nights.ledger import Ledger
@@ -29,7 +30,7 @@ from gptloom import PACKAGE
 from gptloom.tasks.records.login import FILE_NAME as LOGIN_FILE
 from gptloom.tasks.records.runs import SETTINGS, is_run
 from gptloom.tasks.records.tracking import SERVERS_FILE, answers, read_servers
-from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dead, unfinished_runs
+from gptloom.tasks.runtime.liveness import ProcessSnapshot, device_locks, is_dead, unfinished_run
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 LITTLE_GIB, FULL_GIB = 10.0, 1.0  # free disk: below the first a warning, below the second a failure
@@ -64,8 +65,8 @@ def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
         ("permissions", lambda: check_permissions(home)),
         ("servers", lambda: check_servers(home)),
         ("stores", lambda: check_stores(home, full)),
-        ("data", lambda: check_files(home, "data/*/*", full)),
-        ("checkpoints", lambda: check_files(home, "runs/*/*/checkpoints/*", full)),
+        ("data", lambda: check_files("data", [home / "data"], full)),
+        ("checkpoints", lambda: check_files("checkpoints", _others(home), full)),
         ("runs", lambda: check_runs(home)),
         ("records", lambda: check_records(home)),
     ]
@@ -73,6 +74,9 @@ def examine(home: Path, *, full: bool = False) -> Iterator[Check]:
         try:
             yield from check()
         except Exception as error:
+            if is_of_surroundings(error):
+                yield _refused(name, error)
+                continue
             yield Check(name, FAIL, f"could not be looked at ({type(error).__name__}: {error})", "this is a bug; report it")
 
 
@@ -239,17 +243,18 @@ def check_stores(home: Path, full: bool) -> Iterator[Check]:
 # --- files ---------------------------------------------------------------------------------------------------------------
 
 
-def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
-    """Committed directories against their manifests: all sizes, and hashes up to HASHED_BYTES, newest first."""
-    name = pattern.partition("/")[0].replace("runs", "checkpoints")
-    found = list(home.glob(pattern))
-    directories = [
-        path for path in found if path.is_dir() and not path.name.startswith(".") and path.parent.name in COMMITTED_KINDS
-    ]
-    directories.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+def check_files(name: str, tops: Iterable[Path], full: bool) -> Iterator[Check]:
+    """Committed directories below `tops` against their manifests: all sizes, and hashes up to HASHED_BYTES, newest first.
+
+    What may not be read is named, and hides nothing else.
+    """
+    refused: list[OSError] = []
+    directories, left = _find_committed(tops, refused)
     budget = float("inf") if full else float(HASHED_BYTES)
-    hashed, bad = 0, 0
-    for directory in directories:
+    hashed, bad = 0, len(refused)
+    for error in refused:
+        yield _refused(name, error)
+    for directory in sorted(directories, key=_changed, reverse=True):
         try:
             if not is_committed(directory):
                 raise UserError(f"{directory}: was not committed (no {MARKER} in it); its maker was killed")
@@ -261,7 +266,9 @@ def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
             bad += 1
             remedy = f"delete {directory}; data is made again, training goes on from an older checkpoint"
             yield Check(name, FAIL, str(error).partition(";")[0], remedy)
-    left = [path for folder in sorted({path.parent for path in found}) for path in find_leftovers(folder)]
+        except OSError as error:
+            bad += 1
+            yield _refused(name, error)
     if left:
         message = f"{len(left)} half-written, left by killed processes: {left[0]}" + (" …" if len(left) > 1 else "")
         yield Check(name, WARN, message, "`gptloom reconcile --apply` deletes them, and so does the next build")
@@ -270,9 +277,52 @@ def check_files(home: Path, pattern: str, full: bool) -> Iterator[Check]:
         yield Check(name, OK, f"{len(directories)} directories whole ({how})" if directories else "none yet")
 
 
+def _find_committed(tops: Iterable[Path], refused: list[OSError]) -> tuple[list[Path], list[Path]]:
+    """Directories that are committed or should be, and what killed builders left beside them; what cannot be entered goes to `refused`."""
+    found, folders, seen = [], set(), set()
+    for top in tops:
+        for place, names, files in os.walk(top, onerror=refused.append, followlinks=True):
+            path, real = Path(place), os.path.realpath(place)
+            depth = len(path.relative_to(top).parts)  # a run may have the name of a kind
+            should_be = path.parent.name in COMMITTED_KINDS and (depth == 2 if top.name == "data" else depth > 2)
+            if MARKER in files or should_be:
+                found.append(path)
+                folders.add(path.parent)
+            elif path.name == "checkpoints" or path.parent == top:
+                folders.add(path)
+            is_leaf = MARKER in files or should_be or real in seen  # a link may lead back to where it is
+            names[:] = [] if is_leaf else [name for name in names if not name.startswith(".")]
+            seen.add(real)
+    return found, [path for folder in sorted(folders) for path in find_leftovers(folder)]
+
+
+def _others(home: Path) -> list[Path]:
+    """What a home holds besides its data: checkpoints are in runs, nights' arms and studies."""
+    return sorted(path for path in home.glob("*/") if path.name != "data") if home.is_dir() else []
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # looked at below, and named there
+        return 0.0
+
+
+def _refused(name: str, error: BaseException) -> Check:
+    problem, _, remedy = describe_error(error).partition("; ")
+    return Check(name, FAIL, problem, remedy)
+
+
 def check_runs(home: Path) -> Iterator[Check]:
     snapshot = ProcessSnapshot.take(home)
-    runs = unfinished_runs(home)
+    runs, refused = [], False
+    for directory in sorted((home / "runs").glob("*/")):
+        try:
+            if run := unfinished_run(directory):
+                runs.append(run)
+        except OSError as error:
+            refused = True
+            yield _refused("runs", error)
     dead = [run.name for run in runs if is_dead(run, snapshot.orphans)]
     remedy = "`gptloom reconcile` says what it would do, with --apply it does it"
     if snapshot.orphans:
@@ -281,27 +331,34 @@ def check_runs(home: Path) -> Iterator[Check]:
     if dead:
         more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
         yield Check("runs", WARN, f"died without a word: {', '.join(dead[:5])}{more}", remedy)
-    if not snapshot.orphans and not dead:
+    if not snapshot.orphans and not dead and not refused:
         yield Check("runs", OK, f"{len(runs)} under way, none dead")
 
 
 def check_records(home: Path) -> Iterator[Check]:
     """What runs and nights remember, file by file: one that is damaged hides no other."""
-    runs = [path for path in sorted((home / "runs").glob("*/")) if is_run(path)]
-    files = [path for run in runs for path in sorted(run.rglob("*")) if path.name in RECORDS]
-    # A run writes its settings first; a journal without them is older, or somebody took them away.
-    files += [run / SETTINGS for run in runs if not (run / SETTINGS).exists()]
+    runs, files, bad = 0, [], 0
+    for run in sorted((home / "runs").glob("*/")):
+        try:
+            if not is_run(run):
+                continue
+            runs += 1
+            files += [path for path in sorted(run.rglob("*")) if path.name in RECORDS]
+            # A run writes its settings first; a journal without them is older, or somebody took them away.
+            files += [] if (run / SETTINGS).exists() else [run / SETTINGS]
+        except OSError as error:
+            bad += 1
+            yield _refused("records", error)
     files += sorted((home / "nightly").glob("*/ledger.json"))
-    bad = 0
     for path in files:
         try:
             RECORDS[path.name](path)
         except (UserError, OSError) as error:
             bad += 1
-            problem, _, remedy = str(error).partition("; ")
+            problem, _, remedy = describe_error(error).partition("; ")
             yield Check("records", WARN, problem, remedy or f"put a copy of {path} back")
     if not bad:
-        yield Check("records", OK, f"{len(files)} files of {len(runs)} runs whole" if files else "none yet")
+        yield Check("records", OK, f"{len(files)} files of {runs} runs whole" if files else "none yet")
 
 
 def _check_journal(path: Path) -> None:

@@ -112,10 +112,8 @@ def launch_prefect_server() -> None:
     """
     if os.environ.get("PREFECT_API_URL"):
         return
-    database = home_dir() / PLACES["prefect"]
-    _making.enter_context(held_beside(database, START_S))
-    if database.exists():
-        _making.close()
+    # Two servers that start on one database get in each other's way, also where it has its tables: both write Prefect's block types.
+    _making.enter_context(held_beside(home_dir() / PLACES["prefect"], START_S))
     mark = uuid.uuid4().hex
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))

@@ -20,6 +20,7 @@ from gptcore.errors import UserError, why_unreadable
 
 # More than any experiment needs, and read in a second or two: a few lines of aliases of aliases can name gigabytes.
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_DIGITS = 1 << 18, 20_000, 50, 40
+WRITTEN = 16  # times as much in a file of ours: it states every default of what it was made from
 
 
 class _TooMuchError(yaml.YAMLError):
@@ -30,10 +31,11 @@ class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2's idea of scalars: `on` and `off` are words, `1e-3` is a number. A key that is there twice is an error."""
 
     levels = values = 0
+    times = 1
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.levels, self.values = self.levels + 1, self.values + 1
-        _check_measure(self.values, self.levels)
+        _check_measure(self.values, self.levels, self.times)
         node = super().compose_node(parent, index)
         self.levels -= 1
         return node
@@ -72,19 +74,21 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     it was written."""
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read(MAX_BYTES + 1)
+            text = file.read(WRITTEN * MAX_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{what} {path}: cannot be read ({why_unreadable(error)}); give the path of a YAML file, e.g. experiments/smoke.yaml"
         ) from None
-    if text.startswith(SEAL):
+    is_ours = text.startswith(SEAL)
+    # What is too long was cut above, and has no seal any more.
+    if is_ours and len(text) <= WRITTEN * MAX_BYTES:
         seal, _, rest = text.partition("\n")
         if seal != _seal(rest):
             raise UserError(
                 f"{what} {path}: damaged, it differs from the checksum in its first line; if you changed it yourself, delete that line"
             )
     try:
-        tree = _load(text) or {}
+        tree = _load(text, WRITTEN if is_ours else 1) or {}
     except _TooMuchError as error:
         raise UserError(f"{what} {path}: {error}; nothing that is needed here is so much") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -104,21 +108,22 @@ def read_value(text: str) -> Any:
         return text
 
 
-def _load(text: str) -> Any:
-    """Raises YAMLError, ValueError or TypeError for what is no YAML, or too much of it."""
-    if len(text) > MAX_BYTES:
-        raise _TooMuchError(f"more than {MAX_BYTES:,} characters")
+def _load(text: str, times: int = 1) -> Any:
+    """Raises YAMLError, ValueError or TypeError for what is no YAML, or too much of it: more than so many times the limits."""
+    if len(text) > times * MAX_BYTES:
+        raise _TooMuchError(f"more than {times * MAX_BYTES:,} characters")
     loader = _YamlLoader(text)
+    loader.times = times
     try:
         node = loader.get_single_node()
         if node is not None:
-            _measure(node, {})
+            _measure(node, {}, times)
         return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], times: int) -> tuple[int, int]:
     """(values, levels) below a node, an alias counted as often as it stands there. Raises _TooMuchError."""
     if id(node) in known:
         if (found := known[id(node)]) is None:
@@ -128,16 +133,16 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     parts = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         parts = [part for pair in node.value for part in pair]
-    sizes = [_measure(part, known) for part in parts]
+    sizes = [_measure(part, known, times) for part in parts]
     values, levels = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
-    _check_measure(values, levels)
+    _check_measure(values, levels, times)
     known[id(node)] = values, levels
     return values, levels
 
 
-def _check_measure(values: int, levels: int) -> None:
-    if values > MAX_VALUES or levels > MAX_DEPTH:
-        raise _TooMuchError(f"more than {MAX_VALUES:,} values or {MAX_DEPTH} levels, aliases counted")
+def _check_measure(values: int, levels: int, times: int) -> None:
+    if values > times * MAX_VALUES or levels > MAX_DEPTH:
+        raise _TooMuchError(f"more than {times * MAX_VALUES:,} values or {MAX_DEPTH} levels, aliases counted")
 
 
 def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -48,8 +48,8 @@ class ShardSet:
         self.n_tokens: dict[str, int] = manifest["n_tokens"]
         self.n_bytes: dict[str, int] = manifest["n_bytes"]
         self.token_bytes: np.ndarray = np.load(directory / "token_bytes.npy", allow_pickle=False)  # (V,)
-        self.token_dirs = [directory / part["directory"] for part in manifest["tokens"]]
-        self._segments = [self._check_segment(part) for part in manifest["tokens"]]
+        self.token_dirs = [(directory / part["directory"]).resolve() for part in manifest["tokens"]]
+        self._segments = [self._check_segment(*pair) for pair in zip(self.token_dirs, manifest["tokens"], strict=True)]
         self._tokens = {split: self._map_split(split) for split in corpus.SPLITS}
         self.verification = Verification()  # of training ids, while `verified_behind` lasts
         self._verified: set[str] = set()  # splits that are, or will be before anything is saved
@@ -156,8 +156,7 @@ class ShardSet:
                 raise UserError(f"{self.directory}: its {split} records are not where its index says; {REMAKE}")
         return n_bytes
 
-    def _check_segment(self, part: dict[str, Any]) -> dict[str, Any]:
-        directory = self.directory / part["directory"]
+    def _check_segment(self, directory: Path, part: dict[str, Any]) -> dict[str, Any]:
         manifest = read_manifest(directory)
         if manifest["kind"] != "tokens" or manifest["format"] != TOKENS_FORMAT:
             raise UserError(

@@ -7,12 +7,16 @@ every step whether one was bad, and waits for the end before it saves. So nothin
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from gptcore.errors import Stopped
 from gptcore.store import DamagedError, verified
+
+# Of the half minute between Prefect's SIGTERM and its SIGKILL, in seconds: for the rest of the files, and for the one being read.
+STOP_S, CLOSE_S, LOOK_S = 10.0, 5.0, 0.2
 
 
 class Verification:
@@ -36,17 +40,23 @@ class Verification:
         if self._error is not None:
             raise self._error
 
-    def settle(self) -> None:
-        """Wait until all is verified. Raises what `check` does."""
-        if self._thread is not None:
-            self._thread.join()
+    def settle(self, is_stopping: Callable[[], object] = lambda: False) -> bool:
+        """Wait until all is verified, but STOP_S at most once the run is being stopped; was all verified? Raises what `check` does."""
+        deadline = None
+        while self._thread is not None and self._thread.is_alive():
+            if deadline is None and is_stopping():
+                deadline = time.monotonic() + STOP_S
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            self._thread.join(LOOK_S)
         self.check()
+        return True
 
     def close(self) -> None:
-        """Leave no thread behind; what it has not come to stays unverified."""
+        """Leave no thread behind that will begin another file; what it has not come to stays unverified."""
         self._is_closing = True
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
 
     @contextmanager
     def explaining(self) -> Iterator[None]:

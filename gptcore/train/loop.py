@@ -47,7 +47,8 @@ class Best:
 def train_loop(trainer: Trainer, journal: Journal, out: Path, stop: StopFlag, memory: Memory | None = None) -> dict[str, Any]:
     """Until max_steps, max_tokens, minutes or patience end the run; its result as JSON-able numbers.
 
-    memory: what `resume` returned. Raises Stopped once `stop` is set: after the step under way, with a checkpoint on disk;
+    memory: what `resume` returned. Raises Stopped once `stop` is set: after the step under way, with a checkpoint on disk (none of
+    this step while its text is still being verified and that takes too long to wait for);
     DamagedError for shards that are not what was written, with nothing learnt from them on disk.
     """
     trainer.started = time.perf_counter()
@@ -188,7 +189,12 @@ class _Loop:
 
     def _save(self) -> None:
         # A checkpoint is believed later on: it holds nothing of text that was not verified.
-        self.trainer.shards.verification.settle()
+        is_late = not self.trainer.shards.verification.settle(lambda: bool(self.stop))
+        if self.trainer.ranks.any(is_late):
+            raise Stopped(
+                f"stopped at step {self.trainer.step}, which is not saved: its text was still being verified; the run goes on from its "
+                "newest checkpoint, or from the start"
+            )
         memory = {"best": asdict(self.best), "owes_evaluation": self.owes_evaluation, "losses": self.reporter.losses}
         save(self.trainer, self.writer, memory, self.best.step if self.train.select == "best" else None)
 

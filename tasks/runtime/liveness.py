@@ -47,21 +47,22 @@ class UnfinishedRun:
 
 def unfinished_runs(home: Path) -> list[UnfinishedRun]:
     """Runs with an unclosed journal, by name: under way, or dead."""
-    runs = []
-    for directory in sorted((home / "runs").glob("*/")):
-        run = UnfinishedRun(directory.name, directory)
-        for path in sorted(directory.rglob(FILE_NAME)):
-            record = last_record(path)
-            if record is None or record["kind"] == "close":
-                continue
-            opened = [line for line in read_journal(path)[0] if line["kind"] == "open"][-1:]
-            run.journals.append(path)
-            run.hosts |= {line["host"] for line in opened if "host" in line}
-            if is_held(path):
-                run.writers[path] = opened[0].get("pid", 0) if opened else 0
-        if run.journals:
-            runs.append(run)
-    return runs
+    return [run for directory in sorted((home / "runs").glob("*/")) if (run := unfinished_run(directory))]
+
+
+def unfinished_run(directory: Path) -> UnfinishedRun | None:
+    """One of them, by its directory; None when all its journals are closed, or it has none."""
+    run = UnfinishedRun(directory.name, directory)
+    for path in sorted(directory.rglob(FILE_NAME)):
+        record = last_record(path)
+        if record is None or record["kind"] == "close":
+            continue
+        opened = [line for line in read_journal(path)[0] if line["kind"] == "open"][-1:]
+        run.journals.append(path)
+        run.hosts |= {line["host"] for line in opened if "host" in line}
+        if is_held(path):
+            run.writers[path] = opened[0].get("pid", 0) if opened else 0
+    return run if run.journals else None
 
 
 def is_dead(run: UnfinishedRun, orphans: Iterable[int]) -> bool:
