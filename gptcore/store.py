@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -117,6 +118,11 @@ def raise_refused(error: OSError, path: Path) -> None:
     if error.errno is not None and error.errno not in NO_FILE:
         # What read() raises has no name, and whoever is told wants one.
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _is_id(name: str) -> bool:
+    """Could `content_id` have made it? A copy may be called anything else."""
+    return re.fullmatch("[0-9a-f]{16}", name) is not None
 
 
 def is_committed(directory: Path) -> bool:
@@ -228,6 +234,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     # An earlier version's marker is empty.
     if stated and stated != f"{hashlib.sha256(raw).hexdigest()}\n".encode():
         raise DamagedError(f"{path}: not what {MARKER} beside it says (sha256); {_remake(directory)}")
+    # Whole, and yet not what was asked for: two directories that were exchanged vouch for themselves.
+    if manifest.get("id", directory.name) != directory.name and _is_id(directory.name):
+        raise DamagedError(
+            f"{directory}: holds {str(manifest['id'])[:80]}, as its {MANIFEST} says; give it that name back, or {_remake(directory)}"
+        )
     for name, (size, _) in files.items():
         path = inside(directory, name)
         if _size_of(path) != size:

@@ -152,6 +152,36 @@ def test_damaged_weights_are_taken_from_mlflow_or_refused(store: Store, caplog: 
     assert registry.champion("toy").version == "1"
 
 
+def test_weights_of_another_version_are_not_promoted(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Two checkpoints that were exchanged are both whole."""
+    made = [store.register(), store.register()]
+    places = [Path(version.facts["checkpoint"]) for version in made]
+    whole = verified(places[0])["files"]
+    places[0].rename(store.folder / "aside")
+    places[1].rename(places[0])
+    with caplog.at_level("WARNING"):
+        fetched = registry.checkpoint_of(made[0])
+    assert "another checkpoint than was registered as toy/1" in caplog.text
+    assert verified(fetched)["files"] == whole
+    shutil.rmtree(store.folder / "artifacts")
+    shutil.rmtree(fetched)
+    with pytest.raises(UserError, match="another checkpoint than was registered as toy/1"):
+        registry.promote("toy/1")
+    assert registry.champion("toy") is None
+
+
+@pytest.mark.parametrize("score", ["2,x", "nan", "inf"])
+def test_the_alias_does_not_move_to_a_version_whose_score_is_damaged(store: Store, score: str) -> None:
+    """Promote failed at its last line, with the champion changed."""
+    store.register()
+    registry.promote("toy")
+    store.register()
+    store.client.set_model_version_tag("toy", "2", "gptloom.val_bpb", score)
+    with pytest.raises(UserError, match=r"toy/2: its tag gptloom\.val_bpb is damaged"):
+        registry.promote("toy/2")
+    assert registry.champions("toy") == [registry.champion("toy").version] == ["1"]
+
+
 def test_what_is_gone_is_said_and_the_champion_stays(store: Store) -> None:
     with pytest.raises(UserError, match=r"registry is empty.*gptloom run"):
         registry.promote("toy")

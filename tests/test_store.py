@@ -150,6 +150,19 @@ def test_what_is_no_file_is_not_committed_and_not_at_work(tmp_path):
     assert not store.is_claimed(tmp_path / "file")
 
 
+def test_a_directory_under_the_name_of_another_is_not_believed(tmp_path):
+    """Each of two that were exchanged is what its own manifest says."""
+    names = ["0123456789abcdef", "fedcba9876543210"]
+    for name in names:
+        with commit_dir(tmp_path / name, {"id": name}):
+            pass
+    (tmp_path / names[0]).rename(tmp_path / "a copy")
+    assert verified(tmp_path / "a copy")["id"] == names[0]
+    (tmp_path / names[1]).rename(tmp_path / names[0])
+    with pytest.raises(DamagedError, match=f"{names[0]}: holds {names[1]}"):
+        read_manifest(tmp_path / names[0])
+
+
 def test_one_file_of_a_directory(tmp_path):
     directory = commit(tmp_path / "x")
     (tmp_path / "alone.txt").write_text("anything")

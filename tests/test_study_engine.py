@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 import yaml
 
-from gptcore.config import UserError, check_config
+from gptcore.checkpoint import check_checkpoint
+from gptcore.config import UserError, check_config, with_changes
 from gptcore.config.base import Section
 from gptcore.config.study import StudyPlan, find_study, load_study, write_plan
+from gptcore.entry import StopFlag
 from gptcore.errors import Stopped
-from gptcore.journal import read_journal
+from gptcore.journal import NoJournal, read_journal
 from gptcore.report.study import table
 from gptcore.shards import ShardSet, prepare
 from gptcore.store import read_json
-from gptcore.studies import Bench, CellResult, Study, Summary, engine
+from gptcore.studies import Bench, CellResult, Study, Summary, engine, training
 from gptcore.studies.__main__ import run_parts
 from gptcore.studies.engine import run_cells
 from gptcore.studies.finish import finish
@@ -27,6 +30,7 @@ from gptcore.studies.publish import publish
 from gptcore.studies.statistics import comparison_note, mean_interval, paired, ratio_interval
 from gptcore.timing import format_seconds
 from gptcore.train import build_trainer, gradient_check
+from gptcore.train.loop import Best
 
 ROOT = Path(__file__).parent.parent
 BASE = {
@@ -243,6 +247,27 @@ def test_a_training_is_shared_between_cells(
     for cell in ("a-seed1", "b-seed1"):
         lines = read_journal(tmp_path / "run" / "cells" / "0" / cell / "metrics.jsonl")[0]
         assert any("val/bpb" in line.get("values", {}) for line in lines), "a shared training's curve is missing"
+
+
+@pytest.mark.parametrize(("select", "lost"), [("last", 4), ("best", 2)])
+@pytest.mark.parametrize("how", ["deleted", "cut"])
+def test_a_training_whose_checkpoint_is_lost_is_trained_once_more(
+    tmp_path: Path, shards: ShardSet, home: Path, monkeypatch: pytest.MonkeyPatch, how: str, select: str, lost: int
+) -> None:
+    """Its result said that it is over, and every study that asked for its weights ended with `no such directory`."""
+    plan = load_study(_write(tmp_path, TOY))
+    config = with_changes(plan.base, train={"select": select, "eval_interval": 2, "save_interval": 2, "keep_checkpoints": 9})
+    take = Best.take
+    monkeypatch.setattr(Best, "take", lambda self, *args: self.bpb is None and take(self, *args))  # the first is the best
+    first = training.train(config, shards, home, NoJournal(), StopFlag())
+    assert first.checkpoint.name == f"step_{lost:06d}"
+    if how == "deleted":
+        shutil.rmtree(first.checkpoint)
+    else:
+        (first.checkpoint / "model.safetensors").write_bytes(b"")
+    again = training.train(config, shards, home, NoJournal(), StopFlag())
+    check_checkpoint(again.checkpoint)
+    assert (again.checkpoint, again.result["val_loss"]) == (first.checkpoint, first.result["val_loss"])
 
 
 def test_the_study_files_of_the_repository_are_valid() -> None:

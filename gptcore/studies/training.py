@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from gptcore import NUMERICS_VERSION
+from gptcore.checkpoint import check_checkpoint, step_directories, step_of
 from gptcore.config import ExperimentConfig, UserError, write_yaml
 from gptcore.device import choose_device
 from gptcore.journal import FILE_NAME, Journal, read_journal
@@ -23,6 +25,7 @@ from gptcore.locks import take_lock
 from gptcore.shards import ShardSet
 from gptcore.store import content_id, read_json, write_json
 from gptcore.train import build_trainer, preflight, resume, train_loop
+from gptcore.train.saving import checkpoints_of
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +107,28 @@ def train(config: ExperimentConfig, shards: ShardSet, home: Path, journal: Journ
 
 
 def _result_of(folder: Path) -> dict[str, Any] | None:
-    """What a training that is over has told; None for one that is not, or whose result is damaged: it goes on from its checkpoint."""
+    """What a training that is over has told, whose checkpoint is still there and whole; None for any other: it goes on from what there is.
+
+    Raises OSError for what cannot be read.
+    """
+    if not (folder / RESULT).exists():
+        return None
     try:
-        return read_json(folder / RESULT) if (folder / RESULT).exists() else None
+        result = read_json(folder / RESULT)
+        checkpoint = checkpoints_of(folder).resolve() / Path(result["checkpoint"]).name  # the home may have moved
     except UserError as error:
         log.warning("its end is trained once more (%s)", error)
         return None
+    try:
+        check_checkpoint(checkpoint)
+    except UserError as error:
+        log.warning("trained once more (%s)", str(error).partition(";")[0])
+        # With train.select=best it is not the last one, and those after it would ask for it.
+        for later in step_directories(checkpoint.parent):
+            if step_of(later) > step_of(checkpoint):
+                shutil.rmtree(later)
+        return None
+    return result | {"checkpoint": str(checkpoint)}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -23,13 +24,14 @@ from typing import Any
 from gptcore.config import UserError, hide_password
 from gptcore.errors import first_line
 from gptcore.markdown import markdown_table
-from gptcore.store import MANIFEST, MARKER, DamagedError, commit_dir, home_dir, is_committed, verified
+from gptcore.store import MANIFEST, MARKER, DamagedError, commit_dir, content_id, home_dir, is_committed, verified
 from gptloom.tasks.records.tracking import is_answer, open_client, quoted, save_servable, tracking_uri
 
 log = logging.getLogger("gptloom.registry")
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CHAMPIONS_TAG = "gptloom.champions"
+FILES_FACT = "checkpoint_files"  # stands for the hashes of all its files; earlier versions have none
 CODE = Path(__file__).with_name("servable.py")
 REQUIREMENTS = ["gptloom"]  # it pins the rest
 
@@ -49,13 +51,16 @@ class Version:
 
     @property
     def val_bpb(self) -> float:
-        """Bits per byte on the validation split of its own training, as registered. Raises UserError where that is damaged."""
+        """Bits per byte on the validation split of its own training, as registered. Raises UserError where that is no finite number."""
         try:
-            return float(self.facts["val_bpb"])
+            value = float(self.facts["val_bpb"])
         except (LookupError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
             raise UserError(
                 f"model {self.label}: its tag gptloom.val_bpb is damaged ({self.facts.get('val_bpb')!r}); set it in MLflow"
-            ) from None
+            )
+        return value
 
 
 # --- write -------------------------------------------------------------------------------------------------------------
@@ -67,7 +72,7 @@ def register(name: str, checkpoint: Path, mlflow_run_id: str, facts: Mapping[str
     facts: what a reader needs to know or to find (run, corpus, vocab, shards, val_bpb, …), kept as tags. card: Markdown,
     the version's description. Raises UserError when the checkpoint is not whole.
     """
-    verified(checkpoint)
+    files = verified(checkpoint)["files"]
     client = open_client()
     if _registered(name) is None:
         client.create_registered_model(name, description=f"Language models trained by the experiment `{name}`.")
@@ -78,7 +83,10 @@ def register(name: str, checkpoint: Path, mlflow_run_id: str, facts: Mapping[str
         save_servable(Path(folder) / "model", bare, CODE, REQUIREMENTS)
         (Path(folder) / "model" / "card.md").write_text(card, encoding="utf-8")
         client.log_artifacts(mlflow_run_id, str(Path(folder) / "model"), "model")
-    tags = {f"gptloom.{key}": str(value) for key, value in {**facts, "checkpoint": checkpoint}.items()}
+    tags = {
+        f"gptloom.{key}": str(value)
+        for key, value in {**facts, "checkpoint": checkpoint, FILES_FACT: content_id(files)}.items()
+    }
     made = client.create_model_version(name, f"{run.info.artifact_uri}/model", mlflow_run_id, tags=tags, description=card)
     client.set_registered_model_alias(name, CHALLENGER, made.version)
     return _read(made)
@@ -211,7 +219,7 @@ def find(what: str, alias: str = CHAMPION) -> Version:
 
 
 def check_usable(version: Version) -> None:
-    """Raises UserError when the run behind a version is deleted, or its weights are nowhere whole."""
+    """Raises UserError when the run behind a version is deleted, its weights are nowhere whole, or its score is no number."""
     client = open_client()
     try:
         stage = client.get_run(version.run_id).info.lifecycle_stage
@@ -225,6 +233,7 @@ def check_usable(version: Version) -> None:
             f"mlflow runs restore --run-id {version.run_id}`, or {_way_out(version)}"
         )
     checkpoint_of(version)
+    assert math.isfinite(version.val_bpb), "or it has raised"  # whoever tells of the change reads it when the alias has moved
 
 
 def checkpoint_of(version: Version) -> Path:
@@ -239,7 +248,7 @@ def checkpoint_of(version: Version) -> Path:
         try:
             if not is_committed(place):
                 continue
-            verified(place)
+            _check_same(version, place, verified(place))
         except (DamagedError, OSError) as error:
             # Ours is written over below, and what cannot be read may be whole.
             if isinstance(error, OSError) and place == fetched:
@@ -260,12 +269,19 @@ def checkpoint_of(version: Version) -> Path:
     return fetched
 
 
+def _check_same(version: Version, place: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises DamagedError for a checkpoint that is whole, but another than was registered."""
+    if version.facts.get(FILES_FACT, stands_for := content_id(manifest["files"])) != stands_for:
+        raise DamagedError(f"{place}: another checkpoint than was registered as {version.label}")
+
+
 def _fetch(version: Version, place: Path) -> None:
     """Commit MLflow's copy of a version's checkpoint as `place`, instead of what is there."""
     with tempfile.TemporaryDirectory(prefix="gptloom-model-") as folder:
         found = Path(open_client().download_artifacts(version.run_id, "model/artifacts", folder))
         whole = next(found.rglob(MANIFEST)).parent
         manifest = verified(whole)
+        _check_same(version, whole, manifest)
         shutil.rmtree(place, ignore_errors=True)
         with commit_dir(place, manifest) as tmp:
             # Its marker stays behind: a copy has one of its own, once it is whole.
