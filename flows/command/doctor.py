@@ -264,7 +264,7 @@ def check_files(name: str, tops: Iterable[Path], full: bool) -> Iterator[Check]:
             hashed += budget >= 0
         except (UserError, KeyError, TypeError, AttributeError) as error:
             bad += 1
-            remedy = f"delete {directory}; data is made again, training goes on from an older checkpoint"
+            remedy = f"delete {directory}; what can be made or fetched again is, training goes on from an older checkpoint"
             yield Check(name, FAIL, str(error).partition(";")[0], remedy)
         except OSError as error:
             bad += 1
