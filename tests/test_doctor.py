@@ -193,7 +193,7 @@ def test_closed_directory_hides_no_other(home: Path, committed: Path, monkeypatc
 
     monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(closed))
-    first, second = of(home, "data")
+    first, second = doctor.check_files("data", [home / "data"], full=False)
     assert (first.status, f"{closed}: permission denied" in first.message, "readable" in first.remedy) == (FAIL, True, True)
     assert (second.status, str(committed) in second.message) == (FAIL, True)
 
@@ -227,7 +227,7 @@ def test_journal_that_may_not_be_read_hides_no_dead_run(home: Path, monkeypatch:
         return real(directory)
 
     monkeypatch.setattr(doctor, "unfinished_run", refuse)
-    first, second = of(home, "runs")
+    first, second = doctor.check_runs(home)
     assert (first.status, "runs/a/journal.jsonl: permission denied" in first.message) == (FAIL, True)
     assert (second.status, "died without a word: b" in second.message) == (WARN, True)
 
