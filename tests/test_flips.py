@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +30,9 @@ from conftest import forms
 
 from gptcore import corpus, journal
 from gptcore.checkpoint import list_checkpoints, load_model, read_tensors
-from gptcore.config import DataConfig, ExperimentConfig, UserError, load_config, load_written
+from gptcore.config import DataConfig, ExperimentConfig, UserError, VocabConfig, load_config, load_written
 from gptcore.corpus.download import fetch_address, verify_download
+from gptcore.corpus.families import Family
 from gptcore.corpus.segments import load_arrays
 from gptcore.entry import StopFlag
 from gptcore.journal import NoJournal, read_journal
@@ -38,7 +40,7 @@ from gptcore.nights.ledger import Generation, KnownModel, Ledger
 from gptcore.nights.scores import Scores, load_scores, save_scores
 from gptcore.quantize.__main__ import main as quantize_main
 from gptcore.shards import Prepared, ShardSet, prepare
-from gptcore.store import read_json, verified, write_json
+from gptcore.store import MANIFEST, read_json, read_manifest, verified, write_json
 from gptcore.studies import engine, training
 from gptcore.vocab import Vocab, build_vocab
 from gptloom.flows.run import _earlier_seconds
@@ -154,8 +156,20 @@ def _short(config: ExperimentConfig) -> ExperimentConfig:
 # --- what a command makes of each kind ------------------------------------------------------------------------------------
 
 
-def read_corpus(world: World, _: Path) -> Any:
-    directory = world.grown.corpus
+def using(world: World, kind: str, part: Path) -> Path:
+    """The corpus or shard set that `part` is, or belongs to."""
+    if part.parent.name == kind:
+        return part
+    for directory in sorted((world.golden / "data" / kind).iterdir()):
+        facts = json.loads((directory / MANIFEST).read_text())
+        names = facts["segments"] if kind == "corpora" else [Path(tokens["directory"]).name for tokens in facts["tokens"]]
+        if part.name in names:
+            return world.home / directory.relative_to(world.golden)
+    raise AssertionError(f"{part} is of no {kind}")
+
+
+def read_corpus(world: World, path: Path) -> Any:
+    directory = using(world, "corpora", path.parent)
     texts = [list(corpus.read_records(directory, split)) for split in corpus.SPLITS]
     arrays = [load_arrays(directory, name) for name in ("digests", "ngrams_train", "ngrams_val", "signatures")]
     facts = corpus.summarise(directory).to_json(), corpus.length_histogram(directory).to_json()
@@ -165,17 +179,26 @@ def read_corpus(world: World, _: Path) -> Any:
 def read_again(world: World, _: Path) -> Any:
     """`gptloom data`: what is damaged may be made again from the source, to the same ids."""
     made = prepare(world.config.model_copy(update={"data": world.data}), world.home)
-    return made, read_corpus(world, made.corpus), read_shards(world, made.shards)
+    return made, read_corpus(world, made.corpus / MANIFEST), read_shards(world, made.shards / MANIFEST)
 
 
-def read_shards(world: World, _: Path) -> Any:
-    shards = ShardSet.open(world.grown.shards)
+def read_ledger(world: World, path: Path) -> Any:
+    """What it says of its corpus; nothing means that everything is read again, as `cached data` does."""
+    family = Family(world.data, world.home)
+    family.folder = path.parent
+    notes = family.ledger(Path(path.stem.partition("-")[2]))
+    return {name: (note.signature, note.digests.tobytes(), note.rules) for name, note in notes.items()}
+
+
+def read_shards(world: World, path: Path) -> Any:
+    shards = ShardSet.open(using(world, "shards", path.parent))
     ids = [np.asarray(shards.tokens(split)[:]).tobytes() + shards.index(split).tobytes() for split in corpus.SPLITS]
     return ids, shards.token_bytes.tobytes(), shards.manifest, Vocab.load(shards.directory).tokens
 
 
-def read_vocabulary(world: World, _: Path) -> Any:
-    directory = build_vocab(world.config.vocab, world.grown.corpus, world.home)
+def read_vocabulary(world: World, path: Path) -> Any:
+    facts = json.loads((world.golden / path.parent.relative_to(world.home) / MANIFEST).read_text())
+    directory = build_vocab(VocabConfig(**facts["vocab"]), world.home / "data" / "corpora" / facts["corpus"], world.home)
     return directory, Vocab.load(directory).tokens, verified(directory)
 
 
@@ -246,7 +269,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Read]] = {
     "documents": (("data/segments/*/documents.parquet",), read_corpus),
     "digests and sketches": (("data/segments/*/*.npy",), read_corpus),
     "cached data": (("data/[cstv]*",), read_again),
-    "ledger of a source": (("data/families/*/*.npz",), read_again),
+    "ledger of a source": (("data/families/*/*.npz",), read_ledger),
     "download": (("data/downloads/*",), read_download),
     "fetched model": ((f"registry/{VERSION}/*",), read_fetched),
     "vocabulary": (("data/vocabs/*",), read_vocabulary),
@@ -293,6 +316,27 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(raw)
 
 
+_opened: list[set[str]] = []
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened and isinstance(arguments[0], (str, os.PathLike)):
+        _opened[-1].add(os.path.normpath(arguments[0]))
+
+
+sys.addaudithook(_note)
+
+
+@contextmanager
+def opening() -> Iterator[set[str]]:
+    """The files that Python opens while the block lasts."""
+    _opened.append(set())
+    try:
+        yield _opened[-1]
+    finally:
+        _opened.pop()
+
+
 @pytest.mark.parametrize("flips", forms([2], [20]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_bit_is_named_or_harmless(copy: World, kind: str, flips: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -303,21 +347,39 @@ def test_a_flipped_bit_is_named_or_harmless(copy: World, kind: str, flips: int, 
     for _ in range(flips):
         name = rng.choice(files)
         bit = rng.randrange(8 * (copy.golden / name).stat().st_size)
-        whole = read(copy, copy.home / name)
-        copy.restore()
-        flip(copy.home / name, bit)
-        caplog.clear()
-        where = f"bit {bit} of {name}"
-        found, error = None, ""
+        check_flip(copy, name, bit, read, caplog)
+
+
+@pytest.mark.parametrize("pattern", ["data/tokens/*/val_000000.bin", "data/tokens/*/val_index.npy"])
+def test_flips_are_seen_where_nothing_is_verified(
+    copy: World, pattern: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail."""
+    monkeypatch.setattr("gptcore.shards.shard_set.verified", lambda directory, names=None: read_manifest(directory))
+    name = copy.files(pattern)[0]
+    with pytest.raises(AssertionError, match="another result, and not a word"):
+        check_flip(copy, name, 8 * ((copy.golden / name).stat().st_size // 2), read_shards, caplog)
+
+
+def check_flip(copy: World, name: Path, bit: int, read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    whole = read(copy, copy.home / name)
+    copy.restore()
+    flip(copy.home / name, bit)
+    caplog.clear()
+    where = f"bit {bit} of {name}"
+    found, error = None, ""
+    with opening() as opened:
         try:
             found = read(copy, copy.home / name)
         except UserError as refusal:
             error = str(refusal)
-        said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-        is_named = any(name.name in text for text in (error, *said))
-        assert is_named or not error, f"{where}: not named: {error}"
-        assert error or found == whole or (not found and is_named), f"{where}: another result, and not a word"
-        copy.restore()
+    # `gptloom data` looks at no other source's corpora; each has a kind of its own here, too.
+    assert read is read_again or str(copy.home / name) in opened, f"{where}: nobody opened the file"
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    is_named = any(name.name in text for text in (error, *said))
+    assert is_named or not error, f"{where}: not named: {error}"
+    assert error or found == whole or (not found and is_named), f"{where}: another result, and not a word"
+    copy.restore()
 
 
 def test_no_file_is_forgotten(world: World) -> None:
