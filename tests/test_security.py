@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import contextlib
 import fcntl
@@ -39,6 +40,7 @@ from gptcore.vocab import CharVocab
 from gptloom.flows.forms import NO_SECRET, Overrides
 from gptloom.flows.servers.listening import check_host
 from gptloom.flows.servers.stack import child_environment
+from gptloom.tasks.records.guard import Guard
 from gptloom.tasks.records.login import find_login, take_login
 from gptloom.tasks.runtime.liveness import device_locks
 
@@ -459,6 +461,7 @@ def test_a_login_is_a_whole_one(home: Path, monkeypatch: pytest.MonkeyPatch, aut
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING")
     home.mkdir()
     (home / "login").write_text(f"\n{auth}")
+    (home / "login").chmod(0o600)
     if auth.strip() != "admin:secret":  # the line's end belongs to the file
         with pytest.raises(UserError, match="USER:PASSWORD"):
             take_login()
@@ -518,3 +521,45 @@ def test_compose_has_no_secret_on_a_command_line() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     for name, service in services.items():
         assert "PASSWORD" not in str(service.get("command", "")), name
+
+
+# --- the login of a home -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["readable", "somebody else's", "a link", "a dangling link", "ümlaut:ß", "no colon", ""])
+def test_a_login_that_others_may_know_is_refused(home: Path, how: str) -> None:
+    """Whoever can write to a shared folder could lay down a home with a login of his own in it."""
+    home.mkdir()
+    path = home / "login"
+    path.write_text("gptloom:known" if how in ("readable", "somebody else's", "a link") else how)
+    path.chmod(0o644 if how == "readable" else 0o600)
+    if how == "somebody else's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(path, 65534, 65534)
+    if "link" in how:
+        path.rename(home / "theirs")
+        path.symlink_to(home / ("theirs" if how == "a link" else "nowhere"))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        take_login()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:5000", 200), ("mlflow:5000", 200), ("evil.example", 403), ("127.0.0.1:5001", 403), ("", 403)],
+)
+def test_mlflow_asks_no_other_name_for_the_login(host: str, status: int) -> None:
+    """A page whose own name leads here would make the browser show our question as its own."""
+    told: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"status": 200})
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    known = b"Basic " + base64.b64encode(b"gptloom:known")
+    scope = {"type": "http", "path": "/x", "headers": [(b"host", host.encode()), (b"authorization", known)]}
+    asyncio.run(Guard(app, "gptloom:known", ["127.0.0.1:5000", "mlflow:*"])(scope, None, send))  # type: ignore[arg-type]
+    assert told[0]["status"] == status
+    assert b"www-authenticate" not in dict(told[0].get("headers", []))

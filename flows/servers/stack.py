@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 from gptcore.config import UserError
 from gptcore.entry import python_environment
@@ -39,7 +40,7 @@ from gptloom.flows.servers.listening import check_host, check_port, is_loopback
 from gptloom.flows.servers.pools import POOLS, prepare_pool
 from gptloom.flows.servers.prefect_api import answers, cancel_flow_runs, request, wait_for
 from gptloom.flows.servers.reaper import MARK_VARIABLE
-from gptloom.tasks.records.guard import ENTER, MLFLOW_APP
+from gptloom.tasks.records.guard import ENTER, HOSTS_VARIABLE, MLFLOW_APP
 from gptloom.tasks.records.login import FILE_NAME as LOGIN_FILE
 from gptloom.tasks.records.login import SERVER_VARIABLE, VARIABLES, client_environment, take_login
 from gptloom.tasks.records.tracking import SERVERS_FILE, UP_LOCK, mlflow_database
@@ -266,7 +267,10 @@ class _Stack:
             print(f"login    the value of {SERVER_VARIABLE}, for both")
         elif sys.stdout.isatty():
             print(f"login    Prefect's page asks once for: {self.login}")
-            print(f"         MLflow's page with it: http://{self.login}@{self.mlflow_url.removeprefix('http://')}{ENTER}")
+            user, _, password = self.login.partition(":")
+            print(
+                f"         MLflow's page with it: http://{quote(user, safe='')}:{quote(password, safe='')}@{self.mlflow_url.removeprefix('http://')}{ENTER}"
+            )
         else:
             print(f"login    both pages ask for it; it stands in {self.home / LOGIN_FILE}")
 
@@ -398,6 +402,7 @@ def child_environment(home: Path, project: Path, prefect_url: str, mlflow_url: s
         "PREFECT_CLIENT_MAX_RETRIES": "7",  # in all four minutes of patience with a server that is being restarted
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # Prefect's smallest: a dead run is noticed soon
         "MLFLOW_TRACKING_URI": mlflow_url,
+        HOSTS_VARIABLE: ",".join(f"{host}:{mlflow_url.rpartition(':')[2]}" for host in (LOOPBACK, "localhost", "[::1]")),
         **prefect_database(home),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight helper processes, 2 GB, for features not used here
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -10,7 +10,8 @@ import base64
 import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from gptloom.tasks.records.login import MLFLOW_VARIABLES
@@ -20,6 +21,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Send], Awaitable[None]]
 
 MLFLOW_APP = "gptloom"  # as pyproject.toml names it
+HOSTS_VARIABLE = (
+    "MLFLOW_SERVER_ALLOWED_HOSTS"  # MLflow's own, which takes patterns, but no foreign name may even be asked for the login
+)
 ENTER = "/login"  # the page of the link that `gptloom up` prints
 
 
@@ -30,8 +34,9 @@ class Guard:
     request comes from; MLflow's own look lets the pages of all servers of this machine pass.
     """
 
-    def __init__(self, app: App, login: str) -> None:
+    def __init__(self, app: App, login: str, hosts: Collection[str] = ()) -> None:
         self._app = app
+        self._hosts = hosts
         self._expected = b"Basic " + base64.b64encode(login.encode())
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
@@ -39,7 +44,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        is_foreign = _is_foreign(headers)
+        # Under another name, a page that made its own name mean this machine would make the browser ask for our login.
+        is_foreign = _is_foreign(headers) or not self._is_ours(headers.get(b"host", b"").decode("latin-1"))
         knows = hmac.compare_digest(headers.get(b"authorization", b""), self._expected)
         if scope["type"] == "websocket" and (is_foreign or not knows):
             await send({"type": "websocket.close", "code": 1008})
@@ -54,6 +60,9 @@ class Guard:
             await _answer(send, 303, "", (b"location", b"//" + headers.get(b"host", b"") + b"/"))
         else:
             await self._app(scope, receive, send)
+
+    def _is_ours(self, host: str) -> bool:
+        return not self._hosts or any(fnmatchcase(host, pattern) for pattern in self._hosts)
 
 
 def _is_foreign(headers: dict[bytes, bytes]) -> bool:
@@ -84,4 +93,5 @@ def create_app() -> Guard:
     assert user, password
     from mlflow.server.fastapi_app import app
 
-    return Guard(app, f"{user}:{password}")
+    hosts = os.environ.get(HOSTS_VARIABLE)
+    return Guard(app, f"{user}:{password}", hosts.split(",") if hosts else ())

@@ -42,20 +42,25 @@ def find_login() -> str | None:
     if given := os.environ.get(SERVER_VARIABLE):
         return _checked(given, SERVER_VARIABLE, "correct it, or unset it and the home gets a login of its own")
     path = home_dir() / FILE_NAME
+    remedy = "delete it, and the next `gptloom up` makes another"
     try:
-        text = path.read_text(encoding="utf-8")
+        # No link: who can write to a folder above could point it at a login that he knows.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), encoding="utf-8") as file:
+            facts, text = os.fstat(file.fileno()), file.read()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"{path}: cannot be read ({reason}); delete it, and the next `gptloom up` makes another") from None
-    return _checked(text.strip(), str(path), "delete it, and the next `gptloom up` makes another")
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from None
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+        raise UserError(f"{path}: another user owns it or may read it, so it is nobody's secret; {remedy}")
+    return _checked(text.strip(), str(path), remedy)
 
 
 def _checked(login: str, where: str, remedy: str) -> str:
     user, _, password = login.partition(":")
-    if not (user and password) or any(not letter.isprintable() or letter.isspace() for letter in login):
-        raise UserError(f"{where}: is no USER:PASSWORD; {remedy}")
+    if not (user and password and login.isascii() and login.isprintable()) or " " in login:
+        raise UserError(f"{where}: is no USER:PASSWORD of letters, digits and signs of ASCII; {remedy}")
     return login
 
 
