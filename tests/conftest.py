@@ -45,6 +45,7 @@ def forms(short: Iterable[Any], long: Iterable[Any]) -> list[Any]:
 LONGEST = [
     "test_servers",
     "test_nightly",
+    "test_logins",
     "test_pipeline",
     "test_kill",
     "test_study_verb",
