@@ -1,6 +1,7 @@
 """Who gets in: a real `gptloom up` and a temporary server, asked by nobody in particular, by another user and by pages in a browser.
 
 The tests share one `up`; nothing of gptloom is imported, it is asked through its command, its files and HTTP.
+Its small tools are its own, so that the file says the same of trees whose conftest.py lacks them.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ from gptcore.vocab import CharVocab
 from gptloom.flows.forms import NO_SECRET, Overrides
 from gptloom.flows.servers.listening import check_host
 from gptloom.flows.servers.stack import child_environment
-from gptloom.tasks.records.guard import Guard
-from gptloom.tasks.records.login import find_login, take_login
+from gptloom.tasks.records.guard import Guard, create_app
+from gptloom.tasks.records.login import MLFLOW_VARIABLES, find_login, take_login
 from gptloom.tasks.runtime.liveness import device_locks
 
 CONFIG = {"model": {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8}}
@@ -563,3 +563,12 @@ def test_mlflow_asks_no_other_name_for_the_login(host: str, status: int) -> None
     asyncio.run(Guard(app, "gptloom:known", ["127.0.0.1:5000", "mlflow:*"])(scope, None, send))  # type: ignore[arg-type]
     assert told[0]["status"] == status
     assert b"www-authenticate" not in dict(told[0].get("headers", []))
+
+
+@pytest.mark.parametrize("login", [("gptloom", ""), ("", "known")])
+def test_mlflow_does_not_start_with_half_a_login(monkeypatch: pytest.MonkeyPatch, login: tuple[str, str]) -> None:
+    """An empty password is one that everybody knows."""
+    for name, value in zip(MLFLOW_VARIABLES, login, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AssertionError):
+        create_app()

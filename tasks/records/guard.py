@@ -90,7 +90,8 @@ async def _answer(send: Send, status: int, message: str, *headers: tuple[bytes, 
 def create_app() -> Guard:
     """What `--app-name gptloom` names. Without a login in the environment it does not start."""
     user, password = (os.environ[name] for name in MLFLOW_VARIABLES)
-    assert user, password
+    assert user
+    assert password
     from mlflow.server.fastapi_app import app
 
     hosts = os.environ.get(HOSTS_VARIABLE)
